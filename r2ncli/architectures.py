@@ -1,0 +1,179 @@
+"""Records of the Res2Net family: what a network is, what it takes, where it is published.
+
+Sources: Gao et al., "Res2Net: A New Multi-scale Backbone Architecture", TPAMI 2021
+(arXiv:1904.01169); Xie et al., "Aggregated Residual Transformations", CVPR 2017 (the X in
+Res2NeXt); He et al., "Bag of Tricks", CVPR 2019 (the deep stem and the average-pool
+shortcut of "v1b", there called ResNet-D). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+EXPANSION = 4  # a bottleneck's output channels over its stage's planes
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a Res2Net.
+
+    Attributes
+    ----------
+    layers : tuple of int
+        Blocks in each of the four stages.
+    base_width : int
+        Channels of one split at 64 planes ("26w").
+    scale : int
+        Splits of a block ("4s").
+    cardinality : int
+        Groups of the 3x3 convolutions (1, or 8 in Res2NeXt).
+    stem : tuple of int
+        Output channels of the stem's convolutions: one 7x7 (v1) or three 3x3 (v1b).
+    average_pool_shortcut : bool
+        Whether a strided shortcut averages before its 1x1 convolution (v1b) or strides in it.
+    stage_planes : tuple of int
+        Planes of the four stages; a stage gives four times as many channels.
+    classes : int
+        Outputs of the classifier.
+    """
+
+    layers: tuple[int, int, int, int]
+    base_width: int = 26
+    scale: int = 4
+    cardinality: int = 1
+    stem: tuple[int, ...] = (64,)
+    average_pool_shortcut: bool = False
+    stage_planes: tuple[int, int, int, int] = (64, 128, 256, 512)
+    classes: int = 1000
+
+    def split_width(self, planes: int) -> int:
+        """Channels of one split in a stage of `planes` planes."""
+        return planes * self.base_width // 64 * self.cardinality
+
+    def describe(self) -> str:
+        """In the field's shorthand, say ``Res2Net50-v1b 26w-4s, 1000 classes``."""
+        family = "Res2NeXt" if self.cardinality > 1 else "Res2Net"
+        depth = 3 * sum(self.layers) + 2
+        version = "-v1b" if len(self.stem) == 3 and self.average_pool_shortcut else ""
+        return f"{family}{depth}{version} {self.base_width}w-{self.scale}s, {self.classes} classes"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes the network's input.
+
+    The short side is resized to `resize_size` (bilinear, antialiased) and the centre
+    `image_size` x `image_size` kept; with `crop` False the whole picture is stretched to
+    that square instead. RGB values in [0, 1] then lose `mean` and are divided by `std`.
+    """
+
+    image_size: int = 224
+    resize_size: int = 256
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    crop: bool = True
+
+    def resized(self, image_size: int | None, no_crop: bool) -> Preprocessing:
+        """This preprocessing for another input size; the resize target keeps its ratio."""
+        size = image_size or self.image_size
+        ratio = self.resize_size / self.image_size
+        return replace(self, image_size=size, resize_size=round(size * ratio), crop=not no_crop)
+
+
+@dataclass(frozen=True)
+class PublishedNetwork:
+    """A network as its authors published it; errors are in per cent on ImageNet-1k."""
+
+    name: str
+    file: str
+    architecture: Architecture
+    parameters: int
+    top1_error: float
+    top5_error: float
+
+
+DEFAULT_NETWORK = "res2net50_v1b_26w_4s"
+OFFICIAL_ADDRESS = "https://shanghuagao.oss-cn-beijing.aliyuncs.com/res2net/"
+LICENCE_NOTICE = (
+    "the official weights come from a project under CC BY-NC-SA 4.0 (noncommercial use only)"
+)
+
+_50, _101 = (3, 4, 6, 3), (3, 4, 23, 3)
+
+PUBLISHED: dict[str, PublishedNetwork] = {
+    network.name: network
+    for network in (
+        PublishedNetwork(
+            "res2net50_v1b_26w_4s",
+            "res2net50_v1b_26w_4s-3cf99910.pth",
+            Architecture(_50, stem=(32, 32, 64), average_pool_shortcut=True),
+            25_718_352,
+            19.73,
+            4.96,
+        ),
+        PublishedNetwork(
+            "res2net101_v1b_26w_4s",
+            "res2net101_v1b_26w_4s-0812c246.pth",
+            Architecture(_101, stem=(32, 32, 64), average_pool_shortcut=True),
+            45_225_920,
+            18.77,
+            4.64,
+        ),
+        PublishedNetwork(
+            "res2net50_26w_4s",
+            "res2net50_26w_4s-06e79181.pth",
+            Architecture(_50),
+            25_699_120,
+            22.01,
+            6.15,
+        ),
+        PublishedNetwork(
+            "res2net50_48w_2s",
+            "res2net50_48w_2s-afed724a.pth",
+            Architecture(_50, base_width=48, scale=2),
+            25_287_304,
+            22.68,
+            6.47,
+        ),
+        PublishedNetwork(
+            "res2net50_14w_8s",
+            "res2net50_14w_8s-6527dddc.pth",
+            Architecture(_50, base_width=14, scale=8),
+            25_059_816,
+            21.86,
+            6.14,
+        ),
+        PublishedNetwork(
+            "res2net50_26w_6s",
+            "res2net50_26w_6s-19041792.pth",
+            Architecture(_50, scale=6),
+            37_051_448,
+            21.42,
+            5.87,
+        ),
+        PublishedNetwork(
+            "res2net50_26w_8s",
+            "res2net50_26w_8s-2c7c9f12.pth",
+            Architecture(_50, scale=8),
+            48_403_776,
+            20.80,
+            5.63,
+        ),
+        PublishedNetwork(
+            "res2net101_26w_4s",
+            "res2net101_26w_4s-02a759a1.pth",
+            Architecture(_101),
+            45_206_688,
+            20.81,
+            5.57,
+        ),
+        PublishedNetwork(
+            "res2next50",
+            "res2next50_4s-6ef7e7bf.pth",
+            Architecture(_50, base_width=4, cardinality=8),
+            24_671_464,
+            21.76,
+            6.09,
+        ),
+    )
+}

@@ -1,0 +1,459 @@
+"""A checkpoint as a file: find it, download it, hash it, read its labels. No torch.
+
+A checkpoint is looked for in the order that CONTRACTS and the README give: the option,
+``R2N_WEIGHTS``, torch.hub's folder, the official address. Nothing here ever falls back
+from one network to another.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import hashlib
+import json
+import os
+import re
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPMessage
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import urljoin, urlsplit
+
+from r2ncli.architectures import (
+    DEFAULT_NETWORK,
+    OFFICIAL_ADDRESS,
+    PUBLISHED,
+    Preprocessing,
+    PublishedNetwork,
+)
+from r2ncli.errors import CheckpointError
+
+DEMO = "demo"
+SUFFIXES = (".pth", ".pt", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the logits stand for: a label and, for ImageNet, a synset (wnid) each."""
+
+    labels: tuple[str, ...]
+    wnids: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class DownloadProgress:
+    """How far a download is; `total` is None while the server has not said it."""
+
+    address: str
+    destination: Path
+    received: int
+    total: int | None
+
+
+OnProgress = Callable[[DownloadProgress], None]
+
+
+# --- find ---------------------------------------------------------------------------
+
+
+def find_checkpoint(
+    weights: str | os.PathLike[str] | None = None,
+    *,
+    download: bool = True,
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """The file that `weights` means, downloaded if it must be.
+
+    Parameters
+    ----------
+    weights : str, path or None
+        A file, a published network's name, or ``demo``. None means ``$R2N_WEIGHTS``, or
+        else the default network.
+    download : bool
+        Whether an official file that is nowhere on this machine may be fetched.
+    on_progress : callable, optional
+        Called with a `DownloadProgress` as a download goes on.
+
+    Raises
+    ------
+    CheckpointError
+        The file is nowhere, cannot be fetched, or is not the published one.
+    """
+    wanted = os.fspath(weights or os.environ.get("R2N_WEIGHTS") or DEFAULT_NETWORK)
+    if wanted == DEMO:
+        return Path(str(files("r2ncli").joinpath("demo.safetensors")))
+    name = wanted.replace("-", "_")
+    if name in PUBLISHED:
+        return _find_published(PUBLISHED[name], download, on_progress)
+    found = existing_file(Path(wanted))
+    if found is None:
+        raise CheckpointError(
+            f"no such weights: {wanted!r}. Expected a checkpoint file ({', '.join(SUFFIXES)}), "
+            f"'{DEMO}', or one of: {', '.join(PUBLISHED)}"
+        )
+    return found
+
+
+def existing_file(path: Path) -> Path | None:
+    """`path`, or its twin with hyphens or underscores exchanged; None where neither is."""
+    if path.exists():
+        return path
+    twin = path.name.replace("-", "_")
+    if path.parent.is_dir():
+        for name in sorted(os.listdir(path.parent)):
+            if name.replace("-", "_") == twin:
+                return path.parent / name
+    return None
+
+
+def hub_folder() -> Path:
+    """torch.hub's checkpoints folder, by torch.hub's own rule."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("TORCH_HOME") or os.path.join(cache, "torch")
+    return Path(home).expanduser() / "hub" / "checkpoints"
+
+
+def digits_in_name(name: str) -> str | None:
+    """The hex digits that torch.hub's convention puts at a file name's end.
+
+    They are the first digits of the file's SHA-256: eight or more, before the suffix,
+    after a hyphen or an underscore. A run of eight decimal digits that reads as a date
+    (20240131) is none.
+    """
+    match = re.search(r"[-_]([0-9a-f]{8,64})(?:\.[A-Za-z]+)+$", name)
+    if match is None:
+        return None
+    digits = match[1]
+    date = re.fullmatch(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])", digits)
+    return None if date else digits
+
+
+def published_file(name: str) -> PublishedNetwork | None:
+    """The published network whose file is called `name`, hyphens or underscores alike."""
+    plain = name.replace("-", "_")
+    for network in PUBLISHED.values():
+        if network.file.replace("-", "_") == plain:
+            return network
+    return None
+
+
+def container(path: Path) -> str:
+    """How a checkpoint is packed: ``zip``, ``pickle`` (torch before 1.6) or ``safetensors``.
+
+    Raises
+    ------
+    CheckpointError
+        The file is no checkpoint; the message says what it seems to be.
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder, not a checkpoint file")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+            whole = zipfile.is_zipfile(file) if head.startswith(b"PK\x03\x04") else True
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
+        return "safetensors"
+    if head.startswith(b"PK\x03\x04") and whole:
+        return "zip"
+    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
+        return "pickle"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    found = "not a checkpoint (its first bytes are of no known kind)"
+    if not head:
+        found = "empty"
+    elif not whole:
+        found = "truncated: a zip container without its end. Download it again"
+    elif text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        found = "a web page (HTML), not a checkpoint: what a server says in place of a file"
+    elif text.startswith(b"version https://git-lfs"):
+        found = "a Git LFS pointer, not the file itself: run git lfs pull"
+    elif head.startswith(b"\x1f\x8b"):
+        found = "gzip-compressed: unpack it first"
+    raise CheckpointError(f"{path}: {found}")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as 64 hex digits."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def checked_sha256(path: Path) -> str:
+    """The SHA-256 of a checkpoint; a file that bears a published name must be that file."""
+    digest = sha256(path)
+    network = published_file(path.name)
+    if network is not None:
+        digits = digits_in_name(network.file) or ""
+        if not digest.startswith(digits):
+            raise CheckpointError(
+                f"{path}: not the published file. Its SHA-256 starts {digest[:8]}, the name says "
+                f"{digits}: a broken or altered download. Delete it, or give a file of your own "
+                "another name"
+            )
+    return digest
+
+
+# --- labels and preprocessing ---------------------------------------------------------
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: `labels`, `wnids`, `preprocessing`, and more.
+
+    In a .safetensors file it stands in the header, as JSON under the key ``r2n``; beside
+    any other file in a JSON file of its name (``mine.pth`` and ``mine.pth.json``, or
+    ``mine.json``). A checkpoint that says nothing gives an empty dict.
+    """
+    for beside in (path.with_name(path.name + ".json"), path.with_suffix(".json")):
+        if beside.is_file():
+            return _json_object(beside, beside.read_bytes())
+    if path.suffix == ".safetensors":
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > 100_000_000:
+                return {}
+            header = _json_object(path, file.read(length))
+        metadata = header.get("__metadata__", {})
+        if isinstance(metadata, dict) and "r2n" in metadata:
+            return _json_object(path, metadata["r2n"])
+    return {}
+
+
+def labels_of(metadata: dict[str, Any], classes: int, source: Path) -> Labels | None:
+    """The labels that `metadata` gives; ImageNet's for a network of 1000 classes without any."""
+    labels = metadata.get("labels")
+    if labels is None:
+        return imagenet_labels() if classes == 1000 else None
+    wnids = metadata.get("wnids")
+    for key, names in (("labels", labels), ("wnids", wnids)):
+        if names is None and key == "wnids":
+            continue
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"{source}: its '{key}' are not a list of strings")
+        if len(names) != classes:
+            raise CheckpointError(
+                f"{source}: {len(names)} {key} for a network of {classes} classes"
+            )
+    return Labels(tuple(labels), tuple(wnids) if wnids is not None else None)
+
+
+def preprocessing_of(metadata: dict[str, Any], source: Path) -> Preprocessing:
+    """The preprocessing that `metadata` gives; ImageNet's where it gives none."""
+    given = metadata.get("preprocessing", {})
+    try:
+        return Preprocessing(
+            **{
+                key: tuple(float(number) for number in value) if isinstance(value, list) else value
+                for key, value in given.items()
+            }
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{source}: its 'preprocessing' is unfit ({error}). Expected any of image_size, "
+            "resize_size, mean, std, crop"
+        ) from error
+
+
+def imagenet_labels() -> Labels:
+    """The 1000 labels and synsets of ImageNet-1k, in the order of the logits."""
+    with files("r2ncli").joinpath("imagenet_classes.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return Labels(tuple(row["label"] for row in rows), tuple(row["wnid"] for row in rows))
+
+
+def _json_object(source: Path, text: bytes | str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: its metadata is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{source}: its metadata is no JSON object")
+    return value
+
+
+# --- download -------------------------------------------------------------------------
+
+ATTEMPTS = 4
+CONNECT_SECONDS = 10.0
+
+
+def _find_published(
+    network: PublishedNetwork, download: bool, on_progress: OnProgress | None
+) -> Path:
+    folder = hub_folder()
+    found = existing_file(folder / network.file)
+    if found is not None:
+        return found
+    if not download:
+        raise CheckpointError(f"{network.file} is not in {folder}, and nothing was downloaded")
+    base = os.environ.get("R2N_WEIGHTS_BASE_URL") or OFFICIAL_ADDRESS
+    address = urljoin(base if base.endswith("/") else base + "/", network.file)
+    return download_file(address, folder / network.file, on_progress)
+
+
+def download_file(address: str, destination: Path, on_progress: OnProgress | None = None) -> Path:
+    """Fetch `address` to `destination`, whose name carries its SHA-256's first digits.
+
+    A broken download goes on where it stopped, in this run or the next; the file gets its
+    final name only when its SHA-256 fits.
+
+    Raises
+    ------
+    CheckpointError
+        The server cannot be reached or does not give the file, the folder cannot be
+        written, or what came is not the file.
+    """
+    by_hand = (
+        f"To do it by hand: get {address} and put it, as {destination.name}, into "
+        f"{destination.parent}. To try r2n without it: --weights {DEMO}"
+    )
+    partial = destination.with_name(destination.name + ".r2n-partial")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(partial) as file:
+            if destination.exists():  # another process was faster
+                partial.unlink(missing_ok=True)
+                return destination
+            _fetch(address, file, destination, on_progress)
+            file.flush()
+            os.fsync(file.fileno())
+            digest = sha256(partial)
+            digits = digits_in_name(destination.name) or ""
+            if not digest.startswith(digits):
+                partial.unlink()
+                raise CheckpointError(
+                    f"{address}: what came is not the file: its SHA-256 starts {digest[:8]}, "
+                    f"expected {digits}. It was deleted. {by_hand}"
+                )
+            os.replace(partial, destination)
+    except _DownloadFailedError as error:
+        raise CheckpointError(f"cannot download {address}: {error}. {by_hand}") from error
+    except (_DiskError, OSError) as error:
+        raise CheckpointError(
+            f"{destination.parent}: cannot be written: {_words(error.__cause__ or error)}. {by_hand}"
+        ) from error
+    return destination
+
+
+class _DownloadFailedError(Exception):
+    """A download that does not come; the message says why."""
+
+
+class _DiskError(Exception):
+    """What came cannot be written; the cause says why."""
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[BinaryIO]:
+    """`partial` open for appending, by one process at a time."""
+    while True:
+        with open(partial, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                ours = os.path.samestat(os.fstat(file.fileno()), os.stat(partial))
+            except FileNotFoundError:
+                ours = False  # the process before us renamed it away
+            if ours:
+                yield file
+                return
+
+
+def _fetch(
+    address: str, file: BinaryIO, destination: Path, on_progress: OnProgress | None
+) -> None:
+    """Append to `file` until the whole of `address` is there."""
+    _reach(address)
+    for attempt in range(1, ATTEMPTS + 1):
+        received = file.seek(0, os.SEEK_END)
+        try:
+            request = urllib.request.Request(address, headers={"User-Agent": "r2n"})
+            if received:
+                request.add_header("Range", f"bytes={received}-")
+            with urllib.request.urlopen(request, timeout=CONNECT_SECONDS) as response:
+                if received and not _continues(response.headers, response.status, received):
+                    file.truncate(0)
+                    received = 0
+                length = response.headers.get("Content-Length")
+                total = received + int(length) if length and length.isdigit() else None
+                while piece := response.read(1 << 18):
+                    try:
+                        file.write(piece)
+                    except OSError as error:
+                        raise _DiskError from error
+                    received += len(piece)
+                    if on_progress:
+                        on_progress(DownloadProgress(address, destination, received, total))
+            if total is None or received >= total:
+                return
+            reason = f"the connection closed after {received:,} of {total:,} bytes"
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # nothing is left after what we have: whole, or of another file
+                if received == _total_of(error.headers):
+                    return
+                file.truncate(0)
+                reason = "the server does not know this part of the file"
+            elif error.code in (408, 429) or error.code >= 500:
+                reason = f"the server answered {error.code} {error.reason}"
+            else:
+                raise _DownloadFailedError(
+                    f"the server answered {error.code} {error.reason}"
+                ) from error
+        except (urllib.error.URLError, OSError, HTTPException) as error:
+            reason = f"the connection failed ({_words(error)})"
+        if attempt < ATTEMPTS:
+            time.sleep(2.0 ** (attempt - 1))
+    raise _DownloadFailedError(f"{reason}, {ATTEMPTS} times")
+
+
+def _continues(headers: HTTPMessage, status: int, received: int) -> bool:
+    """Whether the answer goes on at byte `received`, as asked."""
+    return status == 206 and headers.get("Content-Range", "").startswith(f"bytes {received}-")
+
+
+def _total_of(headers: HTTPMessage) -> int:
+    """The whole size in a ``Content-Range: bytes */N``; -1 where it is not said."""
+    _, _, total = headers.get("Content-Range", "").rpartition("/")
+    return int(total) if total.isdigit() else -1
+
+
+def _reach(address: str) -> None:
+    """Connect once, within a limit that name look-ups and many addresses do not stretch."""
+    parts = urlsplit(address)
+    if parts.hostname is None or urllib.request.getproxies().get(parts.scheme):
+        return
+    host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+    failure: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+        except (OSError, UnicodeError) as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(CONNECT_SECONDS)
+    if thread.is_alive() or failure:
+        reason = _words(failure[0]) if failure else f"no answer in {CONNECT_SECONDS:.0f} s"
+        raise _DownloadFailedError(f"no connection to {host} ({reason})")
+
+
+def _words(error: BaseException) -> str:
+    """What an error of the network says, without its number."""
+    cause = getattr(error, "reason", error)
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return str(cause) or type(cause).__name__

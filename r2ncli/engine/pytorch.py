@@ -1,0 +1,198 @@
+"""The torch engine: CUDA where there is a card, else the CPU.
+
+The network is rewritten for inference: batch norms folded into their convolutions, memory
+channels_last, activations in place, and nothing after the deepest output that is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from r2ncli.architectures import Preprocessing
+from r2ncli.engine import (
+    PRECISIONS,
+    EngineDescription,
+    Outputs,
+    Pixels,
+    cpu_has_bf16,
+    cpu_model,
+)
+from r2ncli.errors import DeviceError, UsageError
+from r2ncli.model import Res2Net, conv_bn_pairs
+
+BATCH_SIZES = {"cpu": 8, "cuda": 64}  # on a CPU small batches keep activations in its cache
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TorchEngine:
+    """A Res2Net executed by torch. See `Engine` for what it takes and gives.
+
+    Parameters
+    ----------
+    network : Res2Net
+        In eval mode, float32, on the CPU; it is copied, not changed.
+    outputs : sequence of str
+        Names of modules (`layer_shapes`) whose outputs are wanted.
+    pool : str
+        ``avg`` or ``max`` over height and width, or ``none``.
+    preprocessing : Preprocessing
+        Gives the mean and standard deviation; the size is the batches'.
+    device : str
+        ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    precision : str
+        ``auto`` or one that the device can do.
+    batch_size : int or None
+        None means what suits the device.
+
+    Raises
+    ------
+    DeviceError
+        The device is not there, or its memory does not hold the network.
+    UsageError
+        The device cannot do the precision.
+    """
+
+    def __init__(
+        self,
+        network: Res2Net,
+        outputs: Sequence[str],
+        pool: str,
+        preprocessing: Preprocessing,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        batch_size: int | None = None,
+    ) -> None:
+        self._device = _find_device(device)
+        precision = _find_precision(precision, self._device)
+        on_card = self._device.type == "cuda"
+        self.description = EngineDescription(
+            backend="torch",
+            library=f"torch {torch.__version__}",
+            device=str(self._device),
+            device_model=torch.cuda.get_device_name(self._device) if on_card else cpu_model(),
+            precision=precision,
+            batch_size=batch_size or BATCH_SIZES[self._device.type],
+        )
+        self._dtype = _DTYPES[precision]
+        self._pool = pool
+        self._captured: dict[str, Tensor] = {}
+        with _device_errors(self.description):
+            self._network = rewritten(network, outputs).to(
+                device=self._device, dtype=self._dtype, memory_format=torch.channels_last
+            )
+            self._scale = torch.tensor(preprocessing.std, device=self._device) * 255
+            self._shift = torch.tensor(preprocessing.mean, device=self._device) * 255
+        for name in outputs:
+            self._network.get_submodule(name).register_forward_hook(
+                lambda _module, _inputs, output, name=name: self._capture(name, output)
+            )
+
+    def __call__(self, pixels: Pixels) -> Outputs:
+        with _device_errors(self.description), torch.inference_mode(), _full_fp32_precision():
+            batch = torch.from_numpy(pixels).to(self._device)
+            normalised = ((batch - self._shift) / self._scale).to(self._dtype)
+            self._network(normalised.permute(0, 3, 1, 2))  # NHWC in memory is channels_last
+            outputs = {name: tensor.cpu().numpy() for name, tensor in self._captured.items()}
+        self._captured.clear()
+        return outputs
+
+    def _capture(self, name: str, output: Tensor) -> None:
+        """Keep a copy now: the activation that follows works in place."""
+        full = output.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if full.ndim == 4 and self._pool == "avg":
+            full = full.mean((2, 3))
+        elif full.ndim == 4 and self._pool == "max":
+            full = full.amax((2, 3))
+        self._captured[name] = full
+
+
+def rewritten(network: Res2Net, outputs: Sequence[str]) -> Res2Net:
+    """A copy of `network` for inference, whose modules named `outputs` give what they gave."""
+    fast = copy.deepcopy(network)
+    for conv, bn in conv_bn_pairs(network):
+        if conv in outputs:
+            continue  # its own output is wanted: it stays as it is
+        folded = fuse_conv_bn_eval(fast.get_submodule(conv), fast.get_submodule(bn))
+        fast.set_submodule(conv, folded)
+        fast.set_submodule(bn, nn.Identity())
+    for module in fast.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = True
+    children = [name for name, _ in fast.named_children()]
+    deepest = max(children.index(name.partition(".")[0]) for name in outputs)
+    for name in children[deepest + 1 :]:
+        fast.set_submodule(name, nn.Identity())
+    return fast
+
+
+def _find_device(name: str) -> torch.device:
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda:0" if cards else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    number = "0" if name == "cuda" else name.removeprefix("cuda:")
+    there = "cpu" + "".join(f", cuda:{card}" for card in range(cards))
+    if not number.isdigit() or not (name == "cuda" or name.startswith("cuda:")):
+        raise DeviceError(f"no device {name!r}: expected auto, {there}")
+    if int(number) >= cards:
+        raise DeviceError(f"no device {name!r}: torch sees {cards} CUDA cards. There are: {there}")
+    return torch.device(f"cuda:{number}")
+
+
+def _find_precision(name: str, device: torch.device) -> str:
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        can = ["bf16", "fp16", "fp32"] if capability >= (8, 0) else ["fp16", "fp32"]
+        if capability < (7, 0):
+            can = ["fp32", "fp16"]  # without tensor cores fp16 is no faster
+    else:
+        can = ["bf16", "fp32"] if cpu_has_bf16() else ["fp32"]
+    if name == "auto":
+        return can[0]
+    if name not in PRECISIONS or name not in can:
+        raise UsageError(f"precision {name!r} on {device}: this device does {', '.join(can)}")
+    return name
+
+
+@contextmanager
+def _device_errors(description: EngineDescription) -> Iterator[None]:
+    """A failure of the device in the user's words."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"{description.device} ({description.device_model}): out of memory at batch size "
+            f"{description.batch_size}. Try a smaller one with --batch-size"
+        ) from error
+    except torch.AcceleratorError as error:
+        raise DeviceError(
+            f"{description.device} ({description.device_model}) failed: {error}"
+        ) from error
+
+
+@contextmanager
+def _full_fp32_precision() -> Iterator[None]:
+    """Float32 is float32 while this lasts: no TF32 and no bfloat16 underneath."""
+    places = (
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,
+        torch.backends.mkldnn.conv,
+        torch.backends.mkldnn.matmul,
+    )
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision

@@ -1,0 +1,240 @@
+"""The bytes of a picture become the network's input pixels. Every decode rule is here.
+
+- EXIF orientation is applied; an animation gives its first frame.
+- Transparency is composited on white; palettes, greyscale and CMYK become RGB.
+- 16 bits: greyscale is v / 257, rounded; colour is the high byte, as Pillow reads it. The
+  file's declared depth decides, never the values of the picture.
+- 32-bit integers and floats declare no range: the smallest of 1 (floats only), 255 and
+  65535 that holds the values is taken for white.
+- The crop is resized in one step out of the whole picture (`Image.resize(box=...)`,
+  bilinear, antialiased): the same pixels as resize-then-crop, at no cost for a picture of
+  65,000 x 2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    IcoImagePlugin,
+    Image,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+from PIL.Image import Resampling, Transpose
+
+from r2ncli.architectures import Preprocessing
+from r2ncli.errors import ImageError
+
+Pixels = npt.NDArray[np.uint8]
+
+MAX_PIXELS = 200_000_000
+MAX_BYTES = 512_000_000
+
+
+@dataclass(frozen=True)
+class DecodeRules:
+    """What is decoded, and how far: part of a run's fingerprint.
+
+    Attributes
+    ----------
+    decode : str
+        ``exact``: every pixel as Pillow decodes it at full size.
+    max_pixels, max_bytes : int
+        A picture, or a file, beyond it is a failed row.
+    """
+
+    decode: str = "exact"
+    max_pixels: int = MAX_PIXELS
+    max_bytes: int = MAX_BYTES
+
+
+def decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) -> Pixels:
+    """The network's input for one encoded picture.
+
+    Parameters
+    ----------
+    content : bytes
+        An encoded picture of any kind that this module reads.
+
+    Returns
+    -------
+    uint8 array [image_size, image_size, 3]
+        RGB.
+
+    Raises
+    ------
+    ImageError
+        The bytes are no picture, end early, are damaged, or are beyond `rules`.
+    """
+    try:
+        return _decode(content, preprocessing, rules)
+    except ImageError:
+        raise
+    except MemoryError as error:
+        raise ImageError("cannot be decoded: not enough memory") from error
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them raise
+        text = re.sub(r"<?\S*( object)? at 0x[0-9a-f]+>?", "", str(error)) or type(error).__name__
+        raise ImageError(f"cannot be decoded: {' '.join(text.split())}") from error
+
+
+def _decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) -> Pixels:
+    with _open(content) as image:
+        width, height = image.size
+        if width * height > rules.max_pixels:
+            raise ImageError(
+                f"{width} x {height} pixels, more than --max-pixels {rules.max_pixels:,}"
+            )
+        orientation = _orientation(image)
+        image.load()
+        rgb = _rgb(image)
+    turned = orientation in _SIDEWAYS
+    size = (height, width) if turned else (width, height)
+    box = _crop_box(size, preprocessing)
+    square = (preprocessing.image_size, preprocessing.image_size)
+    if orientation in _UPRIGHT:
+        transpose, to_stored = _UPRIGHT[orientation]
+        resized = rgb.resize(square, Resampling.BILINEAR, box=to_stored(box, size))
+        return np.asarray(resized.transpose(transpose))
+    return np.asarray(rgb.resize(square, Resampling.BILINEAR, box=box))
+
+
+# --- open ---------------------------------------------------------------------------
+
+_PLUGINS = (
+    JpegImagePlugin,
+    PngImagePlugin,
+    WebPImagePlugin,
+    GifImagePlugin,
+    BmpImagePlugin,
+    TiffImagePlugin,
+    AvifImagePlugin,
+    Jpeg2KImagePlugin,
+    IcoImagePlugin,
+    PpmImagePlugin,
+)  # importing one registers its formats
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM")
+
+
+def _open(content: bytes) -> Image.Image:
+    """As `Image.open`, for these formats and without its process-wide limit on pixels."""
+    head = content[:16]
+    refused = None
+    for name in _FORMATS:
+        factory, accept = Image.OPEN.get(name, (None, None))
+        if factory is None or accept is None or not (answer := accept(head)):
+            continue
+        if isinstance(answer, str):  # a format that this Pillow was built without
+            refused = answer
+            continue
+        try:
+            return factory(BytesIO(content), "")
+        except (SyntaxError, IndexError, TypeError, KeyError, EOFError) as error:
+            reason = str(error) or type(error).__name__
+            raise ImageError(f"cannot be decoded: a damaged {name} ({reason})") from error
+    if refused:
+        raise ImageError(f"cannot be decoded: {refused}")
+    if head.lstrip()[:1] == b"<":
+        raise ImageError("not an image: a web page or other markup")
+    raise ImageError("not an image of a known format")
+
+
+# --- colour -------------------------------------------------------------------------
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The loaded picture as RGB: eight bits, opaque."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16"):
+        return _greyscale(np.asarray(image), 65535, image.info.get("transparency"))
+    if image.mode == "I" and isinstance(image, PpmImagePlugin.PpmImageFile):
+        return _greyscale(np.asarray(image), 65535, None)  # a PGM of over 8 bits, scaled by Pillow
+    if image.mode in ("I", "F"):
+        values = np.asarray(image)
+        return _greyscale(values, _range_of(values), None)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(rgba, mask=rgba.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def _greyscale(values: npt.NDArray[Any], white: float, transparent: object) -> Image.Image:
+    """Greyscale of any depth as RGB; `transparent` is a value that a PNG declares so."""
+    if white == 65535:
+        grey = (values.astype(np.uint32) + 128) // 257
+    else:
+        grey = np.rint(values.astype(np.float64) * (255 / white))
+    eight_bits = grey.astype(np.uint8)
+    if isinstance(transparent, int):
+        eight_bits[values == transparent] = 255
+    return Image.fromarray(eight_bits).convert("RGB")
+
+
+def _range_of(values: npt.NDArray[Any]) -> float:
+    """What stands for white in a picture of 32-bit numbers, which declares none."""
+    low, high = float(values.min()), float(values.max())
+    candidates = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (255.0, 65535.0)
+    for white in candidates:
+        if low >= 0 and high <= white:  # false for NaN
+            return white
+    raise ImageError(f"32-bit values from {low:g} to {high:g}: outside 0 to 65535, no known range")
+
+
+# --- geometry -----------------------------------------------------------------------
+
+Box = tuple[float, float, float, float]
+
+
+def _crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> Box:
+    """The part of a picture of `size` (width, height) that the network sees."""
+    width, height = size
+    if not preprocessing.crop:
+        return (0.0, 0.0, float(width), float(height))
+    # as torchvision's Resize and CenterCrop: the long side rounded down, the margin to even
+    short, target, kept = min(size), preprocessing.resize_size, preprocessing.image_size
+    resized_width, resized_height = target * width // short, target * height // short
+    left, top = round((resized_width - kept) / 2), round((resized_height - kept) / 2)
+    x, y = width / resized_width, height / resized_height
+    return (
+        max(left * x, 0.0),
+        max(top * y, 0.0),
+        min((left + kept) * x, float(width)),
+        min((top + kept) * y, float(height)),
+    )
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # a damaged EXIF block is no reason to refuse the pixels
+        return 1
+
+
+# For each EXIF orientation: what turns the stored picture upright, and a box of the upright
+# picture of size (w, h) in the stored one. Turning the small result costs nothing.
+_UPRIGHT: dict[int, tuple[Transpose, Callable[[Box, tuple[int, int]], Box]]] = {
+    2: (Transpose.FLIP_LEFT_RIGHT, lambda b, s: (s[0] - b[2], b[1], s[0] - b[0], b[3])),
+    3: (Transpose.ROTATE_180, lambda b, s: (s[0] - b[2], s[1] - b[3], s[0] - b[0], s[1] - b[1])),
+    4: (Transpose.FLIP_TOP_BOTTOM, lambda b, s: (b[0], s[1] - b[3], b[2], s[1] - b[1])),
+    5: (Transpose.TRANSPOSE, lambda b, s: (b[1], b[0], b[3], b[2])),
+    6: (Transpose.ROTATE_270, lambda b, s: (b[1], s[0] - b[2], b[3], s[0] - b[0])),
+    7: (Transpose.TRANSVERSE, lambda b, s: (s[1] - b[3], s[0] - b[2], s[1] - b[1], s[0] - b[0])),
+    8: (Transpose.ROTATE_90, lambda b, s: (s[1] - b[3], b[0], s[1] - b[1], b[2])),
+}
+_SIDEWAYS = (5, 6, 7, 8)

@@ -1,0 +1,442 @@
+"""The pipeline: decode threads, batches, engine, results in input order.
+
+    names ──► decode threads ──► batches ──► engine thread ──► rows, in input order
+
+Everything between is bounded: as many batches are under way as keep the threads and the
+engine busy, however many pictures there are.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from r2ncli.architectures import Preprocessing
+from r2ncli.checkpoints import Labels, OnProgress
+from r2ncli.engine import BACKENDS, POOLS, Engine, Pixels, pooled_shape
+from r2ncli.errors import ImageError, InputNotFoundError, UsageError
+from r2ncli.images import MAX_BYTES, MAX_PIXELS, DecodeRules, decode
+from r2ncli.sources import SUFFIXES, Input, PathLike, Walk, read_bytes
+
+Array = npt.NDArray[np.float32]
+
+LOGITS = "fc"  # the module whose output the logits are
+DECODES = ("auto", "exact")
+MAX_WORKERS = 32
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One of a picture's k most probable classes; `wnid` and `label` where they are known."""
+
+    index: int
+    wnid: str | None
+    label: str | None
+    probability: float
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One picture's most probable classes, or why there are none (`error`)."""
+
+    path: str
+    predictions: tuple[Prediction, ...]
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Features:
+    """One picture's features by layer, float32 [C] or [C, H, W], or why there are none."""
+
+    path: str
+    features: dict[str, Array]
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is after the row of `path`, which failed if it has an `error`.
+
+    `found` is the total of inputs once `walk_ended`, and before that at least the total.
+    """
+
+    path: str
+    error: str | None
+    done: int
+    failed: int
+    found: int
+    walk_ended: bool
+
+
+class PipelineOptions(TypedDict, total=False):
+    """Keywords that `classify`, `extract` and their `_to` forms share; see `open_pipeline`."""
+
+    weights: str | os.PathLike[str] | None
+    device: str
+    backend: str
+    precision: str
+    batch_size: int | None
+    workers: int | None
+    decode: str
+    image_size: int | None
+    no_crop: bool
+    max_pixels: int
+    max_bytes: int
+    on_download: OnProgress | None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A network at work: what turns inputs into rows, and what it is made of."""
+
+    engine: Engine
+    preprocessing: Preprocessing
+    rules: DecodeRules
+    workers: int
+    checkpoint: Path
+    sha256: str
+    variant: str
+    classes: int
+    labels: Labels | None
+    pool: str
+    shapes: dict[str, tuple[int, ...]]  # of one picture's outputs, by layer
+
+
+@dataclass(frozen=True)
+class Row:
+    """One input's outputs by layer, or the reason why there are none."""
+
+    name: str
+    outputs: dict[str, Array]
+    error: str | None = None
+
+
+def open_pipeline(
+    layers: Sequence[str],
+    pool: str = "avg",
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    backend: str = "torch",
+    precision: str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    decode: str = "auto",
+    image_size: int | None = None,
+    no_crop: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+    on_download: OnProgress | None = None,
+) -> Pipeline:
+    """Load the weights and get a device ready.
+
+    Parameters
+    ----------
+    layers : sequence of str
+        Modules of the network whose outputs are wanted.
+    pool : str
+        ``avg`` or ``max`` over height and width, or ``none``.
+    weights : str, path or None
+        A checkpoint file, a published network's name, or ``demo`` (see `find_checkpoint`).
+    device : str
+        ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    backend : str
+        ``torch``.
+    precision : str
+        ``auto`` (the fastest that keeps top-1), ``fp32``, ``bf16`` or ``fp16``.
+    batch_size : int or None
+        Pictures a batch; None means what suits the device.
+    workers : int or None
+        Decode threads; None means one a core.
+    decode : str
+        ``exact``: every pixel decoded at full size; ``auto`` means the same at present.
+    image_size : int or None
+        The network's input in pixels; the resize target keeps the checkpoint's ratio.
+    no_crop : bool
+        Stretch the whole picture to the input instead of cropping its centre.
+    max_pixels, max_bytes : int
+        A picture, or a file, beyond it is a failed row.
+    on_download : callable, optional
+        Called with a `DownloadProgress` while weights are downloaded.
+
+    Raises
+    ------
+    UsageError, CheckpointError, DeviceError
+        An option, the weights or the device do not fit.
+    """
+    _check("pool", pool, POOLS)
+    _check("backend", backend, BACKENDS)
+    _check("decode", decode, DECODES)
+    for name, value in (
+        ("batch_size", batch_size),
+        ("workers", workers),
+        ("max_pixels", max_pixels),
+        ("max_bytes", max_bytes),
+    ):
+        if value is not None and value < 1:
+            raise UsageError(f"{name.replace('_', ' ')} must be at least 1, not {value}")
+    if image_size is not None and not 32 <= image_size <= 4096:
+        raise UsageError(f"image size must be from 32 to 4096, not {image_size}")
+
+    from r2ncli.engine.pytorch import TorchEngine
+    from r2ncli.model import layer_shapes
+    from r2ncli.weights import load_checkpoint
+
+    checkpoint = load_checkpoint(weights, on_progress=on_download)
+    preprocessing = checkpoint.preprocessing.resized(image_size, no_crop)
+    architecture = checkpoint.network.architecture
+    shapes = layer_shapes(architecture, preprocessing.image_size)
+    layers = tuple(dict.fromkeys(layers))
+    for layer in layers:
+        if layer not in shapes:
+            raise UsageError(_no_such_layer(layer, list(shapes)))
+    engine = TorchEngine(
+        checkpoint.network,
+        layers,
+        pool,
+        preprocessing,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+    )
+    return Pipeline(
+        engine=engine,
+        preprocessing=preprocessing,
+        rules=DecodeRules("exact", max_pixels, max_bytes),
+        workers=workers or min(os.cpu_count() or 1, MAX_WORKERS),
+        checkpoint=checkpoint.path,
+        sha256=checkpoint.sha256,
+        variant=checkpoint.variant,
+        classes=architecture.classes,
+        labels=checkpoint.labels,
+        pool=pool,
+        shapes={layer: pooled_shape(shapes[layer], pool) for layer in layers},
+    )
+
+
+def classify(
+    paths: Sequence[PathLike] | PathLike = (),
+    *,
+    topk: int = 5,
+    on_warning: Callable[[str], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    **options: Unpack[PipelineOptions],
+) -> Iterator[Classification]:
+    """The `topk` most probable classes of every picture among `paths`, in input order.
+
+    Parameters
+    ----------
+    paths : path or sequence of paths
+        Pictures and folders of pictures; none means the current folder.
+    topk : int
+        Classes a picture; at most the network's number of them.
+    on_warning, on_progress : callable, optional
+        Take a sentence, and a `Progress` after each picture.
+    **options
+        As for `open_pipeline`.
+
+    Yields
+    ------
+    Classification
+        A picture that cannot be used is one with its `error`.
+
+    Raises
+    ------
+    R2NError
+        At the call: an option, the weights, the device or a path does not fit.
+    """
+    walk = Walk(as_sequence(paths), on_warning or _ignore)
+    pipeline = open_classifier(topk, **options)
+    rows = walked_rows(walk, pipeline, on_progress)
+    return (classification(row, topk, pipeline.labels) for row in rows)
+
+
+def open_classifier(topk: int, **options: Unpack[PipelineOptions]) -> Pipeline:
+    """The pipeline that gives logits, after a look at `topk` (see `open_pipeline`)."""
+    if topk < 1:
+        raise UsageError(f"topk must be at least 1, not {topk}")
+    return open_pipeline((LOGITS,), **options)
+
+
+def extract(
+    paths: Sequence[PathLike] | PathLike = (),
+    *,
+    layers: Sequence[str] = ("layer4",),
+    pool: str = "avg",
+    on_warning: Callable[[str], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    **options: Unpack[PipelineOptions],
+) -> Iterator[Features]:
+    """The features of `layers` for every picture among `paths`, in input order.
+
+    Parameters
+    ----------
+    paths : path or sequence of paths
+        Pictures and folders of pictures; none means the current folder.
+    layers : sequence of str
+        Names of modules, as ``r2n extract --list-layers`` prints them.
+    pool : str
+        ``avg`` or ``max`` over height and width, or ``none`` for whole feature maps.
+    on_warning, on_progress : callable, optional
+        Take a sentence, and a `Progress` after each picture.
+    **options
+        As for `open_pipeline`.
+
+    Yields
+    ------
+    Features
+        A picture that cannot be used is one with its `error`.
+
+    Raises
+    ------
+    R2NError
+        At the call: an option, the weights, the device or a path does not fit.
+    """
+    walk = Walk(as_sequence(paths), on_warning or _ignore)
+    pipeline = open_pipeline(layers, pool, **options)
+    rows = walked_rows(walk, pipeline, on_progress)
+    return (Features(row.name, row.outputs, row.error) for row in rows)
+
+
+def walked_rows(
+    walk: Walk, pipeline: Pipeline, on_progress: Callable[[Progress], None] | None
+) -> Iterator[Row]:
+    """A row for every input of `walk`, which is started and ended here.
+
+    Raises
+    ------
+    InputNotFoundError
+        The walk ends without a single input.
+    """
+    done = failed = 0
+    with walk:
+        for row in run(walk, pipeline):
+            yield row
+            done += 1
+            failed += row.error is not None
+            if on_progress:
+                on_progress(Progress(row.name, row.error, done, failed, walk.found, walk.ended))
+    if not done:
+        raise no_image_found()
+
+
+def no_image_found() -> InputNotFoundError:
+    """The error of a walk without inputs."""
+    suffixes = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
+    return InputNotFoundError(f"no image found (looked for files ending in {suffixes})")
+
+
+def run(inputs: Iterable[Input], pipeline: Pipeline) -> Iterator[Row]:
+    """A row for every input, in order, as soon as it is there.
+
+    A picture that fails keeps its place and its reason; its neighbours do not notice.
+    """
+    engine, workers = pipeline.engine, pipeline.workers
+    batch_size = engine.description.batch_size
+    ahead = 2 + -(-2 * workers // batch_size)  # batches under way: keeps every thread busy
+    side = pipeline.preprocessing.image_size
+    buffers: list[Pixels] = []
+    pending: deque[Future[list[Row]]] = deque()
+    stopped = threading.Event()
+
+    def read_and_decode(source: Input, pixels: Pixels) -> str | None:
+        if stopped.is_set():
+            return "interrupted"
+        try:
+            content = read_bytes(source, pipeline.rules.max_bytes)
+            pixels[...] = decode(content, pipeline.preprocessing, pipeline.rules)
+        except ImageError as error:
+            pixels[...] = 0
+            return str(error)
+        return None
+
+    def finish(sources: list[Input], pixels: Pixels, decodes: list[Future[str | None]]) -> list[Row]:
+        errors = [decoded.result() for decoded in decodes]
+        if stopped.is_set():
+            return []
+        pixels[len(sources) :] = 0
+        outputs = engine(pixels)
+        buffers.append(pixels)
+        return [
+            Row(
+                source.name,
+                {} if error else {name: array[i] for name, array in outputs.items()},
+                error,
+            )
+            for i, (source, error) in enumerate(zip(sources, errors, strict=True))
+        ]
+
+    decoders = ThreadPoolExecutor(workers, "r2n-decode")
+    runner = ThreadPoolExecutor(1, "r2n-engine")
+    remaining = iter(inputs)
+    try:
+        while sources := list(islice(remaining, batch_size)):
+            pixels = (
+                buffers.pop() if buffers else np.empty((batch_size, side, side, 3), dtype=np.uint8)
+            )
+            decodes = [
+                decoders.submit(read_and_decode, source, pixels[i])
+                for i, source in enumerate(sources)
+            ]
+            pending.append(runner.submit(finish, sources, pixels, decodes))
+            while pending and (len(pending) >= ahead or pending[0].done()):
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    finally:
+        stopped.set()
+        runner.shutdown(cancel_futures=True)
+        decoders.shutdown(cancel_futures=True)
+
+
+def classification(row: Row, topk: int, labels: Labels | None) -> Classification:
+    """A row's logits as its `topk` most probable classes (ties: the lower index first)."""
+    if row.error is not None:
+        return Classification(row.name, (), row.error)
+    logits = row.outputs[LOGITS].astype(np.float64)
+    exponentials = np.exp(logits - logits.max())
+    probabilities = (exponentials / exponentials.sum()).astype(np.float32)
+    best = np.argsort(-logits, kind="stable")[:topk]
+    return Classification(
+        row.name,
+        tuple(
+            Prediction(
+                index=int(index),
+                wnid=labels.wnids[index] if labels and labels.wnids else None,
+                label=labels.labels[index] if labels else None,
+                probability=float(probabilities[index]),
+            )
+            for index in best
+        ),
+    )
+
+
+def as_sequence(paths: Sequence[PathLike] | PathLike) -> Sequence[PathLike]:
+    """`paths` as a sequence: one path is a sequence of one."""
+    return [paths] if isinstance(paths, str | os.PathLike) else paths
+
+
+def _check(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} {value!r}: expected one of {', '.join(choices)}")
+
+
+def _no_such_layer(layer: str, layers: list[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(layer, layers, n=3, cutoff=0.4)
+    hint = f"Did you mean {', '.join(near)}? " if near else ""
+    return f"no layer {layer!r}. {hint}r2n extract --list-layers prints all of them"
+
+
+def _ignore(_warning: str) -> None: ...

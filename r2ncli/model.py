@@ -1,0 +1,196 @@
+"""The Res2Net network (Gao et al., arXiv:1904.01169), with the published key names.
+
+A bottleneck block whose 3x3 convolution is replaced by `scale` smaller ones in a
+hierarchy: each takes its own split of the channels plus what the one before it gave.
+State-dict names and their order are those of the published checkpoints, and the
+top-level children stand in forward order, so that code written for the published class
+(``net.relu(net.bn1(net.conv1(x)))``, layer getters, forward hooks) works unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from r2ncli.architectures import EXPANSION, Architecture
+
+
+class Bottle2neck(nn.Module):
+    """One block: 1x1, `scale` hierarchical 3x3 convolutions, 1x1, and the shortcut.
+
+    Parameters
+    ----------
+    in_channels : int
+        Channels of the input [N, in_channels, H, W].
+    planes : int
+        The output is [N, 4 * planes, H / stride, W / stride].
+    stride : int
+        Of the 3x3 convolutions.
+    downsample : nn.Sequential or None
+        The shortcut where the input's shape is not the output's.
+    first : bool
+        Whether the block begins a stage. Such a block adds nothing from split to split,
+        and its last split goes through a 3x3 average pool (section 3.1 leaves this open;
+        it is so in the published networks, in layer1 too).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        architecture: Architecture,
+        stride: int = 1,
+        downsample: nn.Sequential | None = None,
+        first: bool = False,
+    ) -> None:
+        super().__init__()
+        width, scale = architecture.split_width(planes), architecture.scale
+        self.conv1 = nn.Conv2d(in_channels, width * scale, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width * scale)
+        if first:
+            self.pool = nn.AvgPool2d(3, stride, padding=1)
+        groups = architecture.cardinality
+        self.convs = nn.ModuleList(
+            nn.Conv2d(width, width, 3, stride, padding=1, groups=groups, bias=False)
+            for _ in range(scale - 1)
+        )
+        self.bns = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(scale - 1))
+        self.conv3 = nn.Conv2d(width * scale, planes * EXPANSION, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(planes * EXPANSION)
+        self.relu = nn.ReLU()  # not in place: a hook on a batch norm keeps what it has seen
+        self.downsample = downsample
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        splits = self.relu(self.bn1(self.conv1(x))).chunk(len(self.convs) + 1, dim=1)
+
+        outputs: list[Tensor] = []
+        for split, conv, bn in zip(splits[:-1], self.convs, self.bns, strict=True):
+            carried = split if self.first or not outputs else split + outputs[-1]
+            outputs.append(self.relu(bn(conv(carried))))
+        outputs.append(self.pool(splits[-1]) if self.first else splits[-1])
+
+        out: Tensor = self.relu(self.bn3(self.conv3(torch.cat(outputs, dim=1))) + shortcut)
+        return out
+
+
+class Res2Net(nn.Module):
+    """A Res2Net classifier.
+
+    Takes RGB pictures, float [N, 3, H, W], normalised by the ImageNet mean and standard
+    deviation (`Preprocessing`), and gives logits [N, classes]. Any H and W from 32 will do.
+
+    Parameters
+    ----------
+    architecture : Architecture
+        The network's shape. Weights start as He initialisation (fan-out), classifier aside.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.conv1 = _stem(architecture.stem)
+        self.bn1 = nn.BatchNorm2d(architecture.stem[-1])
+        self.relu = nn.ReLU()
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        channels = architecture.stem[-1]
+        for number, (planes, blocks) in enumerate(
+            zip(architecture.stage_planes, architecture.layers, strict=True), start=1
+        ):
+            stride = 1 if number == 1 else 2
+            stage = _stage(architecture, channels, planes, blocks, stride)
+            self.add_module(f"layer{number}", stage)
+            channels = planes * EXPANSION
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, architecture.classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
+        return logits
+
+
+def conv_bn_pairs(network: Res2Net) -> Iterator[tuple[str, str]]:
+    """Names of each convolution and the batch norm that alone takes its output.
+
+    A compiled form of the network folds the second into the first.
+    """
+    if len(network.architecture.stem) == 3:
+        yield from [("conv1.0", "conv1.1"), ("conv1.3", "conv1.4"), ("conv1.6", "bn1")]
+    else:
+        yield "conv1", "bn1"
+    for name, module in network.named_modules():
+        if not isinstance(module, Bottle2neck):
+            continue
+        yield f"{name}.conv1", f"{name}.bn1"
+        yield from ((f"{name}.convs.{i}", f"{name}.bns.{i}") for i in range(len(module.convs)))
+        yield f"{name}.conv3", f"{name}.bn3"
+        if module.downsample is not None:
+            last = len(module.downsample) - 1
+            yield f"{name}.downsample.{last - 1}", f"{name}.downsample.{last}"
+
+
+def layer_shapes(architecture: Architecture, image_size: int) -> dict[str, tuple[int, ...]]:
+    """Shape of each layer's output for one picture, by its name in `named_modules()`.
+
+    A layer is a module that gives exactly one tensor in a forward pass; a block's `relu`,
+    which runs several times, is none. Shapes are without the batch axis: (C, H, W) or (C,).
+    """
+    with torch.device("meta"):
+        network = Res2Net(architecture).eval()
+        pixels = torch.empty(1, 3, image_size, image_size)
+    seen: dict[str, list[tuple[int, ...]]] = {}
+    for name, module in network.named_modules():
+        if name:
+            seen[name] = []
+            module.register_forward_hook(
+                lambda _module, _inputs, output, shapes=seen[name]: shapes.append(
+                    tuple(output.shape[1:])
+                )
+            )
+    network(pixels)
+    return {name: shapes[0] for name, shapes in seen.items() if len(shapes) == 1}
+
+
+def _stem(channels: tuple[int, ...]) -> nn.Module:
+    """One 7x7 convolution (v1), or three 3x3 ones (v1b); stride 2 in the first."""
+    if len(channels) == 1:
+        return nn.Conv2d(3, channels[0], 7, stride=2, padding=3, bias=False)
+    first, second, third = channels
+    return nn.Sequential(
+        nn.Conv2d(3, first, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(first),
+        nn.ReLU(),
+        nn.Conv2d(first, second, 3, padding=1, bias=False),
+        nn.BatchNorm2d(second),
+        nn.ReLU(),
+        nn.Conv2d(second, third, 3, padding=1, bias=False),
+    )
+
+
+def _stage(
+    architecture: Architecture, in_channels: int, planes: int, blocks: int, stride: int
+) -> nn.Sequential:
+    """`blocks` blocks, the first of which strides and changes the number of channels."""
+    out_channels = planes * EXPANSION
+    downsample = None
+    if stride != 1 or in_channels != out_channels:
+        projection_stride = 1 if architecture.average_pool_shortcut else stride
+        shortcut: list[nn.Module] = [
+            nn.Conv2d(in_channels, out_channels, 1, projection_stride, bias=False),
+            nn.BatchNorm2d(out_channels),
+        ]
+        if architecture.average_pool_shortcut:
+            pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
+            shortcut.insert(0, pool)
+        downsample = nn.Sequential(*shortcut)
+    first = Bottle2neck(in_channels, planes, architecture, stride, downsample, first=True)
+    rest = [Bottle2neck(out_channels, planes, architecture) for _ in range(blocks - 1)]
+    return nn.Sequential(first, *rest)

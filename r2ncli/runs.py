@@ -1,0 +1,375 @@
+"""One run from arguments to finished OUT: record, lock, blocks, resume.
+
+The command line and Python call the same two functions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import zip_longest
+from os import PathLike as OsPathLike
+from pathlib import Path
+from typing import Any, Unpack
+
+from PIL import features as pillow_features
+
+from r2ncli import __version__
+from r2ncli.errors import OutputError, UsageError
+from r2ncli.inference import (
+    Features,
+    Pipeline,
+    PipelineOptions,
+    Progress,
+    Row,
+    as_sequence,
+    classification,
+    no_image_found,
+    open_classifier,
+    open_pipeline,
+    run,
+)
+from r2ncli.sources import Input, PathLike, Walk
+from r2ncli.writers import (
+    CsvFormat,
+    Format,
+    Hdf5Format,
+    PartialOutput,
+    read_names,
+    read_record,
+)
+
+SCHEMA = 1
+DTYPES = ("float32", "float16")
+
+OnProgress = Callable[[Progress], None]
+Warn = Callable[[str], None]
+
+
+def classify_to(
+    output: str | OsPathLike[str],
+    paths: Sequence[PathLike] | PathLike = (),
+    *,
+    topk: int = 5,
+    overwrite: bool = False,
+    resume: bool = False,
+    on_warning: Warn | None = None,
+    on_progress: OnProgress | None = None,
+    **options: Unpack[PipelineOptions],
+) -> dict[str, Any]:
+    """Classify every picture among `paths` into the CSV file `output`.
+
+    Parameters
+    ----------
+    output : path
+        Ends in ``.csv``. While the run goes on its finished blocks are in ``OUT.partial/``.
+    paths : path or sequence of paths
+        Pictures and folders of pictures; none means the current folder.
+    topk : int
+        Classes a picture; at most the network's number of them.
+    overwrite, resume : bool
+        Start again over what is there, or go on with it.
+    on_warning, on_progress : callable, optional
+        Take a sentence, and a `Progress` after each picture.
+    **options
+        As for `open_pipeline`.
+
+    Returns
+    -------
+    dict
+        The run record, as in ``OUT.run.json``.
+
+    Raises
+    ------
+    R2NError
+        Before anything is written if an argument does not fit; later if the device or the
+        disk fails: finished blocks are kept then.
+    """
+    out = _checked_output(output, (".csv",), overwrite, resume)
+    walk = Walk(as_sequence(paths), on_warning or _ignore)
+    pipeline = open_classifier(topk, **options)
+    return _run_to(
+        out,
+        walk,
+        pipeline,
+        csv_format(pipeline, topk),
+        lambda row: classification(row, topk, pipeline.labels),
+        run_record("classify", pipeline, topk=min(topk, pipeline.classes)),
+        resume,
+        on_progress or _ignore,
+    )
+
+
+def extract_to(
+    output: str | OsPathLike[str],
+    paths: Sequence[PathLike] | PathLike = (),
+    *,
+    layers: Sequence[str] = ("layer4",),
+    pool: str = "avg",
+    dtype: str = "float32",
+    overwrite: bool = False,
+    resume: bool = False,
+    on_warning: Warn | None = None,
+    on_progress: OnProgress | None = None,
+    **options: Unpack[PipelineOptions],
+) -> dict[str, Any]:
+    """Extract the features of every picture among `paths` into the HDF5 file `output`.
+
+    Parameters
+    ----------
+    output : path
+        Ends in ``.h5``. While the run goes on its finished blocks are in ``OUT.partial/``.
+    paths : path or sequence of paths
+        Pictures and folders of pictures; none means the current folder.
+    layers : sequence of str
+        Names of modules, as ``r2n extract --list-layers`` prints them.
+    pool : str
+        ``avg`` or ``max`` over height and width, or ``none`` for whole feature maps.
+    dtype : str
+        ``float32`` or ``float16``, as stored.
+    overwrite, resume : bool
+        Start again over what is there, or go on with it.
+    on_warning, on_progress : callable, optional
+        Take a sentence, and a `Progress` after each picture.
+    **options
+        As for `open_pipeline`.
+
+    Returns
+    -------
+    dict
+        The run record, as in the file's root attributes.
+
+    Raises
+    ------
+    R2NError
+        Before anything is written if an argument does not fit; later if the device or the
+        disk fails: finished blocks are kept then.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    out = _checked_output(output, (".h5",), overwrite, resume)
+    walk = Walk(as_sequence(paths), on_warning or _ignore)
+    pipeline = open_pipeline(layers, pool, **options)
+    return _run_to(
+        out,
+        walk,
+        pipeline,
+        Hdf5Format(pipeline.shapes, dtype),
+        lambda row: Features(row.name, row.outputs, row.error),
+        run_record("extract", pipeline, layers=list(pipeline.shapes), pool=pool, dtype=dtype),
+        resume,
+        on_progress or _ignore,
+    )
+
+
+def csv_format(pipeline: Pipeline, topk: int) -> CsvFormat:
+    """The columns that a checkpoint's labels allow; k clamped to its classes."""
+    labels = pipeline.labels
+    return CsvFormat(
+        min(topk, pipeline.classes),
+        with_wnids=labels is not None and labels.wnids is not None,
+        with_labels=labels is not None,
+    )
+
+
+# --- the record -----------------------------------------------------------------------
+
+
+def run_record(command: str, pipeline: Pipeline, **settings: Any) -> dict[str, Any]:
+    """What is known of a run before it starts, its fingerprint included."""
+    description = pipeline.engine.description
+    record: dict[str, Any] = {
+        "schema": SCHEMA,
+        "command": command,
+        "versions": {
+            "r2n": __version__,
+            "engine": description.library,
+            "pillow": version("pillow"),
+            "libjpeg": pillow_features.version("libjpeg_turbo")
+            or pillow_features.version("jpg"),
+            "numpy": version("numpy"),
+            "h5py": version("h5py"),
+            "python": ".".join(map(str, sys.version_info[:3])),
+        },
+        "checkpoint": {
+            "file": str(pipeline.checkpoint),
+            "sha256": pipeline.sha256,
+            "variant": pipeline.variant,
+        },
+        **settings,
+        "preprocessing": asdict(pipeline.preprocessing),
+        "decode_rules": asdict(pipeline.rules),
+        "device": {
+            "name": description.device,
+            "kind": description.device_kind,
+            "model": description.device_model,
+        },
+        "backend": description.backend,
+        "precision": description.precision,
+        "batch_size": description.batch_size,
+        "threads": pipeline.workers,
+        "shard": None,
+    }
+    record = json.loads(json.dumps(record))  # tuples as the lists that they are read back as
+    record["fingerprint"] = fingerprint(record)
+    return record
+
+
+def fingerprint(record: dict[str, Any]) -> str:
+    """A digest of what decides the values: equal fingerprints, equal bytes."""
+    settings = json.dumps(deciding_settings(record), sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()
+
+
+def deciding_settings(record: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a record that decide the values, flat, under the names users know."""
+    flat: dict[str, Any] = {}
+    for key in ("command", "layers", "pool", "dtype", "topk", "backend", "precision", "batch_size"):
+        if key in record:
+            flat[key] = record[key]
+    kept = {
+        "checkpoint": ("sha256", "variant"),
+        "device": ("kind", "model"),
+        "versions": ("r2n", "engine", "pillow", "libjpeg"),
+    }
+    for group in ("checkpoint", "device", "versions", "preprocessing", "decode_rules"):
+        for key, value in record.get(group, {}).items():
+            if key in kept.get(group, (key,)):
+                flat[f"{group} {key}"] = value
+    return flat
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# --- the run ----------------------------------------------------------------------------
+
+
+def _checked_output(
+    output: str | OsPathLike[str], suffixes: tuple[str, ...], overwrite: bool, resume: bool
+) -> Path:
+    """`output` as a path that a run may begin with, before anything else runs."""
+    out = Path(output)
+    if out.suffix.lower() not in suffixes:
+        raise UsageError(
+            f"{out}: an output of this command ends in {' or '.join(suffixes)}"
+        )
+    if overwrite and resume:
+        raise UsageError("--overwrite starts again and --resume goes on: give one of them")
+    if not out.parent.is_dir():
+        raise OutputError(f"{out}: cannot be written: there is no folder {out.parent}")
+    if out.is_dir():
+        raise OutputError(f"{out}: cannot be written: it is a folder")
+    partial = out.with_name(out.name + ".partial")
+    if not overwrite and not resume:
+        for there, what in ((partial, "an unfinished run"), (out, "a finished output")):
+            if there.exists():
+                raise OutputError(
+                    f"{there} exists, {what}. --overwrite starts again, --resume goes on with it"
+                )
+    return out
+
+
+def _run_to(
+    out: Path,
+    walk: Walk,
+    pipeline: Pipeline,
+    format: Format,
+    to_result: Callable[[Row], Any],
+    record: dict[str, Any],
+    resume: bool,
+    on_progress: OnProgress,
+) -> dict[str, Any]:
+    with PartialOutput(out, format) as partial, walk:
+        inputs = iter(walk)
+        done = failed = 0
+        begun = partial.record() if resume else None
+        if begun is not None:
+            _check_resumable(begun, record, partial.folder)
+            record["start"] = begun["start"]
+            done, failed = _skip_done(partial, inputs)
+        elif resume and out.exists():
+            _check_resumable(read_record(out), record, out)
+            _check_same_names(out, inputs)
+            return read_record(out)
+        else:
+            record["start"] = _now()
+            inputs = _nonempty(inputs)
+            partial.begin(record)
+        try:
+            for row in run(inputs, pipeline):
+                partial.append(to_result(row))
+                done += 1
+                failed += row.error is not None
+                on_progress(Progress(row.name, row.error, done, failed, walk.found, walk.ended))
+        except OutputError:
+            raise
+        except BaseException:  # Ctrl-C, a failed device: keep what is there
+            partial.flush()
+            raise
+        record["counts"] = {"inputs": done, "ok": done - failed, "failed": failed}
+        record["end"] = _now()
+        partial.finish(record)
+    return record
+
+
+def _nonempty(inputs: Iterator[Input]) -> Iterator[Input]:
+    """`inputs`, after making sure that there is one: nothing is begun for nothing."""
+    first = next(inputs, None)
+    if first is None:
+        raise no_image_found()
+
+    def chained() -> Iterator[Input]:
+        yield first
+        yield from inputs
+
+    return chained()
+
+
+def _check_resumable(begun: dict[str, Any], record: dict[str, Any], where: Path) -> None:
+    """Raise unless both records decide the same values; the error names what differs."""
+    if begun.get("fingerprint") == record["fingerprint"]:
+        return
+    then, now = deciding_settings(begun), deciding_settings(record)
+    differing = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    changes = "; ".join(f"{key} was {then.get(key)}, is {now.get(key)}" for key in differing)
+    raise OutputError(
+        f"{where}: cannot be resumed: {changes or 'it has no run record'}. "
+        "Give the same settings, or --overwrite to start again"
+    )
+
+
+def _skip_done(partial: PartialOutput, inputs: Iterator[Input]) -> tuple[int, int]:
+    """Walk past the finished rows, comparing each name; how many there are, and how many failed."""
+    failed = 0
+    for done_name, was_failed in partial.names():
+        found = next(inputs, None)
+        if found is None or found.name != done_name:
+            raise OutputError(_differing_name(partial.folder, done_name, found and found.name))
+        partial.done += 1
+        failed += was_failed
+    return partial.done, failed
+
+
+def _check_same_names(out: Path, inputs: Iterator[Input]) -> None:
+    for done_name, found in zip_longest(read_names(out), inputs):
+        if found is None or found.name != done_name:
+            raise OutputError(_differing_name(out, done_name, found and found.name))
+
+
+def _differing_name(where: Path, done_name: str | None, found_name: str | None) -> str:
+    return (
+        f"{where}: cannot be resumed: the inputs changed: it has "
+        f"{done_name if done_name is not None else 'no more rows'}, "
+        f"here is {found_name if found_name is not None else 'no more input'}. "
+        "--overwrite starts again"
+    )
+
+
+def _ignore(_: object) -> None: ...

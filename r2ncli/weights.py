@@ -1,0 +1,321 @@
+"""A checkpoint as tensors: load it safely, unwrap it, identify it, build the network.
+
+Every load is ``weights_only=True``: nothing in a file is executed. What a network is, is
+read from its tensors and never from its file's name.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from r2ncli.architectures import EXPANSION, PUBLISHED, Architecture, Preprocessing
+from r2ncli.checkpoints import (
+    Labels,
+    OnProgress,
+    checked_sha256,
+    container,
+    find_checkpoint,
+    labels_of,
+    preprocessing_of,
+    read_metadata,
+)
+from r2ncli.errors import CheckpointError
+from r2ncli.model import Res2Net
+
+StateDict = dict[str, Tensor]
+Weights = str | os.PathLike[str] | None
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
+MARK = "layer1.0.conv1.weight"  # every Res2Net has it: it tells wrappers and prefixes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, loaded: its network and what its file says of it.
+
+    `variant` is the published network's name, ``demo``, or the architecture in words.
+    """
+
+    path: Path
+    sha256: str
+    variant: str
+    network: Res2Net
+    labels: Labels | None
+    preprocessing: Preprocessing
+
+
+def load_checkpoint(
+    weights: Weights = None,
+    *,
+    download: bool = True,
+    on_progress: OnProgress | None = None,
+) -> Checkpoint:
+    """Find, check and load what `weights` means (see `find_checkpoint`).
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint is absent, altered, or no Res2Net.
+    """
+    path = find_checkpoint(weights, download=download, on_progress=on_progress)
+    container(path)
+    digest = checked_sha256(path)
+    state_dict = load_state_dict(path)
+    architecture = identify(state_dict, path)
+    metadata = read_metadata(path)
+    return Checkpoint(
+        path=path,
+        sha256=digest,
+        variant=metadata.get("variant") or variant_name(architecture),
+        network=build(architecture, state_dict),
+        labels=labels_of(metadata, architecture.classes, path),
+        preprocessing=preprocessing_of(metadata, path),
+    )
+
+
+def load_model(path_or_name: str | os.PathLike[str]) -> Res2Net:
+    """The plain network of a checkpoint: in eval mode, float32, on the CPU.
+
+    Parameters
+    ----------
+    path_or_name : str or path
+        A checkpoint file, a published network's name (downloaded if it must be), or
+        ``demo``.
+
+    Returns
+    -------
+    Res2Net
+        Takes float32 [N, 3, H, W], RGB normalised by mean and standard deviation, and
+        gives logits [N, classes].
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint is absent, altered, or no Res2Net.
+    """
+    return load_checkpoint(path_or_name).network
+
+
+def load_state_dict(path: Path) -> StateDict:
+    """The tensors of a checkpoint file by the published names, wrappers and prefixes taken off.
+
+    Raises
+    ------
+    CheckpointError
+        The file cannot be read, asks to execute something, or holds no state dict.
+    """
+    return unwrap(_load(path), path)
+
+
+def unwrap(loaded: object, source: Path) -> StateDict:
+    """The state dict inside `loaded`: out of its wrapper, its keys without a common prefix."""
+    while isinstance(loaded, Mapping) and not any(isinstance(v, Tensor) for v in loaded.values()):
+        inner = next((loaded[key] for key in WRAPPERS if key in loaded), None)
+        if inner is None:
+            keys = ", ".join(repr(key) for key in list(loaded)[:5])
+            raise CheckpointError(f"{source}: holds no state dict (its keys: {keys or 'none'})")
+        loaded = inner
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(
+            f"{source}: holds a {type(loaded).__name__}, expected a state dict of tensors"
+        )
+    tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    marks = [key for key in tensors if key == MARK or key.endswith("." + MARK)]
+    prefix = min(marks, key=len).removesuffix(MARK) if marks else ""
+    return {key.removeprefix(prefix): value for key, value in tensors.items()}
+
+
+def identify(state_dict: StateDict, source: Path) -> Architecture:
+    """The architecture whose names and shapes `state_dict` has.
+
+    Raises
+    ------
+    CheckpointError
+        The tensors are not a Res2Net's; the message names what differs.
+    """
+    architecture = _guess(state_dict)
+    if architecture is None:
+        found = ", ".join(list(state_dict)[:3]) or "none"
+        raise CheckpointError(f"{source}: these tensors are no Res2Net's (names such as {found})")
+    differences = compare(architecture, state_dict)
+    if differences:
+        more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise CheckpointError(
+            f"{source}: looks like {architecture.describe()}, but {'; '.join(differences[:3])}{more}"
+        )
+    return architecture
+
+
+def compare(architecture: Architecture, state_dict: StateDict) -> list[str]:
+    """What differs between a state dict and an architecture's, one phrase each."""
+    expected = expected_shapes(architecture)
+    differences = [
+        f"{name} is missing"
+        for name in expected
+        if name not in state_dict and not name.endswith("num_batches_tracked")
+    ]
+    for name, tensor in state_dict.items():
+        if name not in expected:
+            differences.append(f"{name} is unexpected")
+        elif tuple(tensor.shape) != expected[name]:
+            differences.append(f"{name} is {list(tensor.shape)}, expected {list(expected[name])}")
+    return differences
+
+
+def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of an architecture's state dict, in the published order."""
+    with torch.device("meta"):
+        network = Res2Net(architecture)
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def variant_name(architecture: Architecture) -> str:
+    """The published network's name, or the architecture in words."""
+    for network in PUBLISHED.values():
+        if network.architecture == architecture:
+            return network.name
+    return architecture.describe()
+
+
+def build(architecture: Architecture, state_dict: StateDict) -> Res2Net:
+    """The network with these weights: in eval mode, float32, on the CPU."""
+    with torch.device("meta"):
+        network = Res2Net(architecture)
+    network.to_empty(device="cpu")
+    counters = {
+        name: torch.tensor(0) for name in network.state_dict() if name.endswith("batches_tracked")
+    }
+    network.load_state_dict(counters | state_dict, strict=True)  # copies: half becomes float32
+    return network.eval()
+
+
+def _load(path: Path) -> object:
+    kind = container(path)
+    try:
+        if kind == "safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"(?:GLOBAL|global|class|function) `?([\w.]+\.[\w.]+)", str(error))
+        wants = f"it asks for {named[1]}" if named else "it holds more than tensors"
+        raise CheckpointError(
+            f"{path}: refused, nothing of it was executed: {wants}, which a state dict never needs"
+        ) from error
+    except Exception as error:  # a damaged container fails in many ways, none of them ours
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: damaged, cannot be loaded: {first_line}") from error
+
+
+def _guess(state_dict: StateDict) -> Architecture | None:
+    """The architecture that the shapes of a few tensors suggest."""
+    try:
+        layers: list[int] = []
+        planes: list[int] = []
+        widths: list[int] = []
+        for stage in range(1, 5):
+            blocks = {
+                int(match[1])
+                for name in state_dict
+                if (match := re.match(rf"layer{stage}\.(\d+)\.", name))
+            }
+            layers.append(len(blocks))
+            planes.append(state_dict[f"layer{stage}.0.conv3.weight"].shape[0] // EXPANSION)
+            widths.append(state_dict[f"layer{stage}.0.bns.0.weight"].shape[0])
+        splits = sum(bool(re.match(r"layer1\.0\.convs\.\d+\.weight", name)) for name in state_dict)
+        first = state_dict["layer1.0.convs.0.weight"]
+        cardinality = first.shape[0] // first.shape[1]
+        # the smallest whole base width whose rounded-down splits are these widths
+        base_width = max(
+            -(-width // cardinality * 64 // plane)
+            for width, plane in zip(widths, planes, strict=True)
+        )
+        deep = "conv1.6.weight" in state_dict
+        stem = ("conv1.0.weight", "conv1.3.weight", "conv1.6.weight") if deep else ("conv1.weight",)
+        return Architecture(
+            layers=(layers[0], layers[1], layers[2], layers[3]),
+            base_width=base_width,
+            scale=splits + 1,
+            cardinality=cardinality,
+            stem=tuple(state_dict[name].shape[0] for name in stem),
+            average_pool_shortcut="layer1.0.downsample.2.weight" in state_dict,
+            stage_planes=(planes[0], planes[1], planes[2], planes[3]),
+            classes=state_dict["fc.weight"].shape[0],
+        )
+    except (KeyError, IndexError, ZeroDivisionError, ValueError):
+        return None
+
+
+# --- the published networks, by name --------------------------------------------------
+
+
+def published_network(name: str, weights: Weights = None) -> Res2Net:
+    """The published network `name` in eval mode: with these weights, or untrained (None).
+
+    Raises
+    ------
+    CheckpointError
+        The weights are absent, or another network's (another class count is fine).
+    """
+    architecture = PUBLISHED[name].architecture
+    if weights is None:
+        return Res2Net(architecture).eval()
+    checkpoint = load_checkpoint(weights)
+    found = checkpoint.network.architecture
+    if replace(found, classes=architecture.classes) != architecture:
+        raise CheckpointError(f"{checkpoint.path}: holds {found.describe()}, expected {name}")
+    return checkpoint.network
+
+
+def res2net50_v1b_26w_4s(weights: Weights = None) -> Res2Net:
+    """Res2Net50-v1b 26w-4s, 1000 classes."""
+    return published_network("res2net50_v1b_26w_4s", weights)
+
+
+def res2net101_v1b_26w_4s(weights: Weights = None) -> Res2Net:
+    """Res2Net101-v1b 26w-4s, 1000 classes."""
+    return published_network("res2net101_v1b_26w_4s", weights)
+
+
+def res2net50_26w_4s(weights: Weights = None) -> Res2Net:
+    """Res2Net50 26w-4s, 1000 classes."""
+    return published_network("res2net50_26w_4s", weights)
+
+
+def res2net50_48w_2s(weights: Weights = None) -> Res2Net:
+    """Res2Net50 48w-2s, 1000 classes."""
+    return published_network("res2net50_48w_2s", weights)
+
+
+def res2net50_14w_8s(weights: Weights = None) -> Res2Net:
+    """Res2Net50 14w-8s, 1000 classes."""
+    return published_network("res2net50_14w_8s", weights)
+
+
+def res2net50_26w_6s(weights: Weights = None) -> Res2Net:
+    """Res2Net50 26w-6s, 1000 classes."""
+    return published_network("res2net50_26w_6s", weights)
+
+
+def res2net50_26w_8s(weights: Weights = None) -> Res2Net:
+    """Res2Net50 26w-8s, 1000 classes."""
+    return published_network("res2net50_26w_8s", weights)
+
+
+def res2net101_26w_4s(weights: Weights = None) -> Res2Net:
+    """Res2Net101 26w-4s, 1000 classes."""
+    return published_network("res2net101_26w_4s", weights)
+
+
+def res2next50(weights: Weights = None) -> Res2Net:
+    """Res2NeXt50 4w-4s, 1000 classes."""
+    return published_network("res2next50", weights)
