@@ -58,26 +58,48 @@ class Architecture:
         return f"{family}{depth}{version} {self.base_width}w-{self.scale}s, {self.classes} classes"
 
 
+CROPS = ("centre", "square", "none")
+
+
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes the network's input.
+    """How a picture becomes the network's input of `image_size` x `image_size`.
 
-    The short side is resized to `resize_size` (bilinear, antialiased) and the centre
-    `image_size` x `image_size` kept; with `crop` False the whole picture is stretched to
-    that square instead. RGB values in [0, 1] then lose `mean` and are divided by `std`.
+    Attributes
+    ----------
+    image_size, resize_size : int
+        The network's input, and what the short side is resized to before the crop.
+    mean, std : tuple of float
+        RGB values in [0, 1] lose `mean` and are divided by `std`.
+    crop : str
+        ``centre``: as torchvision's Resize and CenterCrop, which round to whole pixels of
+        the resized picture. ``square``: the same part without rounding, so the exact
+        centre square where both sizes are equal. ``none``: the whole picture, stretched.
     """
 
     image_size: int = 224
     resize_size: int = 256
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    crop: bool = True
+    crop: str = "centre"
+
+    def __post_init__(self) -> None:
+        if not 32 <= self.image_size <= self.resize_size:
+            raise ValueError(
+                f"image_size {self.image_size}, resize_size {self.resize_size}: expected "
+                "32 <= image_size <= resize_size"
+            )
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError("mean and std must have three values each, std positive ones")
+        if self.crop not in CROPS:
+            raise ValueError(f"crop {self.crop!r}: expected one of {', '.join(CROPS)}")
 
     def resized(self, image_size: int | None, no_crop: bool) -> Preprocessing:
         """This preprocessing for another input size; the resize target keeps its ratio."""
         size = image_size or self.image_size
-        ratio = self.resize_size / self.image_size
-        return replace(self, image_size=size, resize_size=round(size * ratio), crop=not no_crop)
+        target = round(size * self.resize_size / self.image_size)
+        crop = "none" if no_crop else self.crop
+        return replace(self, image_size=size, resize_size=target, crop=crop)
 
 
 @dataclass(frozen=True)

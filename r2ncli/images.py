@@ -204,10 +204,14 @@ Box = tuple[float, float, float, float]
 def _crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> Box:
     """The part of a picture of `size` (width, height) that the network sees."""
     width, height = size
-    if not preprocessing.crop:
+    if preprocessing.crop == "none":
         return (0.0, 0.0, float(width), float(height))
-    # as torchvision's Resize and CenterCrop: the long side rounded down, the margin to even
     short, target, kept = min(size), preprocessing.resize_size, preprocessing.image_size
+    if preprocessing.crop == "square":
+        side = short * kept / target
+        left, top = (width - side) / 2, (height - side) / 2
+        return (left, top, left + side, top + side)
+    # as torchvision: the resized long side rounded down, the margins to the nearest (ties to even)
     resized_width, resized_height = target * width // short, target * height // short
     left, top = round((resized_width - kept) / 2), round((resized_height - kept) / 2)
     x, y = width / resized_width, height / resized_height
