@@ -1,8 +1,9 @@
 """r2n: image classification and feature extraction with the Res2Net family.
 
     import r2ncli
-    for picture in r2ncli.classify(["photos"], weights="demo"):
-        print(picture.path, picture.predictions)
+
+    for picture in r2ncli.classify("photos", weights="demo"):
+        print(picture.path, picture.predictions[:1] or picture.error)
 
 Importing this package is quick: torch is imported when a name that needs it is used.
 """
@@ -15,22 +16,74 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from r2ncli.architectures import PUBLISHED as PUBLISHED
+    from r2ncli.architectures import Architecture as Architecture
+    from r2ncli.architectures import Preprocessing as Preprocessing
+    from r2ncli.bench import bench as bench
+    from r2ncli.errors import CheckpointError as CheckpointError
+    from r2ncli.errors import DeviceError as DeviceError
+    from r2ncli.errors import InputNotFoundError as InputNotFoundError
+    from r2ncli.errors import OutputError as OutputError
     from r2ncli.errors import R2NError as R2NError
+    from r2ncli.errors import UsageError as UsageError
+    from r2ncli.inference import Classification as Classification
+    from r2ncli.inference import Features as Features
+    from r2ncli.inference import Prediction as Prediction
+    from r2ncli.inference import Progress as Progress
+    from r2ncli.inference import classify as classify
+    from r2ncli.inference import extract as extract
+    from r2ncli.model import Res2Net as Res2Net
+    from r2ncli.runs import classify_to as classify_to
+    from r2ncli.runs import extract_to as extract_to
+    from r2ncli.verification import verify_weights as verify_weights
     from r2ncli.weights import load_model as load_model
+    from r2ncli.weights import res2net50_14w_8s as res2net50_14w_8s
+    from r2ncli.weights import res2net50_26w_4s as res2net50_26w_4s
+    from r2ncli.weights import res2net50_26w_6s as res2net50_26w_6s
+    from r2ncli.weights import res2net50_26w_8s as res2net50_26w_8s
+    from r2ncli.weights import res2net50_48w_2s as res2net50_48w_2s
+    from r2ncli.weights import res2net50_v1b_26w_4s as res2net50_v1b_26w_4s
+    from r2ncli.weights import res2net101_26w_4s as res2net101_26w_4s
+    from r2ncli.weights import res2net101_v1b_26w_4s as res2net101_v1b_26w_4s
+    from r2ncli.weights import res2next50 as res2next50
 
-_HOMES = {
-    "Architecture": "architectures",
+_ROOMS = {
+    "architectures": ("Architecture", "Preprocessing"),
+    "errors": (
+        "R2NError",
+        "UsageError",
+        "InputNotFoundError",
+        "CheckpointError",
+        "DeviceError",
+        "OutputError",
+    ),
+    "model": ("Res2Net",),
+    "weights": (
+        "load_model",
+        "res2net50_v1b_26w_4s",
+        "res2net101_v1b_26w_4s",
+        "res2net50_26w_4s",
+        "res2net50_48w_2s",
+        "res2net50_14w_8s",
+        "res2net50_26w_6s",
+        "res2net50_26w_8s",
+        "res2net101_26w_4s",
+        "res2next50",
+    ),
+    "verification": ("verify_weights",),
+    "inference": ("classify", "extract", "Classification", "Prediction", "Features", "Progress"),
+    "runs": ("classify_to", "extract_to"),
+    "bench": ("bench",),
 }
+_HOME = {name: room for room, names in _ROOMS.items() for name in names}
 
-__all__ = [*_HOMES]
+__all__ = [*_HOME]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"r2ncli.{_HOMES[name]}"), name)
+    if name in _HOME:
+        return getattr(import_module(f"r2ncli.{_HOME[name]}"), name)
     raise AttributeError(f"module 'r2ncli' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*globals(), *__all__])

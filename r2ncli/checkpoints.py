@@ -22,7 +22,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPMessage
+from email.message import Message
+from http.client import HTTPException
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -252,14 +253,12 @@ def labels_of(metadata: dict[str, Any], classes: int, source: Path) -> Labels | 
 
 def preprocessing_of(metadata: dict[str, Any], source: Path) -> Preprocessing:
     """The preprocessing that `metadata` gives; ImageNet's where it gives none."""
-    given = metadata.get("preprocessing", {})
     try:
-        return Preprocessing(
-            **{
-                key: tuple(float(number) for number in value) if isinstance(value, list) else value
-                for key, value in given.items()
-            }
-        )
+        given: dict[str, Any] = {
+            key: tuple(float(number) for number in value) if isinstance(value, list) else value
+            for key, value in metadata.get("preprocessing", {}).items()
+        }
+        return Preprocessing(**given)
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{source}: its 'preprocessing' is unfit ({error}). Expected any of image_size, "
@@ -343,7 +342,8 @@ def download_file(address: str, destination: Path, on_progress: OnProgress | Non
         raise CheckpointError(f"cannot download {address}: {error}. {by_hand}") from error
     except (_DiskError, OSError) as error:
         raise CheckpointError(
-            f"{destination.parent}: cannot be written: {_words(error.__cause__ or error)}. {by_hand}"
+            f"{destination.parent}: cannot be written: {_words(error.__cause__ or error)}. "
+            f"{by_hand}"
         ) from error
     return destination
 
@@ -371,9 +371,7 @@ def _locked(partial: Path) -> Iterator[BinaryIO]:
                 return
 
 
-def _fetch(
-    address: str, file: BinaryIO, destination: Path, on_progress: OnProgress | None
-) -> None:
+def _fetch(address: str, file: BinaryIO, destination: Path, on_progress: OnProgress | None) -> None:
     """Append to `file` until the whole of `address` is there."""
     _reach(address)
     for attempt in range(1, ATTEMPTS + 1):
@@ -418,12 +416,12 @@ def _fetch(
     raise _DownloadFailedError(f"{reason}, {ATTEMPTS} times")
 
 
-def _continues(headers: HTTPMessage, status: int, received: int) -> bool:
+def _continues(headers: Message[str, str], status: int, received: int) -> bool:
     """Whether the answer goes on at byte `received`, as asked."""
     return status == 206 and headers.get("Content-Range", "").startswith(f"bytes {received}-")
 
 
-def _total_of(headers: HTTPMessage) -> int:
+def _total_of(headers: Message[str, str]) -> int:
     """The whole size in a ``Content-Range: bytes */N``; -1 where it is not said."""
     _, _, total = headers.get("Content-Range", "").rpartition("/")
     return int(total) if total.isdigit() else -1

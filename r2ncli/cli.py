@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -47,7 +47,7 @@ app = typer.Typer(
 Paths = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[PATHS]...", help="Pictures and folders.  [default: the current folder]"
+        metavar="PATHS", help="Pictures and folders.", show_default="the current folder"
     ),
 ]
 Weights = Annotated[
@@ -56,35 +56,35 @@ Weights = Annotated[
         "--weights",
         metavar="FILE|NAME|demo",
         help="A checkpoint file, a published name, or demo (ten CIFAR-10 classes, for trying "
-        "the tool).  [default: $R2N_WEIGHTS, else res2net50_v1b_26w_4s]",
+        "the tool).",
+        show_default="$R2N_WEIGHTS, else res2net50_v1b_26w_4s",
     ),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.  [default: auto]")
+    str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", show_default="auto")
 ]
-Backend = Annotated[str | None, typer.Option("--backend", help="torch.  [default: torch]")]
+Backend = Annotated[str | None, typer.Option("--backend", help="torch.", show_default="torch")]
 Precision = Annotated[
     str | None,
     typer.Option(
         "--precision",
-        help="auto (the fastest that keeps top-1), fp32, bf16 or fp16.  [default: auto]",
+        help="auto (the fastest that keeps top-1), fp32, bf16 or fp16.",
+        show_default="auto",
     ),
 ]
 BatchSize = Annotated[
     int | None,
     typer.Option(
-        "-b", "--batch-size", help="Pictures a batch.  [default: what suits the device]"
+        "-b", "--batch-size", help="Pictures a batch.", show_default="what suits the device"
     ),
 ]
 Workers = Annotated[
-    int | None, typer.Option("-j", "--workers", help="Decode threads.  [default: one a core]")
+    int | None, typer.Option("-j", "--workers", help="Decode threads.", show_default="one a core")
 ]
-Decode = Annotated[
-    str | None, typer.Option("--decode", help="auto or exact.  [default: auto]")
-]
+Decode = Annotated[str | None, typer.Option("--decode", help="auto or exact.", show_default="auto")]
 ImageSize = Annotated[
     int | None,
-    typer.Option("--image-size", help="The network's input, in pixels.  [default: as trained]"),
+    typer.Option("--image-size", help="The network's input, in pixels.", show_default="as trained"),
 ]
 NoCrop = Annotated[
     bool,
@@ -93,12 +93,12 @@ NoCrop = Annotated[
 MaxPixels = Annotated[
     int | None,
     typer.Option(
-        "--max-pixels", help="A picture of more is a failed row.  [default: 200 million]"
+        "--max-pixels", help="A picture of more is a failed row.", show_default="200 million"
     ),
 ]
 MaxBytes = Annotated[
     int | None,
-    typer.Option("--max-bytes", help="A file of more is a failed row.  [default: 512 MB]"),
+    typer.Option("--max-bytes", help="A file of more is a failed row.", show_default="512 MB"),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Start again over an output that exists.")
@@ -106,6 +106,7 @@ Overwrite = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with an output that was interrupted.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[
     bool, typer.Option("-q", "--quiet", help="No progress and no summary; failures still show.")
 ]
@@ -320,7 +321,8 @@ def classify(
             "-o",
             "--output",
             metavar="FILE.csv|-",
-            help="Write CSV there; - is stdout.  [default: lines to a terminal, CSV to a pipe]",
+            help="Write CSV there; - is stdout.",
+            show_default="lines to a terminal, CSV to a pipe",
         ),
     ] = None,
     weights: Weights = None,
@@ -446,15 +448,15 @@ def extract(
     layer: Annotated[
         list[str] | None,
         typer.Option(
-            "--layer", help="A layer's name; give it again for more.  [default: layer4]"
+            "--layer", help="A layer's name; give it again for more.", show_default="layer4"
         ),
     ] = None,
     pool: Annotated[
         str | None,
-        typer.Option("--pool", help="avg, max or none (whole feature maps).  [default: avg]"),
+        typer.Option("--pool", help="avg, max or none (whole feature maps).", show_default="avg"),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32 or float16.  [default: float32]")
+        str | None, typer.Option("--dtype", help="float32 or float16.", show_default="float32")
     ] = None,
     list_layers: Annotated[
         bool, typer.Option("--list-layers", help="Print every layer's name and shape, and end.")
@@ -527,6 +529,168 @@ def _list_layers(weights: str | None, image_size: int | None) -> int:
     for name, shape in shapes.items():
         typer.echo(f"{name:<{longest}}  {' x '.join(map(str, shape))}")
     return 0
+
+
+# --- verify-weights -----------------------------------------------------------------------
+
+
+@app.command(
+    "verify-weights",
+    epilog="Example:  r2n verify-weights res2net50_v1b_26w_4s-3cf99910.pth",
+)
+@_boundary
+def verify(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A checkpoint file.")],
+    json: Json = False,
+) -> int:
+    """Whether a checkpoint file is what it should be; nothing in it is executed."""
+    from r2ncli.verification import FAILED, WARNING, verify_weights
+
+    verification = verify_weights(file)
+    if json:
+        _print_json(verification.as_dict())
+    else:
+        rows = [
+            (check.name, check.status, check.found, check.expected) for check in verification.checks
+        ]
+        title = f"{verification.file}\nSHA-256 {verification.sha256}"
+        colours = {FAILED: "red", WARNING: "yellow"}
+        _print_table(title, ("check", "result", "found", "expected"), rows, colours=colours)
+    failed = [check for check in verification.checks if check.status == FAILED]
+    for check in failed:
+        expected = f", expected {check.expected}" if check.expected else ""
+        _say(f"r2n: {verification.file}: {check.name}: {check.found}{expected}")
+    return 4 if failed else 0
+
+
+# --- bench --------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example:  r2n bench ./photos --precision bf16 -b 1 -b 8")
+@_boundary
+def bench(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PATHS", help="Pictures.", show_default="generated JPEGs"),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="FILE|NAME|demo",
+            help="A checkpoint on this machine.",
+            show_default="random, which are as fast",
+        ),
+    ] = None,
+    device: Device = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option("--precision", help="Give it again for more.", show_default="auto and fp32"),
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option(
+            "-b",
+            "--batch-size",
+            help="Give it again for more.",
+            show_default="what suits the device",
+        ),
+    ] = None,
+    workers: Workers = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", help="How long each measurement takes.")
+    ] = 3.0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Images/s and latency of the model alone, and of every stage of the pipeline."""
+    from r2ncli.bench import bench as measure
+
+    report = measure(
+        paths or [],
+        seconds=seconds,
+        on_measuring=None if quiet else lambda words: _say(f"measuring {words}"),
+        **_given(
+            weights=weights,
+            device=device,
+            precisions=precision,
+            batch_sizes=batch_size,
+            workers=workers,
+        ),
+    )
+    if json:
+        _print_json(report.as_dict())
+        return 0
+    engine = report.engine
+    _print_table(
+        f"model alone, {report.weights} weights, {engine.device} ({engine.device_model}), "
+        f"{engine.library}",
+        ("precision", "batch", "images/s", "p50 ms", "p95 ms"),
+        [
+            (
+                speed.precision,
+                str(speed.batch_size),
+                f"{speed.images_per_second:,.1f}",
+                f"{speed.latency_p50_ms:,.1f}",
+                f"{speed.latency_p95_ms:,.1f}",
+            )
+            for speed in report.model
+        ],
+        right_from=1,
+    )
+    _print_table(
+        f"pipeline, {engine.precision}, batch {engine.batch_size}, {report.workers} decode "
+        f"threads, {report.pictures}",
+        ("stage", "images/s", "p50 ms", "p95 ms", ""),
+        [
+            (
+                stage.stage,
+                f"{stage.images_per_second:,.1f}",
+                "" if stage.latency_p50_ms is None else f"{stage.latency_p50_ms:,.1f}",
+                "" if stage.latency_p95_ms is None else f"{stage.latency_p95_ms:,.1f}",
+                "binds" if stage.stage == report.binding_stage else "",
+            )
+            for stage in report.stages
+        ],
+        right_from=1,
+    )
+    return 0
+
+
+# --- tables and JSON ------------------------------------------------------------------------
+
+
+def _print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right_from: int | None = None,
+    colours: dict[str, str] | None = None,
+) -> None:
+    """A table on stdout; a cell that is a key of `colours` is coloured on a terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(_plain_lines(title)), title_justify="left", box=box.SIMPLE_HEAD)
+    for number, column in enumerate(columns):
+        right = right_from is not None and number >= right_from
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_plain(cell), (colours or {}).get(cell, "")) for cell in row))
+    Console(highlight=False).print(table)
+
+
+def _plain_lines(text: str) -> str:
+    return "\n".join(map(_plain, text.splitlines()))
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    import json
+
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
 
 
 # --- the program --------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,9 @@ from r2ncli.engine import BACKENDS, POOLS, Engine, Pixels, pooled_shape
 from r2ncli.errors import ImageError, InputNotFoundError, UsageError
 from r2ncli.images import MAX_BYTES, MAX_PIXELS, DecodeRules, decode
 from r2ncli.sources import SUFFIXES, Input, PathLike, Walk, read_bytes
+
+if TYPE_CHECKING:
+    from r2ncli.weights import Checkpoint
 
 Array = npt.NDArray[np.float32]
 
@@ -78,10 +81,9 @@ class Progress:
     walk_ended: bool
 
 
-class PipelineOptions(TypedDict, total=False):
-    """Keywords that `classify`, `extract` and their `_to` forms share; see `open_pipeline`."""
+class ExecutionOptions(TypedDict, total=False):
+    """Keywords that say how a network is executed; see `open_pipeline`."""
 
-    weights: str | os.PathLike[str] | None
     device: str
     backend: str
     precision: str
@@ -92,6 +94,12 @@ class PipelineOptions(TypedDict, total=False):
     no_crop: bool
     max_pixels: int
     max_bytes: int
+
+
+class PipelineOptions(ExecutionOptions, total=False):
+    """Keywords that `classify`, `extract` and their `_to` forms share; see `open_pipeline`."""
+
+    weights: str | os.PathLike[str] | None
     on_download: OnProgress | None
 
 
@@ -126,17 +134,8 @@ def open_pipeline(
     pool: str = "avg",
     *,
     weights: str | os.PathLike[str] | None = None,
-    device: str = "auto",
-    backend: str = "torch",
-    precision: str = "auto",
-    batch_size: int | None = None,
-    workers: int | None = None,
-    decode: str = "auto",
-    image_size: int | None = None,
-    no_crop: bool = False,
-    max_pixels: int = MAX_PIXELS,
-    max_bytes: int = MAX_BYTES,
     on_download: OnProgress | None = None,
+    **options: Unpack[ExecutionOptions],
 ) -> Pipeline:
     """Load the weights and get a device ready.
 
@@ -148,6 +147,51 @@ def open_pipeline(
         ``avg`` or ``max`` over height and width, or ``none``.
     weights : str, path or None
         A checkpoint file, a published network's name, or ``demo`` (see `find_checkpoint`).
+    on_download : callable, optional
+        Called with a `DownloadProgress` while weights are downloaded.
+    **options
+        As for `assemble_pipeline`.
+
+    Raises
+    ------
+    UsageError, CheckpointError, DeviceError
+        An option, the weights or the device do not fit.
+    """
+    from r2ncli.engine.pytorch import find_device, find_precision
+    from r2ncli.weights import load_checkpoint
+
+    # what can be said before a large file is loaded, or even downloaded, is said before
+    _check_options(pool, **options)
+    find_precision(options.get("precision", "auto"), find_device(options.get("device", "auto")))
+    return assemble_pipeline(
+        load_checkpoint(weights, on_progress=on_download), layers, pool, **options
+    )
+
+
+def assemble_pipeline(
+    checkpoint: Checkpoint,
+    layers: Sequence[str],
+    pool: str = "avg",
+    *,
+    device: str = "auto",
+    backend: str = "torch",
+    precision: str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    decode: str = "auto",
+    image_size: int | None = None,
+    no_crop: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+) -> Pipeline:
+    """Get a device ready for a loaded checkpoint.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        A loaded one.
+    layers, pool
+        As for `open_pipeline`.
     device : str
         ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     backend : str
@@ -166,33 +210,15 @@ def open_pipeline(
         Stretch the whole picture to the input instead of cropping its centre.
     max_pixels, max_bytes : int
         A picture, or a file, beyond it is a failed row.
-    on_download : callable, optional
-        Called with a `DownloadProgress` while weights are downloaded.
 
     Raises
     ------
-    UsageError, CheckpointError, DeviceError
-        An option, the weights or the device do not fit.
+    UsageError, DeviceError
+        An option or the device does not fit.
     """
-    _check("pool", pool, POOLS)
-    _check("backend", backend, BACKENDS)
-    _check("decode", decode, DECODES)
-    for name, value in (
-        ("batch_size", batch_size),
-        ("workers", workers),
-        ("max_pixels", max_pixels),
-        ("max_bytes", max_bytes),
-    ):
-        if value is not None and value < 1:
-            raise UsageError(f"{name.replace('_', ' ')} must be at least 1, not {value}")
-    if image_size is not None and not 32 <= image_size <= 4096:
-        raise UsageError(f"image size must be from 32 to 4096, not {image_size}")
-
     from r2ncli.engine.pytorch import TorchEngine
     from r2ncli.model import layer_shapes
-    from r2ncli.weights import load_checkpoint
 
-    checkpoint = load_checkpoint(weights, on_progress=on_download)
     preprocessing = checkpoint.preprocessing.resized(image_size, no_crop)
     architecture = checkpoint.network.architecture
     shapes = layer_shapes(architecture, preprocessing.image_size)
@@ -360,7 +386,9 @@ def run(inputs: Iterable[Input], pipeline: Pipeline) -> Iterator[Row]:
             return str(error)
         return None
 
-    def finish(sources: list[Input], pixels: Pixels, decodes: list[Future[str | None]]) -> list[Row]:
+    def finish(
+        sources: list[Input], pixels: Pixels, decodes: list[Future[str | None]]
+    ) -> list[Row]:
         errors = [decoded.result() for decoded in decodes]
         if stopped.is_set():
             return []
@@ -426,9 +454,25 @@ def as_sequence(paths: Sequence[PathLike] | PathLike) -> Sequence[PathLike]:
     return [paths] if isinstance(paths, str | os.PathLike) else paths
 
 
-def _check(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name} {value!r}: expected one of {', '.join(choices)}")
+def _check_options(pool: str, **options: Unpack[ExecutionOptions]) -> None:
+    for name, value, choices in (
+        ("pool", pool, POOLS),
+        ("backend", options.get("backend", "torch"), BACKENDS),
+        ("decode", options.get("decode", "auto"), DECODES),
+    ):
+        if value not in choices:
+            raise UsageError(f"{name} {value!r}: expected one of {', '.join(choices)}")
+    for name, number in (
+        ("batch size", options.get("batch_size")),
+        ("workers", options.get("workers")),
+        ("max pixels", options.get("max_pixels")),
+        ("max bytes", options.get("max_bytes")),
+    ):
+        if number is not None and number < 1:
+            raise UsageError(f"{name} must be at least 1, not {number}")
+    size = options.get("image_size")
+    if size is not None and not 32 <= size <= 4096:
+        raise UsageError(f"image size must be from 32 to 4096, not {size}")
 
 
 def _no_such_layer(layer: str, layers: list[str]) -> str:

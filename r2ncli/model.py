@@ -96,16 +96,13 @@ class Res2Net(nn.Module):
         self.bn1 = nn.BatchNorm2d(architecture.stem[-1])
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        channels = architecture.stem[-1]
-        for number, (planes, blocks) in enumerate(
-            zip(architecture.stage_planes, architecture.layers, strict=True), start=1
-        ):
-            stride = 1 if number == 1 else 2
-            stage = _stage(architecture, channels, planes, blocks, stride)
-            self.add_module(f"layer{number}", stage)
-            channels = planes * EXPANSION
+        channels = [architecture.stem[-1], *(EXPANSION * p for p in architecture.stage_planes)]
+        self.layer1 = _stage(architecture, 0, channels[0], stride=1)
+        self.layer2 = _stage(architecture, 1, channels[1], stride=2)
+        self.layer3 = _stage(architecture, 2, channels[2], stride=2)
+        self.layer4 = _stage(architecture, 3, channels[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, architecture.classes)
+        self.fc = nn.Linear(channels[4], architecture.classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -175,10 +172,9 @@ def _stem(channels: tuple[int, ...]) -> nn.Module:
     )
 
 
-def _stage(
-    architecture: Architecture, in_channels: int, planes: int, blocks: int, stride: int
-) -> nn.Sequential:
-    """`blocks` blocks, the first of which strides and changes the number of channels."""
+def _stage(architecture: Architecture, number: int, in_channels: int, stride: int) -> nn.Sequential:
+    """One stage's blocks, the first of which strides and changes the number of channels."""
+    planes, blocks = architecture.stage_planes[number], architecture.layers[number]
     out_channels = planes * EXPANSION
     downsample = None
     if stride != 1 or in_channels != out_channels:

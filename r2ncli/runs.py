@@ -190,8 +190,7 @@ def run_record(command: str, pipeline: Pipeline, **settings: Any) -> dict[str, A
             "r2n": __version__,
             "engine": description.library,
             "pillow": version("pillow"),
-            "libjpeg": pillow_features.version("libjpeg_turbo")
-            or pillow_features.version("jpg"),
+            "libjpeg": pillow_features.version("libjpeg_turbo") or pillow_features.version("jpg"),
             "numpy": version("numpy"),
             "h5py": version("h5py"),
             "python": ".".join(map(str, sys.version_info[:3])),
@@ -257,9 +256,7 @@ def _checked_output(
     """`output` as a path that a run may begin with, before anything else runs."""
     out = Path(output)
     if out.suffix.lower() not in suffixes:
-        raise UsageError(
-            f"{out}: an output of this command ends in {' or '.join(suffixes)}"
-        )
+        raise UsageError(f"{out}: an output of this command ends in {' or '.join(suffixes)}")
     if overwrite and resume:
         raise UsageError("--overwrite starts again and --resume goes on: give one of them")
     if not out.parent.is_dir():
@@ -351,7 +348,7 @@ def _skip_done(partial: PartialOutput, inputs: Iterator[Input]) -> tuple[int, in
     for done_name, was_failed in partial.names():
         found = next(inputs, None)
         if found is None or found.name != done_name:
-            raise OutputError(_differing_name(partial.folder, done_name, found and found.name))
+            raise OutputError(_differing_name(partial.folder, done_name, found))
         partial.done += 1
         failed += was_failed
     return partial.done, failed
@@ -360,14 +357,14 @@ def _skip_done(partial: PartialOutput, inputs: Iterator[Input]) -> tuple[int, in
 def _check_same_names(out: Path, inputs: Iterator[Input]) -> None:
     for done_name, found in zip_longest(read_names(out), inputs):
         if found is None or found.name != done_name:
-            raise OutputError(_differing_name(out, done_name, found and found.name))
+            raise OutputError(_differing_name(out, done_name, found))
 
 
-def _differing_name(where: Path, done_name: str | None, found_name: str | None) -> str:
+def _differing_name(where: Path, done_name: str | None, found: Input | None) -> str:
     return (
-        f"{where}: cannot be resumed: the inputs changed: it has "
+        f"{where}: cannot be resumed, the inputs changed: it has "
         f"{done_name if done_name is not None else 'no more rows'}, "
-        f"here is {found_name if found_name is not None else 'no more input'}. "
+        f"here is {found.name if found is not None else 'no more input'}. "
         "--overwrite starts again"
     )
 

@@ -17,9 +17,9 @@ from types import TracebackType
 
 from r2ncli.errors import ImageError, InputNotFoundError
 
-SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .j2k .ico .ppm .pgm .pbm "
-    ".pnm .heic .heif".split()
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".avif", ".jp2", ".j2k", ".ico", ".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif"),
 )
 NAMES_AHEAD = 100_000  # how many names may wait, so that the total is known early
 

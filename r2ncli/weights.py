@@ -141,33 +141,97 @@ def identify(state_dict: StateDict, source: Path) -> Architecture:
     CheckpointError
         The tensors are not a Res2Net's; the message names what differs.
     """
-    architecture = _guess(state_dict)
+    architecture = guess_architecture(state_dict)
     if architecture is None:
         found = ", ".join(list(state_dict)[:3]) or "none"
         raise CheckpointError(f"{source}: these tensors are no Res2Net's (names such as {found})")
     differences = compare(architecture, state_dict)
     if differences:
-        more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise CheckpointError(
-            f"{source}: looks like {architecture.describe()}, but {'; '.join(differences[:3])}{more}"
+            f"{source}: looks like {architecture.describe()}, but {differences.describe()}"
         )
     return architecture
 
 
-def compare(architecture: Architecture, state_dict: StateDict) -> list[str]:
-    """What differs between a state dict and an architecture's, one phrase each."""
+def guess_architecture(state_dict: StateDict) -> Architecture | None:
+    """The architecture that a few shapes suggest; None where they are no Res2Net's."""
+    try:
+        layers: list[int] = []
+        planes: list[int] = []
+        widths: list[int] = []
+        for stage in range(1, 5):
+            blocks = {
+                int(match[1])
+                for name in state_dict
+                if (match := re.match(rf"layer{stage}\.(\d+)\.", name))
+            }
+            layers.append(len(blocks))
+            planes.append(state_dict[f"layer{stage}.0.conv3.weight"].shape[0] // EXPANSION)
+            widths.append(state_dict[f"layer{stage}.0.bns.0.weight"].shape[0])
+        splits = sum(bool(re.match(r"layer1\.0\.convs\.\d+\.weight", name)) for name in state_dict)
+        first = state_dict["layer1.0.convs.0.weight"]
+        cardinality = first.shape[0] // first.shape[1]
+        # the smallest whole base width whose rounded-down splits are these widths
+        base_width = max(
+            -(-width // cardinality * 64 // plane)
+            for width, plane in zip(widths, planes, strict=True)
+        )
+        deep = "conv1.6.weight" in state_dict
+        stem = ("conv1.0.weight", "conv1.3.weight", "conv1.6.weight") if deep else ("conv1.weight",)
+        return Architecture(
+            layers=(layers[0], layers[1], layers[2], layers[3]),
+            base_width=base_width,
+            scale=splits + 1,
+            cardinality=cardinality,
+            stem=tuple(state_dict[name].shape[0] for name in stem),
+            average_pool_shortcut="layer1.0.downsample.2.weight" in state_dict,
+            stage_planes=(planes[0], planes[1], planes[2], planes[3]),
+            classes=state_dict["fc.weight"].shape[0],
+        )
+    except (KeyError, IndexError, ZeroDivisionError, ValueError):
+        return None
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What differs between a state dict and an architecture's; false where nothing does.
+
+    `shapes` holds a name, the shape found and the one expected.
+    """
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    shapes: tuple[tuple[str, list[int], list[int]], ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.shapes)
+
+    def describe(self) -> str:
+        """One phrase, naming the first of each kind."""
+        phrases = [
+            f"{len(names)} tensors are {kind} ({names[0]}, …)"
+            for kind, names in (("missing", self.missing), ("unexpected", self.unexpected))
+            if names
+        ]
+        if self.shapes:
+            name, found, expected = self.shapes[0]
+            phrases.append(f"{len(self.shapes)} shapes differ ({name}: {found}, not {expected})")
+        return ", ".join(phrases)
+
+
+def compare(architecture: Architecture, state_dict: StateDict) -> Differences:
+    """What differs between a state dict's names and shapes and an architecture's."""
     expected = expected_shapes(architecture)
-    differences = [
-        f"{name} is missing"
-        for name in expected
-        if name not in state_dict and not name.endswith("num_batches_tracked")
-    ]
-    for name, tensor in state_dict.items():
-        if name not in expected:
-            differences.append(f"{name} is unexpected")
-        elif tuple(tensor.shape) != expected[name]:
-            differences.append(f"{name} is {list(tensor.shape)}, expected {list(expected[name])}")
-    return differences
+    counted = "num_batches_tracked"  # absent from old checkpoints, and without any effect
+    return Differences(
+        missing=tuple(n for n in expected if n not in state_dict and not n.endswith(counted)),
+        unexpected=tuple(n for n in state_dict if n not in expected),
+        shapes=tuple(
+            (name, list(tensor.shape), list(expected[name]))
+            for name, tensor in state_dict.items()
+            if name in expected and tuple(tensor.shape) != expected[name]
+        ),
+    )
 
 
 def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -214,45 +278,6 @@ def _load(path: Path) -> object:
     except Exception as error:  # a damaged container fails in many ways, none of them ours
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: damaged, cannot be loaded: {first_line}") from error
-
-
-def _guess(state_dict: StateDict) -> Architecture | None:
-    """The architecture that the shapes of a few tensors suggest."""
-    try:
-        layers: list[int] = []
-        planes: list[int] = []
-        widths: list[int] = []
-        for stage in range(1, 5):
-            blocks = {
-                int(match[1])
-                for name in state_dict
-                if (match := re.match(rf"layer{stage}\.(\d+)\.", name))
-            }
-            layers.append(len(blocks))
-            planes.append(state_dict[f"layer{stage}.0.conv3.weight"].shape[0] // EXPANSION)
-            widths.append(state_dict[f"layer{stage}.0.bns.0.weight"].shape[0])
-        splits = sum(bool(re.match(r"layer1\.0\.convs\.\d+\.weight", name)) for name in state_dict)
-        first = state_dict["layer1.0.convs.0.weight"]
-        cardinality = first.shape[0] // first.shape[1]
-        # the smallest whole base width whose rounded-down splits are these widths
-        base_width = max(
-            -(-width // cardinality * 64 // plane)
-            for width, plane in zip(widths, planes, strict=True)
-        )
-        deep = "conv1.6.weight" in state_dict
-        stem = ("conv1.0.weight", "conv1.3.weight", "conv1.6.weight") if deep else ("conv1.weight",)
-        return Architecture(
-            layers=(layers[0], layers[1], layers[2], layers[3]),
-            base_width=base_width,
-            scale=splits + 1,
-            cardinality=cardinality,
-            stem=tuple(state_dict[name].shape[0] for name in stem),
-            average_pool_shortcut="layer1.0.downsample.2.weight" in state_dict,
-            stage_planes=(planes[0], planes[1], planes[2], planes[3]),
-            classes=state_dict["fc.weight"].shape[0],
-        )
-    except (KeyError, IndexError, ZeroDivisionError, ValueError):
-        return None
 
 
 # --- the published networks, by name --------------------------------------------------

@@ -38,7 +38,9 @@ Record = Mapping[str, Any]
 class Format(Protocol):
     """One kind of output file."""
 
-    suffix: str
+    @property
+    def suffix(self) -> str:
+        """How its files' names end."""
 
     def pack(self, rows: Sequence[Any]) -> bytes:
         """A block's bytes."""
@@ -161,7 +163,7 @@ class Hdf5Format:
                     values[i] = row.features[layer]
             arrays["features/" + layer] = values
         packed = io.BytesIO()
-        np.savez(packed, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+        np.savez(packed, allow_pickle=False, **arrays)
         return packed.getvalue()
 
     def unpack_names(self, block: Path) -> Iterator[tuple[str, bool]]:
@@ -401,7 +403,7 @@ def _take_lock(folder: Path, output: Path) -> BinaryIO:
     while True:
         try:
             folder.mkdir(exist_ok=True)
-            lock = open(folder / "lock", "ab")
+            lock = (folder / "lock").open("ab")
         except OSError as error:
             raise OutputError(f"{output}: cannot be written: {_reason(error)}") from error
         try:

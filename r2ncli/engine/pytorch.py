@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +71,8 @@ class TorchEngine:
         precision: str = "auto",
         batch_size: int | None = None,
     ) -> None:
-        self._device = _find_device(device)
-        precision = _find_precision(precision, self._device)
+        self._device = find_device(device)
+        precision = find_precision(precision, self._device)
         on_card = self._device.type == "cuda"
         self.description = EngineDescription(
             backend="torch",
@@ -85,9 +86,8 @@ class TorchEngine:
         self._pool = pool
         self._captured: dict[str, Tensor] = {}
         with _device_errors(self.description):
-            self._network = rewritten(network, outputs).to(
-                device=self._device, dtype=self._dtype, memory_format=torch.channels_last
-            )
+            fast = rewritten(network, outputs).to(self._device, self._dtype)
+            self._network = fast.to(memory_format=torch.channels_last)
             self._scale = torch.tensor(preprocessing.std, device=self._device) * 255
             self._shift = torch.tensor(preprocessing.mean, device=self._device) * 255
         for name in outputs:
@@ -120,8 +120,11 @@ def rewritten(network: Res2Net, outputs: Sequence[str]) -> Res2Net:
     for conv, bn in conv_bn_pairs(network):
         if conv in outputs:
             continue  # its own output is wanted: it stays as it is
-        folded = fuse_conv_bn_eval(fast.get_submodule(conv), fast.get_submodule(bn))
-        fast.set_submodule(conv, folded)
+        unfolded = (
+            cast(nn.Conv2d, fast.get_submodule(conv)),
+            cast(nn.BatchNorm2d, fast.get_submodule(bn)),
+        )
+        fast.set_submodule(conv, fuse_conv_bn_eval(*unfolded))
         fast.set_submodule(bn, nn.Identity())
     for module in fast.modules():
         if isinstance(module, nn.ReLU):
@@ -133,7 +136,14 @@ def rewritten(network: Res2Net, outputs: Sequence[str]) -> Res2Net:
     return fast
 
 
-def _find_device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means here.
+
+    Raises
+    ------
+    DeviceError
+        It is not there.
+    """
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda:0" if cards else "cpu")
@@ -148,7 +158,14 @@ def _find_device(name: str) -> torch.device:
     return torch.device(f"cuda:{number}")
 
 
-def _find_precision(name: str, device: torch.device) -> str:
+def find_precision(name: str, device: torch.device) -> str:
+    """The precision that `name` means on `device`; ``auto`` is the fastest that keeps top-1.
+
+    Raises
+    ------
+    UsageError
+        The device cannot do it; the message lists what it can.
+    """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         can = ["bf16", "fp16", "fp32"] if capability >= (8, 0) else ["fp16", "fp32"]
@@ -182,11 +199,12 @@ def _device_errors(description: EngineDescription) -> Iterator[None]:
 @contextmanager
 def _full_fp32_precision() -> Iterator[None]:
     """Float32 is float32 while this lasts: no TF32 and no bfloat16 underneath."""
+    backends: Any = torch.backends  # their attributes are made at run time
     places = (
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,
-        torch.backends.mkldnn.conv,
-        torch.backends.mkldnn.matmul,
+        backends.cuda.matmul,
+        backends.cudnn.conv,
+        backends.mkldnn.conv,
+        backends.mkldnn.matmul,
     )
     before = [place.fp32_precision for place in places]
     for place in places:

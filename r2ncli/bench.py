@@ -1,0 +1,290 @@
+"""Measures the pipeline that everyone runs: the model alone, and every stage on pictures."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from r2ncli import __version__
+from r2ncli.architectures import DEFAULT_NETWORK, PUBLISHED, Preprocessing
+from r2ncli.checkpoints import imagenet_labels
+from r2ncli.engine import EngineDescription
+from r2ncli.errors import ImageError, UsageError
+from r2ncli.images import decode
+from r2ncli.inference import (
+    LOGITS,
+    Classification,
+    Pipeline,
+    assemble_pipeline,
+    classification,
+    no_image_found,
+    run,
+)
+from r2ncli.runs import csv_format
+from r2ncli.sources import Input, PathLike, find_images, read_bytes
+from r2ncli.writers import PartialOutput
+
+if TYPE_CHECKING:
+    from r2ncli.weights import Checkpoint
+
+MOST_PICTURES = 2000  # names taken from a folder; they are repeated as often as it takes
+TOPK = 5
+
+
+@dataclass(frozen=True)
+class ModelSpeed:
+    """The model alone on a full batch: throughput, and latency of one batch."""
+
+    precision: str
+    batch_size: int
+    images_per_second: float
+    latency_p50_ms: float
+    latency_p95_ms: float
+
+
+@dataclass(frozen=True)
+class StageSpeed:
+    """One stage alone, or all together (``whole``); latencies are of one picture or batch."""
+
+    stage: str
+    images_per_second: float
+    latency_p50_ms: float | None
+    latency_p95_ms: float | None
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """What was measured, on what, with what."""
+
+    weights: str
+    engine: EngineDescription
+    workers: int
+    pictures: str
+    model: tuple[ModelSpeed, ...]
+    stages: tuple[StageSpeed, ...]
+    binding_stage: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """As the JSON document of ``r2n bench --json``."""
+        return {"schema": 1, "r2n": __version__, **asdict(self)}
+
+
+def bench(
+    paths: Sequence[PathLike] = (),
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    precisions: Sequence[str] = ("auto", "fp32"),
+    batch_sizes: Sequence[int] | None = None,
+    workers: int | None = None,
+    seconds: float = 3.0,
+    on_measuring: Callable[[str], None] | None = None,
+) -> BenchReport:
+    """Measure throughput and latency; the first precision and the device's batch size run whole.
+
+    Parameters
+    ----------
+    paths : sequence of paths
+        Pictures for the pipeline; none means generated JPEGs of 500 x 375.
+    weights : str, path or None
+        A checkpoint that is on this machine (nothing is downloaded); None means the default
+        network with random weights, which are as fast.
+    device, workers
+        As for `classify`.
+    precisions, batch_sizes : sequences
+        What the model alone is measured at; None means what suits the device.
+    seconds : float
+        How long each measurement takes.
+    on_measuring : callable, optional
+        Takes what is measured next, in words.
+
+    Raises
+    ------
+    R2NError
+        An option, the weights, the device or a path does not fit.
+    """
+    if seconds <= 0:
+        raise UsageError(f"seconds must be more than 0, not {seconds:g}")
+    say = on_measuring or (lambda _words: None)
+    checkpoint = _random_checkpoint() if weights is None else _checkpoint_at_hand(weights)
+    whole = assemble_pipeline(
+        checkpoint, (LOGITS,), device=device, precision=precisions[0], workers=workers
+    )
+    sizes = batch_sizes or _batch_sizes(whole.engine.description)
+
+    speeds: dict[tuple[str, int], ModelSpeed] = {}
+    for precision in precisions:
+        for size in sizes:
+            pipeline = assemble_pipeline(
+                checkpoint, (LOGITS,), device=device, precision=precision, batch_size=size
+            )
+            executed = pipeline.engine.description.precision
+            if (executed, size) not in speeds:
+                say(f"model, {executed}, batch {size}")
+                speeds[executed, size] = _model_speed(pipeline, seconds)
+
+    with tempfile.TemporaryDirectory(prefix="r2n-bench-") as folder:
+        if paths:
+            inputs = list(islice(find_images(paths, lambda _warning: None), MOST_PICTURES))
+            if not inputs:
+                raise no_image_found()
+            pictures = f"{len(inputs)} pictures of {', '.join(map(str, paths))}"
+        else:
+            inputs = generated_jpegs(Path(folder))
+            pictures = f"{len(inputs)} generated JPEGs of 500 x 375"
+        stages = tuple(_stages(whole, inputs, Path(folder), seconds, say))
+    alone = [stage for stage in stages if stage.stage != "whole"]
+    return BenchReport(
+        weights="random" if weights is None else checkpoint.variant,
+        engine=whole.engine.description,
+        workers=whole.workers,
+        pictures=pictures,
+        model=tuple(speeds.values()),
+        stages=stages,
+        binding_stage=min(alone, key=lambda stage: stage.images_per_second).stage,
+    )
+
+
+def generated_jpegs(folder: Path, count: int = 64) -> list[Input]:
+    """Seeded JPEGs of 500 x 375 with about the bytes of a photograph."""
+    random = np.random.default_rng(0)
+    inputs = []
+    for number in range(count):
+        coarse = random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        smooth = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
+        noise = random.normal(0, 12, (375, 500, 3))
+        pixels = np.clip(np.asarray(smooth) + noise, 0, 255).astype(np.uint8)
+        encoded = BytesIO()
+        Image.fromarray(pixels).save(encoded, "JPEG", quality=88)
+        path = folder / f"{number:04d}.jpg"
+        path.write_bytes(encoded.getvalue())
+        inputs.append(Input(path.name, str(path)))
+    return inputs
+
+
+def _random_checkpoint() -> Checkpoint:
+    from r2ncli.model import Res2Net
+    from r2ncli.weights import Checkpoint
+
+    network = Res2Net(PUBLISHED[DEFAULT_NETWORK].architecture).eval()
+    return Checkpoint(
+        path=Path("random weights"),
+        sha256="",
+        variant=DEFAULT_NETWORK,
+        network=network,
+        labels=imagenet_labels(),
+        preprocessing=Preprocessing(),
+    )
+
+
+def _checkpoint_at_hand(weights: str | os.PathLike[str]) -> Checkpoint:
+    from r2ncli.weights import load_checkpoint
+
+    return load_checkpoint(weights, download=False)
+
+
+def _batch_sizes(description: EngineDescription) -> tuple[int, ...]:
+    return (1, 8) if description.device_kind == "cpu" else (1, 64, 256)
+
+
+def _model_speed(pipeline: Pipeline, seconds: float) -> ModelSpeed:
+    description = pipeline.engine.description
+    latencies = _forward_latencies(pipeline, seconds)
+    p50, p95 = np.percentile(latencies, [50, 95]) * 1000
+    rate = description.batch_size * len(latencies) / sum(latencies)
+    return ModelSpeed(description.precision, description.batch_size, rate, p50, p95)
+
+
+def _forward_latencies(pipeline: Pipeline, seconds: float) -> list[float]:
+    """Seconds of each forward pass of a full batch, after two that do not count."""
+    side = pipeline.preprocessing.image_size
+    shape = (pipeline.engine.description.batch_size, side, side, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    for _ in range(2):
+        pipeline.engine(pixels)
+    latencies: list[float] = []
+    while sum(latencies) < seconds or len(latencies) < 3:
+        start = time.perf_counter()
+        pipeline.engine(pixels)
+        latencies.append(time.perf_counter() - start)
+    return latencies
+
+
+def _stages(
+    pipeline: Pipeline,
+    inputs: list[Input],
+    folder: Path,
+    seconds: float,
+    say: Callable[[str], None],
+) -> Iterator[StageSpeed]:
+    say("read and decode")
+    yield _decode_speed(pipeline, inputs, seconds)
+
+    say("forward")
+    forward = _model_speed(pipeline, seconds)
+    yield StageSpeed(
+        "forward", forward.images_per_second, forward.latency_p50_ms, forward.latency_p95_ms
+    )
+
+    say("the whole pipeline")
+    count = max(2 * forward.batch_size, int(forward.images_per_second * seconds))
+    start = time.perf_counter()
+    rows = run(islice(cycle(inputs), count), pipeline)
+    results = [classification(row, TOPK, pipeline.labels) for row in rows]
+    _write(pipeline, results, folder / "whole.csv")
+    whole = StageSpeed("whole", count / (time.perf_counter() - start), None, None)
+
+    say("write")
+    writing: list[float] = []
+    while sum(writing) < min(seconds, 1.0) or len(writing) < 3:
+        start = time.perf_counter()
+        _write(pipeline, results, folder / "write.csv")
+        writing.append(time.perf_counter() - start)
+    yield StageSpeed("write", len(results) * len(writing) / sum(writing), None, None)
+    yield whole
+
+
+def _decode_speed(pipeline: Pipeline, inputs: list[Input], seconds: float) -> StageSpeed:
+    """All decode threads at work, as long as it takes to fill `seconds`."""
+    deadline = time.perf_counter() + seconds
+
+    def decode_until_deadline(first: int) -> list[float]:
+        latencies: list[float] = []
+        for source in islice(cycle(inputs), first, None):
+            start = time.perf_counter()
+            if start > deadline and latencies:
+                break
+            try:
+                content = read_bytes(source, pipeline.rules.max_bytes)
+                decode(content, pipeline.preprocessing, pipeline.rules)
+            except ImageError:
+                pass  # a failed picture takes its time too
+            latencies.append(time.perf_counter() - start)
+        return latencies
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(pipeline.workers) as threads:
+        latencies = list(threads.map(decode_until_deadline, range(pipeline.workers)))
+    took = time.perf_counter() - start
+    all_latencies = np.concatenate(latencies)
+    p50, p95 = np.percentile(all_latencies, [50, 95]) * 1000
+    return StageSpeed("read+decode", len(all_latencies) / took, p50, p95)
+
+
+def _write(pipeline: Pipeline, results: Sequence[Classification], out: Path) -> None:
+    with PartialOutput(out, csv_format(pipeline, TOPK)) as partial:
+        partial.begin({})
+        for result in results:
+            partial.append(result)
+        partial.finish({})
