@@ -18,7 +18,6 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from r2ncli.architectures import Architecture as Architecture
     from r2ncli.architectures import Preprocessing as Preprocessing
-    from r2ncli.bench import bench as bench
     from r2ncli.errors import CheckpointError as CheckpointError
     from r2ncli.errors import DeviceError as DeviceError
     from r2ncli.errors import InputNotFoundError as InputNotFoundError
@@ -72,11 +71,10 @@ _ROOMS = {
     "verification": ("verify_weights",),
     "inference": ("classify", "extract", "Classification", "Prediction", "Features", "Progress"),
     "runs": ("classify_to", "extract_to"),
-    "bench": ("bench",),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 
-__all__ = [*_HOME]  # noqa: PLE0604
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

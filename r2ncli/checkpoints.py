@@ -367,7 +367,11 @@ def _locked(partial: Path) -> Iterator[BinaryIO]:
             except FileNotFoundError:
                 ours = False  # the process before us renamed it away
             if ours:
-                yield file
+                try:
+                    yield file
+                finally:
+                    if file.seek(0, os.SEEK_END) == 0:
+                        partial.unlink(missing_ok=True)  # nothing came
                 return
 
 

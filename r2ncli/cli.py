@@ -124,10 +124,10 @@ def _boundary(command: Callable[P, int | None]) -> Callable[P, None]:
 
     @wraps(command)
     def bounded(*args: P.args, **kwargs: P.kwargs) -> None:
-        if not sys.warnoptions:
-            warnings.simplefilter("ignore")  # the libraries' asides are none of the user's
         try:
-            with _sigterm_interrupts():
+            with _sigterm_interrupts(), warnings.catch_warnings():
+                if not sys.warnoptions:
+                    warnings.simplefilter("ignore")  # the libraries' asides are not for users
                 code = command(*args, **kwargs)
                 sys.stdout.flush()
         except R2NError as error:
@@ -192,7 +192,7 @@ class _Report:
         self.progress: Progress | None = None
         self._bar: Bar | None = None
         self._with_bar = bar and not quiet and sys.stderr.isatty()
-        self._started = time.monotonic()
+        self._created = self._started = time.monotonic()
         self._begun_at = 0
         self._tasks: dict[str, Any] = {}
 
@@ -250,11 +250,12 @@ class _Report:
         if progress is None:
             return 0
         if not self.quiet:
-            count = progress.done - self._begun_at
-            seconds = time.monotonic() - self._started
-            failed = f", {progress.failed:,} failed" if progress.failed else ""
-            rate = f" ({count / seconds:,.1f} images/s)" if seconds > 0.5 else ""
-            _say(f"{progress.done:,} images{failed}, {_duration(seconds)}{rate}{more}")
+            now = time.monotonic()
+            count, seconds = progress.done - self._begun_at, now - self._started
+            failed = f" ({progress.failed:,} failed)" if progress.failed else ""
+            rate = f" at {count / seconds:,.0f} images/s" if seconds > 1 else ""
+            took = _duration(now - self._created)
+            _say(f"{progress.done:,} images{failed} in {took}{rate}{more}")
         return 7 if progress.failed else 0
 
     def _show(self, name: str, done: int, total: int | None, text: str) -> None:

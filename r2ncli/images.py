@@ -3,7 +3,7 @@
 - EXIF orientation is applied; an animation gives its first frame.
 - Transparency is composited on white; palettes, greyscale and CMYK become RGB.
 - 16 bits: greyscale is v / 257, rounded; colour is the high byte, as Pillow reads it. The
-  file's declared depth decides, never the values of the picture.
+  file's declared depth decides (a TIFF's may be 12 bits), never the values of the picture.
 - 32-bit integers and floats declare no range: the smallest of 1 (floats only), 255 and
   65535 that holds the values is taken for white.
 - The crop is resized in one step out of the whole picture (`Image.resize(box=...)`,
@@ -13,9 +13,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from typing import Any
 
@@ -33,6 +36,7 @@ from PIL import (
     PpmImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
+    _imaging,
 )
 from PIL.Image import Resampling, Transpose
 
@@ -98,11 +102,11 @@ def _decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) ->
             raise ImageError(
                 f"{width} x {height} pixels, more than --max-pixels {rules.max_pixels:,}"
             )
-        orientation = _orientation(image)
-        image.load()
+        _load(image, content)
+        orientation = _orientation(image)  # after loading: Pillow turns a TIFF by itself
+        width, height = image.size
         rgb = _rgb(image)
-    turned = orientation in _SIDEWAYS
-    size = (height, width) if turned else (width, height)
+    size = (height, width) if orientation in _SIDEWAYS else (width, height)
     box = _crop_box(size, preprocessing)
     square = (preprocessing.image_size, preprocessing.image_size)
     if orientation in _UPRIGHT:
@@ -140,8 +144,16 @@ def _open(content: bytes) -> Image.Image:
         if isinstance(answer, str):  # a format that this Pillow was built without
             refused = answer
             continue
+        if name == "JPEG":
+            factory = JpegImagePlugin.JpegImageFile  # a broken table of an MPO's others is no harm
         try:
-            return factory(BytesIO(content), "")
+            try:
+                return factory(BytesIO(content), "")
+            except Image.DecompressionBombError:
+                if name == "ICO":  # it is decoded while it is opened
+                    raise
+                with _without_pillows_limit:
+                    return factory(BytesIO(content), "")
         except (SyntaxError, IndexError, TypeError, KeyError, EOFError) as error:
             reason = str(error) or type(error).__name__
             raise ImageError(f"cannot be decoded: a damaged {name} ({reason})") from error
@@ -152,6 +164,62 @@ def _open(content: bytes) -> Image.Image:
     raise ImageError("not an image of a known format")
 
 
+def _load(image: Image.Image, content: bytes) -> None:
+    """Decode all of an opened picture."""
+    if isinstance(image, Jpeg2KImagePlugin.Jpeg2KImageFile):
+        end = content.rfind(b"\xff\xd9")
+        if end < 0 or content.find(b"\xff\x90\x00\x0a", end) >= 0:
+            # one that ends between two tiles would be decoded without the others
+            raise ImageError("cannot be decoded: image file is truncated")
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        image.load()
+        return
+    _silence_libtiff()
+    if image.width * image.height < _LARGE:
+        image.load()
+    else:
+        with _without_pillows_limit:
+            image.load()
+
+
+class _PillowsLimit:
+    """Pillow's own limit on pixels, one for the whole process, set aside in a `with` block.
+
+    `Image.open` is not used here, but its formats look at the limit too: TIFF when it is
+    loaded, WebP when it is opened.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._limit: int | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._inside += 1
+
+    def __exit__(self, *_exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                Image.MAX_IMAGE_PIXELS = self._limit
+
+
+_without_pillows_limit = _PillowsLimit()
+_LARGE = 50_000_000  # pixels, less than Pillow's limit
+
+
+@cache
+def _silence_libtiff() -> None:
+    """libtiff tells stderr what is wrong with a file; here its row says it."""
+    try:
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+    except (AttributeError, OSError):  # a Pillow that hides its libtiff, or has none
+        return
+
+
 # --- colour -------------------------------------------------------------------------
 
 
@@ -159,13 +227,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     """The loaded picture as RGB: eight bits, opaque."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I;16"):
-        return _greyscale(np.asarray(image), 65535, image.info.get("transparency"))
-    if image.mode == "I" and isinstance(image, PpmImagePlugin.PpmImageFile):
-        return _greyscale(np.asarray(image), 65535, None)  # a PGM of over 8 bits, scaled by Pillow
-    if image.mode in ("I", "F"):
-        values = np.asarray(image)
-        return _greyscale(values, _range_of(values), None)
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _greyscale(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))
@@ -174,26 +237,45 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _greyscale(values: npt.NDArray[Any], white: float, transparent: object) -> Image.Image:
-    """Greyscale of any depth as RGB; `transparent` is a value that a PNG declares so."""
+def _greyscale(image: Image.Image) -> Image.Image:
+    """Greyscale of more than eight bits as RGB."""
+    values = np.asarray(image)
+    white = _range_of(values, _declared_white(image))
     if white == 65535:
         grey = (values.astype(np.uint32) + 128) // 257
     else:
         grey = np.rint(values.astype(np.float64) * (255 / white))
     eight_bits = grey.astype(np.uint8)
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0:
+        eight_bits = 255 - eight_bits  # white is zero: of eight bits and fewer Pillow turns it
+    transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         eight_bits[values == transparent] = 255
     return Image.fromarray(eight_bits).convert("RGB")
 
 
-def _range_of(values: npt.NDArray[Any]) -> float:
-    """What stands for white in a picture of 32-bit numbers, which declares none."""
+_PHOTOMETRIC, _BITS = 262, 258  # tags of TIFF
+
+
+def _declared_white(image: Image.Image) -> float | None:
+    """The highest value of a file's depth; None for 32 bits, which say nothing of a range."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        bits = int(image.tag_v2[_BITS][0])
+        return 2.0**bits - 1 if bits <= 16 else None
+    return None if image.mode == "F" else 65535.0  # a PGM of over 8 bits is scaled by Pillow
+
+
+def _range_of(values: npt.NDArray[Any], declared: float | None) -> float:
+    """What stands for white."""
     low, high = float(values.min()), float(values.max())
-    candidates = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (255.0, 65535.0)
+    if declared is not None:
+        candidates = [declared]
+    else:
+        candidates = [1.0] * (values.dtype.kind == "f") + [255.0, 65535.0]
     for white in candidates:
         if low >= 0 and high <= white:  # false for NaN
             return white
-    raise ImageError(f"32-bit values from {low:g} to {high:g}: outside 0 to 65535, no known range")
+    raise ImageError(f"values from {low:g} to {high:g}: outside 0 to {candidates[-1]:g}")
 
 
 # --- geometry -----------------------------------------------------------------------

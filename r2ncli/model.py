@@ -68,8 +68,8 @@ class Bottle2neck(nn.Module):
         splits = self.relu(self.bn1(self.conv1(x))).chunk(len(self.convs) + 1, dim=1)
 
         outputs: list[Tensor] = []
-        for split, conv, bn in zip(splits[:-1], self.convs, self.bns, strict=True):
-            carried = split if self.first or not outputs else split + outputs[-1]
+        for i, (conv, bn) in enumerate(zip(self.convs, self.bns, strict=True)):
+            carried = splits[i] if self.first or i == 0 else splits[i] + outputs[-1]
             outputs.append(self.relu(bn(conv(carried))))
         outputs.append(self.pool(splits[-1]) if self.first else splits[-1])
 

@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,14 @@ from r2ncli.checkpoints import (
 )
 from r2ncli.errors import CheckpointError
 from r2ncli.weights import (
+    COUNTER,
+    FLOATS,
+    Differences,
     StateDict,
     build,
     compare,
     guess_architecture,
+    kind_of,
     load_state_dict,
     variant_name,
 )
@@ -161,7 +165,11 @@ def _tensor_checks(
         yield _finite(state_dict)
         return
     variant = variant_name(architecture)
-    status = FAILED if named is not None and variant != named else PASSED
+    status = PASSED
+    if named is not None and variant != named:
+        wanted = PUBLISHED[named].architecture
+        fine_tuned = replace(architecture, classes=wanted.classes) == wanted
+        status = WARNING if fine_tuned else FAILED
     yield Check("variant", status, variant, f"{named}, by its name" if named else "")
 
     differences = compare(architecture, state_dict)
@@ -170,13 +178,14 @@ def _tensor_checks(
     yield _absent("names", names, f"{len(state_dict)} names, all as published")
     shapes = [f"{name} {found}, not {wanted}" for name, found, wanted in differences.shapes]
     yield _absent("shapes", shapes, "all as the architecture has them")
-    yield _dtypes(state_dict)
+    yield _dtypes(state_dict, differences)
     finite = _finite(state_dict)
     yield finite
     if differences or finite.status == FAILED:
         return
     size = 64
-    pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.rand(1, 3, size, size, dtype=torch.float32, generator=random) * 4 - 2
     with torch.inference_mode():
         logits = build(architecture, state_dict)(pixels)
     good = bool(logits.isfinite().all()) and logits.shape == (1, architecture.classes)
@@ -192,24 +201,21 @@ def _absent(name: str, differences: list[str], good: str) -> Check:
     return Check(name, FAILED, "; ".join(differences[:3]) + more, "none")
 
 
-def _dtypes(state_dict: StateDict) -> Check:
+def _dtypes(state_dict: StateDict, differences: Differences) -> Check:
     counts = Counter(
-        str(tensor.dtype).removeprefix("torch.")
-        for name, tensor in state_dict.items()
-        if not name.endswith("num_batches_tracked")
+        kind_of(tensor) for name, tensor in state_dict.items() if not name.endswith(COUNTER)
     )
-    found = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
-    if set(counts) == {"float32"}:
-        return Check("dtypes", PASSED, found)
-    floats = all(dtype in ("float16", "bfloat16", "float32", "float64") for dtype in counts)
-    return Check("dtypes", WARNING if floats else FAILED, found, "float32")
+    found = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+    if differences.kinds:
+        return Check("dtypes", FAILED, found, "float32")
+    return Check("dtypes", PASSED if set(counts) == {"float32"} else WARNING, found, "float32")
 
 
 def _finite(state_dict: StateDict) -> Check:
     bad = [
         f"{name} ({int((~tensor.isfinite()).sum())} values)"
         for name, tensor in state_dict.items()
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+        if kind_of(tensor) in FLOATS and not bool(tensor.isfinite().all())
     ]
     return _absent("finite values", bad, "no NaN and no infinity")
 

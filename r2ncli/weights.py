@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +36,9 @@ StateDict = dict[str, Tensor]
 Weights = str | os.PathLike[str] | None
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
-MARK = "layer1.0.conv1.weight"  # every Res2Net has it: it tells wrappers and prefixes
+MARK = "layer1.0.conv1.weight"  # every Res2Net has it: it tells the prefix
+COUNTER = "num_batches_tracked"  # absent from old checkpoints, and without any effect
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -117,17 +121,18 @@ def load_state_dict(path: Path) -> StateDict:
 
 def unwrap(loaded: object, source: Path) -> StateDict:
     """The state dict inside `loaded`: out of its wrapper, its keys without a common prefix."""
-    while isinstance(loaded, Mapping) and not any(isinstance(v, Tensor) for v in loaded.values()):
-        inner = next((loaded[key] for key in WRAPPERS if key in loaded), None)
-        if inner is None:
-            keys = ", ".join(repr(key) for key in list(loaded)[:5])
-            raise CheckpointError(f"{source}: holds no state dict (its keys: {keys or 'none'})")
-        loaded = inner
+    for _ in WRAPPERS:  # one around the other; no further, for a dict can hold itself
+        if isinstance(loaded, Mapping):
+            inner = (loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), Mapping))
+            loaded = next(inner, loaded)
     if not isinstance(loaded, Mapping):
         raise CheckpointError(
             f"{source}: holds a {type(loaded).__name__}, expected a state dict of tensors"
         )
     tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    if not tensors:
+        keys = ", ".join(repr(key) for key in list(loaded)[:5])
+        raise CheckpointError(f"{source}: holds no state dict (its keys: {keys or 'none'})")
     marks = [key for key in tensors if key == MARK or key.endswith("." + MARK)]
     prefix = min(marks, key=len).removesuffix(MARK) if marks else ""
     return {key.removeprefix(prefix): value for key, value in tensors.items()}
@@ -155,6 +160,8 @@ def identify(state_dict: StateDict, source: Path) -> Architecture:
 
 def guess_architecture(state_dict: StateDict) -> Architecture | None:
     """The architecture that a few shapes suggest; None where they are no Res2Net's."""
+    if any(0 in tensor.shape for tensor in state_dict.values()):
+        return None
     try:
         layers: list[int] = []
         planes: list[int] = []
@@ -184,9 +191,11 @@ def guess_architecture(state_dict: StateDict) -> Architecture | None:
             scale=splits + 1,
             cardinality=cardinality,
             stem=tuple(state_dict[name].shape[0] for name in stem),
-            average_pool_shortcut="layer1.0.downsample.2.weight" in state_dict,
+            # a first stage may need no shortcut, the strided ones always do
+            average_pool_shortcut="layer2.0.downsample.2.weight" in state_dict,
             stage_planes=(planes[0], planes[1], planes[2], planes[3]),
-            classes=state_dict["fc.weight"].shape[0],
+            # where there is no classifier, what differs is then said
+            classes=state_dict["fc.weight"].shape[0] if "fc.weight" in state_dict else 1000,
         )
     except (KeyError, IndexError, ZeroDivisionError, ValueError):
         return None
@@ -196,42 +205,61 @@ def guess_architecture(state_dict: StateDict) -> Architecture | None:
 class Differences:
     """What differs between a state dict and an architecture's; false where nothing does.
 
-    `shapes` holds a name, the shape found and the one expected.
+    `shapes` holds a name, the shape found and the one expected; `kinds` a name and what the
+    tensor is instead of plain floats.
     """
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     shapes: tuple[tuple[str, list[int], list[int]], ...]
+    kinds: tuple[tuple[str, str], ...]
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.shapes)
+        return bool(self.missing or self.unexpected or self.shapes or self.kinds)
 
     def describe(self) -> str:
         """One phrase, naming the first of each kind."""
-        phrases = [
-            f"{len(names)} tensors are {kind} ({names[0]}, …)"
-            for kind, names in (("missing", self.missing), ("unexpected", self.unexpected))
+        differences = {
+            "missing": list(self.missing),
+            "unexpected": list(self.unexpected),
+            "of another shape": [f"{n}: {found}, not {wanted}" for n, found, wanted in self.shapes],
+            "not of plain floats": [f"{name}: {kind}" for name, kind in self.kinds],
+        }
+        return ", ".join(
+            f"{len(names)} tensors are {how} ({names[0]}, …)"
+            if len(names) > 1
+            else f"1 tensor is {how} ({names[0]})"
+            for how, names in differences.items()
             if names
-        ]
-        if self.shapes:
-            name, found, expected = self.shapes[0]
-            phrases.append(f"{len(self.shapes)} shapes differ ({name}: {found}, not {expected})")
-        return ", ".join(phrases)
+        )
 
 
 def compare(architecture: Architecture, state_dict: StateDict) -> Differences:
     """What differs between a state dict's names and shapes and an architecture's."""
     expected = expected_shapes(architecture)
-    counted = "num_batches_tracked"  # absent from old checkpoints, and without any effect
     return Differences(
-        missing=tuple(n for n in expected if n not in state_dict and not n.endswith(counted)),
+        missing=tuple(n for n in expected if n not in state_dict and not n.endswith(COUNTER)),
         unexpected=tuple(n for n in state_dict if n not in expected),
         shapes=tuple(
             (name, list(tensor.shape), list(expected[name]))
             for name, tensor in state_dict.items()
             if name in expected and tuple(tensor.shape) != expected[name]
         ),
+        kinds=tuple(
+            (name, kind)
+            for name, tensor in state_dict.items()
+            if (kind := kind_of(tensor)) not in FLOATS
+            and not (name.endswith(COUNTER) and kind in ("int64", "int32"))
+        ),
     )
+
+
+def kind_of(tensor: Tensor) -> str:
+    """Its dtype, after what else is unusual in it: ``sparse_coo float32``, ``meta int8``."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if tensor.layout != torch.strided:
+        kind = f"{str(tensor.layout).removeprefix('torch.')} {kind}"
+    return f"meta {kind}" if tensor.is_meta else kind
 
 
 def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -252,11 +280,9 @@ def variant_name(architecture: Architecture) -> str:
 def build(architecture: Architecture, state_dict: StateDict) -> Res2Net:
     """The network with these weights: in eval mode, float32, on the CPU."""
     with torch.device("meta"):
-        network = Res2Net(architecture)
+        network = Res2Net(architecture).float()
     network.to_empty(device="cpu")
-    counters = {
-        name: torch.tensor(0) for name in network.state_dict() if name.endswith("batches_tracked")
-    }
+    counters = {name: torch.tensor(0) for name in network.state_dict() if name.endswith(COUNTER)}
     network.load_state_dict(counters | state_dict, strict=True)  # copies: half becomes float32
     return network.eval()
 
@@ -268,16 +294,41 @@ def _load(path: Path) -> object:
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if kind == "zip":
+            _check_members(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on what it then refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
-        named = re.search(r"(?:GLOBAL|global|class|function) `?([\w.]+\.[\w.]+)", str(error))
-        wants = f"it asks for {named[1]}" if named else "it holds more than tensors"
         raise CheckpointError(
-            f"{path}: refused, nothing of it was executed: {wants}, which a state dict never needs"
+            f"{path}: refused, nothing of it was executed: {_refusal(str(error))}"
         ) from error
+    except EOFError as error:
+        raise CheckpointError(f"{path}: truncated: it ends too early. Download it again") from error
     except Exception as error:  # a damaged container fails in many ways, none of them ours
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: damaged, cannot be loaded: {first_line}") from error
+        first_sentence = re.split(r"\. |\n", str(error))[0] or type(error).__name__
+        raise CheckpointError(f"{path}: damaged, cannot be loaded: {first_sentence}") from error
+
+
+def _check_members(path: Path) -> None:
+    """A zip archive that is no checkpoint gets a sentence of its own."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name.rpartition("/")[2] for name in archive.namelist()}
+    if "constants.pkl" in members:
+        raise CheckpointError(f"{path}: a TorchScript program, expected a state dict of tensors")
+    if "data.pkl" not in members:
+        raise CheckpointError(f"{path}: a zip archive, but not one that torch.save writes")
+
+
+def _refusal(message: str) -> str:
+    """What torch's safe loader would not have, from its long message."""
+    named = re.search(r"GLOBAL ([\w.]+)", message)
+    if named:
+        return f"it asks for {named[1]}, which a state dict never needs"
+    reason = message.partition("WeightsUnpickler error:")[2] or message
+    return f"torch cannot read its pickle safely ({reason.strip().partition(chr(10))[0]})"
 
 
 # --- the published networks, by name --------------------------------------------------

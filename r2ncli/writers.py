@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -176,10 +177,11 @@ class Hdf5Format:
         )
 
     def join(self, blocks: Sequence[Path], out: Path, record: Record) -> None:
+        count = sum(1 for block in blocks for _ in self.unpack_names(block))
         import h5py
 
-        count = sum(1 for block in blocks for _ in self.unpack_names(block))
-        with h5py.File(out, "w") as file:
+        text = h5py.string_dtype("utf-8")
+        with _hdf5_file(out) as (file, disk):
             for key, value in record.items():
                 plain = isinstance(value, str | int | float)
                 file.attrs[key] = value if plain else json.dumps(value, ensure_ascii=False)
@@ -189,17 +191,65 @@ class Hdf5Format:
                 dataset = file.create_dataset(
                     f"features/{layer}", (count, *shape), self.dtype, chunks=chunk
                 )
-                _fill(dataset, blocks, f"features/{layer}", chunk[0])
-            text = h5py.string_dtype("utf-8")
-            for name, key in (("paths", "paths"), ("error", "errors")):
+                for start, rows in _slabs(blocks, f"features/{layer}", chunk[0]):
+                    dataset[start : start + len(rows)] = rows
+                    disk.raise_error()
+            for name, key in (("paths", "paths"), ("status", "failed"), ("error", "errors")):
                 dataset = file.create_dataset(name, (count,), text)
-                _fill(dataset, blocks, key, STRINGS_AT_ONCE)
-            status = file.create_dataset("status", (count,), text)
-            _fill(status, blocks, "failed", STRINGS_AT_ONCE)
+                for start, rows in _slabs(blocks, key, STRINGS_AT_ONCE):
+                    dataset[start : start + len(rows)] = rows
+                    disk.raise_error()
 
 
-def _fill(dataset: Any, blocks: Sequence[Path], key: str, rows_at_once: int) -> None:
-    """Write one array of all blocks, `rows_at_once` rows at a time."""
+@contextmanager
+def _hdf5_file(out: Path) -> Iterator[tuple[Any, _Disk]]:
+    """A new HDF5 file, and the disk below it, whose first failed write is raised at the end."""
+    import h5py
+
+    with _Disk(out, "w+b") as disk:
+        try:
+            with h5py.File(disk, "w") as file:
+                yield file, disk
+        finally:
+            disk.raise_error()
+
+
+class _Disk(io.FileIO):
+    """A file that keeps its first failed write for `raise_error` and takes the rest as written.
+
+    The HDF5 library must not see a write fail: on a full disk it crashes the process
+    (h5py 3.16: a segmentation fault while the file is closed).
+    """
+
+    error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        view = memoryview(content).cast("B")
+        written = 0
+        try:
+            while self.error is None and written < len(view):
+                written += super().write(view[written:])
+        except OSError as error:
+            self.error = error
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+    def raise_error(self) -> None:
+        """Raise what went wrong, if anything did."""
+        if self.error is not None:
+            raise self.error
+
+
+def _slabs(
+    blocks: Sequence[Path], key: str, rows_at_once: int
+) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """One array of all blocks, `rows_at_once` rows at a time, each with its first row's number."""
     start, waiting = 0, []
     for block in [*blocks, None]:
         if block is not None:
@@ -207,9 +257,9 @@ def _fill(dataset: Any, blocks: Sequence[Path], key: str, rows_at_once: int) -> 
                 waiting.append(_as_stored(arrays[key]))
         while waiting and (sum(map(len, waiting)) >= rows_at_once or block is None):
             joined = np.concatenate(waiting)
-            piece, rest = joined[:rows_at_once], joined[rows_at_once:]
-            dataset[start : start + len(piece)] = piece
-            start, waiting = start + len(piece), [rest] if len(rest) else []
+            slab, rest = joined[:rows_at_once], joined[rows_at_once:]
+            yield start, slab
+            start, waiting = start + len(slab), [rest] if len(rest) else []
 
 
 def _as_stored(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -250,10 +300,12 @@ class PartialOutput:
         self.done = 0
         self._rows: list[Any] = []
         self._bytes = 0
+        self._next_block = 0
         self._lock: BinaryIO | None = None
 
     def __enter__(self) -> PartialOutput:
         self._lock = _take_lock(self.folder, self.output)
+        self._next_block = len(self.blocks())
         return self
 
     def __exit__(
@@ -291,6 +343,7 @@ class PartialOutput:
         for path in self.folder.iterdir():
             if path.name != "lock":
                 path.unlink()
+        self._next_block = 0
         self._write("run.json", json_bytes(record))
 
     def append(self, row: Any) -> None:
@@ -304,10 +357,12 @@ class PartialOutput:
         """Write the rows since the last block as a block of their own."""
         if not self._rows:
             return
-        name = f"block-{len(self.blocks()):08d}{self._block_suffix()}"
-        rows, self._rows, self._bytes = self._rows, [], 0
-        self._write(name, self.format.pack(rows))
-        self.done += len(rows)
+        name = f"block-{self._next_block:08d}{self._block_suffix()}"
+        self._write(name, self.format.pack(self._rows))
+        # An interrupt before this writes the same block once more under the same name; none can
+        # come in between, for signals are seen at calls and jumps only.
+        done, following = self.done + len(self._rows), self._next_block + 1
+        self._rows, self._bytes, self._next_block, self.done = [], 0, following, done
 
     def finish(self, record: Record) -> None:
         """Join the blocks, give the file its name, and remove the folder."""
@@ -430,7 +485,7 @@ def _fsync(path: Path) -> None:
 def _from_attribute(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, str) and value[:1] in "[{":
+    if isinstance(value, str) and (value == "null" or value.startswith(("[", "{"))):
         return json.loads(value)
     return value
 

@@ -7,6 +7,8 @@ channels_last, activations in place, and nothing after the deepest output that i
 from __future__ import annotations
 
 import copy
+import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -83,24 +85,27 @@ class TorchEngine:
             batch_size=batch_size or BATCH_SIZES[self._device.type],
         )
         self._dtype = _DTYPES[precision]
+        self._outputs = tuple(outputs)
         self._pool = pool
         self._captured: dict[str, Tensor] = {}
         with _device_errors(self.description):
             fast = rewritten(network, outputs).to(self._device, self._dtype)
             self._network = fast.to(memory_format=torch.channels_last)
-            self._scale = torch.tensor(preprocessing.std, device=self._device) * 255
-            self._shift = torch.tensor(preprocessing.mean, device=self._device) * 255
+            normalisation = torch.tensor(
+                (preprocessing.mean, preprocessing.std), dtype=torch.float32, device=self._device
+            )
+            self._shift, self._scale = normalisation * 255
         for name in outputs:
             self._network.get_submodule(name).register_forward_hook(
                 lambda _module, _inputs, output, name=name: self._capture(name, output)
             )
 
     def __call__(self, pixels: Pixels) -> Outputs:
-        with _device_errors(self.description), torch.inference_mode(), _full_fp32_precision():
+        with _device_errors(self.description), torch.inference_mode(), _exact_fp32(self._device):
             batch = torch.from_numpy(pixels).to(self._device)
             normalised = ((batch - self._shift) / self._scale).to(self._dtype)
             self._network(normalised.permute(0, 3, 1, 2))  # NHWC in memory is channels_last
-            outputs = {name: tensor.cpu().numpy() for name, tensor in self._captured.items()}
+            outputs = {name: self._captured[name].cpu().numpy() for name in self._outputs}
         self._captured.clear()
         return outputs
 
@@ -117,9 +122,10 @@ class TorchEngine:
 def rewritten(network: Res2Net, outputs: Sequence[str]) -> Res2Net:
     """A copy of `network` for inference, whose modules named `outputs` give what they gave."""
     fast = copy.deepcopy(network)
+    wanted = {_maker(network, name) for name in outputs}
     for conv, bn in conv_bn_pairs(network):
-        if conv in outputs:
-            continue  # its own output is wanted: it stays as it is
+        if conv in wanted:
+            continue  # its own output is asked for: it stays as it is
         unfolded = (
             cast(nn.Conv2d, fast.get_submodule(conv)),
             cast(nn.BatchNorm2d, fast.get_submodule(bn)),
@@ -136,6 +142,14 @@ def rewritten(network: Res2Net, outputs: Sequence[str]) -> Res2Net:
     return fast
 
 
+def _maker(network: Res2Net, name: str) -> str:
+    """The module that makes the output of `name`: a sequence's is its last one's."""
+    module = network.get_submodule(name)
+    if not isinstance(module, nn.Sequential):
+        return name
+    return _maker(network, f"{name}.{len(module) - 1}")
+
+
 def find_device(name: str) -> torch.device:
     """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means here.
 
@@ -149,11 +163,12 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda:0" if cards else "cpu")
     if name == "cpu":
         return torch.device("cpu")
-    number = "0" if name == "cuda" else name.removeprefix("cuda:")
     there = "cpu" + "".join(f", cuda:{card}" for card in range(cards))
-    if not number.isdigit() or not (name == "cuda" or name.startswith("cuda:")):
+    match = re.fullmatch(r"cuda(?::(0|[1-9][0-9]*))?", name)
+    if match is None:
         raise DeviceError(f"no device {name!r}: expected auto, {there}")
-    if int(number) >= cards:
+    number = int(match[1] or 0)
+    if number >= cards:
         raise DeviceError(f"no device {name!r}: torch sees {cards} CUDA cards. There are: {there}")
     return torch.device(f"cuda:{number}")
 
@@ -196,21 +211,37 @@ def _device_errors(description: EngineDescription) -> Iterator[None]:
         ) from error
 
 
+_fp32_lock = threading.Lock()
+_fp32_users = 0
+_fp32_before: list[tuple[Any, str]] = []
+
+
 @contextmanager
-def _full_fp32_precision() -> Iterator[None]:
-    """Float32 is float32 while this lasts: no TF32 and no bfloat16 underneath."""
+def _exact_fp32(device: torch.device) -> Iterator[None]:
+    """Float32 is float32 on `device` while this lasts: no TF32 and no bfloat16 underneath.
+
+    The setting is torch's own, of all threads: the first user changes what is not exact,
+    the last one puts it back, and where all is exact nothing is touched.
+    """
+    global _fp32_users
     backends: Any = torch.backends  # their attributes are made at run time
-    places = (
-        backends.cuda.matmul,
-        backends.cudnn.conv,
-        backends.mkldnn.conv,
-        backends.mkldnn.matmul,
-    )
-    before = [place.fp32_precision for place in places]
-    for place in places:
-        place.fp32_precision = "ieee"
+    with _fp32_lock:
+        _fp32_users += 1
+        for place in (
+            (backends.cuda.matmul, backends.cudnn.conv)
+            if device.type == "cuda"
+            else (backends.mkldnn.matmul, backends.mkldnn.conv)
+        ):
+            if place.fp32_precision not in ("none", "ieee"):
+                _fp32_before.append((place, place.fp32_precision))
+                place.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for place, precision in zip(places, before, strict=True):
-            place.fp32_precision = precision
+        with _fp32_lock:
+            _fp32_users -= 1
+            while not _fp32_users and _fp32_before:
+                place, precision = _fp32_before.pop()
+                place.fp32_precision = "none"  # as its backend, where it was so before
+                if place.fp32_precision != precision:
+                    place.fp32_precision = precision

@@ -1,0 +1,60 @@
+"""What tests share: a tiny network in a file, and a folder of small pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from r2ncli.architectures import Architecture
+from r2ncli.model import Res2Net
+
+TINY = Architecture(
+    (1, 1, 1, 1), base_width=16, stem=(8, 8, 16), average_pool_shortcut=True,
+    stage_planes=(16, 16, 16, 16), classes=6,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a tiny network with labels, input 32 x 32."""
+    torch.manual_seed(0)
+    network = Res2Net(TINY)
+    for module in network.modules():  # untrained statistics would make all pictures alike
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    metadata = {
+        "labels": ["ant", "bee", "cow", "doe", "eel", "fox"],
+        "preprocessing": {"image_size": 32, "resize_size": 36},
+    }
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file(network.state_dict(), path, {"r2n": json.dumps(metadata)})
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_pictures() -> Callable[..., Path]:
+    """A function that fills a folder with `count` different small JPEGs."""
+
+    def fill(folder: Path, count: int, seed: int = 0) -> Path:
+        random = np.random.default_rng(seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            coarse = Image.fromarray(random.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+            coarse.resize((50, 40)).save(folder / f"{number:05d}.jpg")
+        return folder
+
+    return fill
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, make_pictures: Callable[..., Path]) -> Path:
+    """A folder of twenty pictures."""
+    return make_pictures(tmp_path / "pictures", 20)

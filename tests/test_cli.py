@@ -1,0 +1,373 @@
+"""The command line: thin, calm, and with exit codes that tell what happened."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import pytest
+from typer.testing import CliRunner
+
+import r2ncli
+from r2ncli.cli import _line, app
+from r2ncli.inference import Classification, Prediction
+
+WARM = {**os.environ, "PYTHONWARNINGS": "ignore", "NO_COLOR": "1"}
+WARM.pop("R2N_WEIGHTS", None)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command printed, and its exit code."""
+
+    stdout: str
+    stderr: str
+    code: int
+
+
+@pytest.fixture
+def r2n(monkeypatch, recwarn):
+    """Run the command in this process: importing torch for each would take minutes."""
+    monkeypatch.delenv("R2N_WEIGHTS", raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*arguments, cwd=None, env=None, check=None):
+        for name, value in (env or {}).items():
+            monkeypatch.setenv(name, value)
+        if cwd is not None:
+            monkeypatch.chdir(cwd)
+        result = CliRunner().invoke(app, [*map(str, arguments)], prog_name="r2n")
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert check is None or result.exit_code == check, (result.exit_code, result.output)
+        return Ended(result.stdout, result.stderr, result.exit_code)
+
+    return run
+
+
+def in_a_terminal(*arguments, columns=80, cwd=None, stop_when=None):
+    """Run the command with a terminal on stdout and stderr: what a person sees, and the code."""
+    primary, secondary = pty.openpty()
+    import fcntl
+    import struct
+    import termios
+
+    fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {k: v for k, v in WARM.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "r2ncli", *map(str, arguments)],
+        stdin=secondary, stdout=secondary, stderr=secondary, cwd=cwd, close_fds=True,
+        env={**environment, "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(secondary)
+    seen = b""
+    with suppress(OSError):
+        while piece := os.read(primary, 4096):
+            seen += piece
+            if stop_when and stop_when in seen:
+                process.send_signal(signal.SIGINT)
+                stop_when = None
+    os.close(primary)
+    return seen.decode(), process.wait()
+
+
+def rows_of(text):
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+# --- classify ---------------------------------------------------------------------------
+
+
+def test_classify_to_a_pipe_is_csv_and_the_rest_is_on_stderr(r2n, pictures, tiny_weights):
+    ended = r2n("classify", pictures, "--weights", tiny_weights, "--topk", 2, check=0)
+    rows = rows_of(ended.stdout)
+    assert [row["path"] for row in rows] == [f"{pictures}/{n:05d}.jpg" for n in range(20)]
+    expected = list(r2ncli.classify(pictures, weights=tiny_weights, topk=2))
+    assert [row["label_1"] for row in rows] == [c.predictions[0].label for c in expected]
+    assert "label_3" not in rows[0]
+    assert re.fullmatch(r"20 images in \S+ s.*, cpu, \S+\n", ended.stderr)
+
+
+def test_no_path_means_the_current_folder(r2n, pictures, tiny_weights):
+    ended = r2n("classify", "--weights", tiny_weights, cwd=pictures, check=0)
+    assert [row["path"] for row in rows_of(ended.stdout)] == [f"{n:05d}.jpg" for n in range(20)]
+
+
+def test_classify_to_a_file_says_where(r2n, tmp_path, pictures, tiny_weights):
+    out = tmp_path / "x.csv"
+    ended = r2n("classify", pictures, "--weights", tiny_weights, "-o", out, check=0)
+    assert ended.stdout == ""
+    assert ended.stderr.strip().endswith(f"-> {out}")
+    assert len(rows_of(out.read_text())) == 20
+    assert json.loads((tmp_path / "x.csv.run.json").read_text())["command"] == "classify"
+    ended = r2n("classify", pictures, "--weights", tiny_weights, "-o", out, check=6)
+    assert "--overwrite" in ended.stderr
+    assert "--resume" in ended.stderr
+    r2n("classify", pictures, "--weights", tiny_weights, "-o", out, "--resume", check=0)
+    r2n("classify", pictures, "--weights", tiny_weights, "-o", out, "--overwrite", check=0)
+
+
+def test_failed_pictures_are_rows_sentences_and_exit_7(r2n, pictures, tiny_weights):
+    (pictures / "00003.jpg").write_bytes(b"")
+    ended = r2n("classify", pictures, "--weights", tiny_weights, "-q", check=7)
+    assert rows_of(ended.stdout)[3]["error"] == "empty file"
+    assert ended.stderr == f"{pictures}/00003.jpg: empty file\n"
+
+
+def test_many_failures_do_not_flood_the_terminal(r2n, tmp_path, tiny_weights):
+    for n in range(50):
+        (tmp_path / f"{n:02d}.jpg").write_bytes(b"")
+    ended = r2n("classify", tmp_path, "--weights", tiny_weights, check=7)
+    assert ended.stderr.count("empty file") == 20
+    assert "more pictures failed; their rows say why" in ended.stderr
+    assert "50 images (50 failed)" in ended.stderr
+
+
+def test_a_terminal_gets_a_line_a_picture(pictures, tiny_weights):
+    (pictures / "00001.jpg").write_bytes(b"")
+    seen, code = in_a_terminal("classify", "--weights", tiny_weights, cwd=pictures)
+    lines = seen.replace("\r\n", "\n").splitlines()
+    assert code == 7
+    assert re.fullmatch(r"00000\.jpg  [a-f]\w\w \d+\.\d %(, [a-f]\w\w \d+\.\d %){4}", lines[0])
+    assert lines[1] == "00001.jpg  failed: empty file"
+    assert len(lines) == 21
+    assert "empty file" not in "".join(lines[2:])
+
+
+@pytest.mark.parametrize(("width", "classes"), [(46, 3), (45, 2), (34, 2), (33, 1), (5, 1)])
+def test_a_line_has_as_many_classes_as_the_width_holds(width, classes):
+    """Wide characters take two columns; one class is always there."""
+    predictions = [
+        Prediction(n, None, label, 0.25) for n, label in enumerate(["画像画像", "bee", "cow"])
+    ]
+    line = _line(Classification("0.jpg", tuple(predictions)), width)
+    assert line.count("25.0 %") == classes
+    assert line.startswith("0.jpg  画像画像 25.0 %")
+
+
+def test_names_cannot_act_on_the_terminal(r2n, pictures, tiny_weights):
+    (pictures / "00000.jpg").rename(pictures / "a\x1b[31m[bold]\nb.jpg")
+    (pictures / "\x07[red]z.jpg").write_bytes(b"")
+    seen, _ = in_a_terminal("classify", "--weights", tiny_weights, cwd=pictures)
+    assert "\x1b" not in seen
+    assert "a\\x1b[31m[bold]\\nb.jpg  " in seen
+    assert "\\x07[red]z.jpg  failed: empty file" in seen
+    ended = r2n("classify", "--weights", tiny_weights, cwd=pictures, check=7)
+    assert "\\x07[red]z.jpg: empty file" in ended.stderr
+
+
+def test_a_closed_pipe_ends_quietly(tmp_path, make_pictures, tiny_weights):
+    folder = make_pictures(tmp_path / "p", 20)
+    for n in range(20, 2000):
+        os.link(folder / f"{n % 20:05d}.jpg", folder / f"{n:05d}.jpg")
+    with subprocess.Popen(
+        [sys.executable, "-m", "r2ncli", "classify", folder, "--weights", tiny_weights, "-q"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=WARM,
+    ) as process:  # fmt: skip
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
+
+
+def test_names_that_are_no_utf8_are_written_as_hex(r2n, pictures, tiny_weights):
+    os.rename(pictures / "00000.jpg", os.fsencode(pictures) + b"/\xff\\x.jpg")
+    ended = r2n("classify", pictures, "--weights", tiny_weights, check=0)
+    assert rows_of(ended.stdout)[-1]["path"] == f"{pictures}/\\xff\\x5cx.jpg"
+
+
+# --- extract ------------------------------------------------------------------------------
+
+
+def test_extract_writes_features_h5_and_says_the_precision(r2n, tmp_path, pictures, tiny_weights):
+    ended = r2n("extract", pictures, "--weights", tiny_weights, cwd=tmp_path, check=0)
+    assert ended.stdout == ""
+    with h5py.File(tmp_path / "features.h5") as file:
+        assert file["features/layer4"].shape == (20, 64)
+        precision = file.attrs["precision"]
+    assert f", {precision} -> features.h5" in ended.stderr
+    assert ("--precision fp32 gives full precision" in ended.stderr) == (precision != "fp32")
+
+
+def test_extract_takes_several_layers_pool_and_dtype(r2n, tmp_path, pictures, tiny_weights):
+    r2n(
+        "extract", pictures, "--weights", tiny_weights, "--layer", "layer3", "--layer", "layer2.0",
+        "--pool", "none", "--dtype", "float16", "-o", "f.h5", cwd=tmp_path, check=0,
+    )  # fmt: skip
+    with h5py.File(tmp_path / "f.h5") as file:
+        assert sorted(file["features"]) == ["layer2.0", "layer3"]
+        assert file["features/layer2.0"].shape == (20, 64, 4, 4)
+        assert file["features/layer2.0"].dtype == "float16"
+
+
+def test_list_layers_prints_names_and_shapes(r2n, tiny_weights):
+    ended = r2n("extract", "--list-layers", "--weights", tiny_weights, check=0)
+    lines = [line.split(maxsplit=1) for line in ended.stdout.splitlines()]
+    assert ["layer4", "64 x 1 x 1"] in lines
+    assert ["fc", "6"] in lines
+    assert [name for name, _ in lines] == list(dict(lines))
+
+
+# --- what goes wrong ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["classify", "nowhere"], 3, "no such file or folder: nowhere"),
+        (["classify", "empty"], 3, "no image found"),
+        (["classify", "--topk", "0"], 2, "topk must be at least 1"),
+        (["classify", "--topk", "many"], 2, "--topk"),
+        (["classify", "--no-such-option"], 2, "--no-such-option"),
+        (["nonsense"], 2, "nonsense"),
+        (["classify", "-o", "x.h5"], 2, "ends in .csv"),
+        (["extract", "-o", "x.csv"], 2, "ends in .h5"),
+        (["extract", "--layer", "layr3"], 2, "Did you mean layer3"),
+        (["extract", "--pool", "mean"], 2, "expected one of avg, max, none"),
+        (["classify", "--precision", "int4"], 2, "this device does"),
+        (["classify", "--decode", "gpu"], 2, "expected one of auto, exact"),
+        (["classify", "--overwrite"], 2, "-o"),
+        (["classify", "--device", "tpu"], 5, "no device 'tpu': expected auto, cpu"),
+        (["classify", "--device", "cuda:99"], 5, "cuda:99"),
+        (["classify", "--weights", "nothing.pth"], 4, "no such weights: 'nothing.pth'"),
+        (["classify", "--weights", "page.pth"], 4, "web page"),
+        (["classify", "-o", "nowhere/x.csv"], 6, "there is no folder nowhere"),
+        (["verify-weights", "nothing.pth"], 4, "no such file: nothing.pth"),
+        (["bench", "--seconds", "0"], 2, "seconds must be more than 0"),
+        (["bench", "--weights", "res2net50_v1b_26w_4s"], 4, "nothing was downloaded"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_its_exit_code(
+    r2n, tmp_path, pictures, tiny_weights, arguments, code, says
+):
+    (pictures / "empty").mkdir()
+    (pictures / "page.pth").write_text("<!DOCTYPE html><html>404</html>")
+    environment = {"R2N_WEIGHTS": str(tiny_weights), "TORCH_HOME": str(tmp_path)}
+    before = sorted(path.name for path in pictures.iterdir())
+    ended = r2n(*arguments, cwd=pictures, env=environment, check=code)
+    assert says in " ".join(re.sub("[│╭╮╰╯─]", "", ended.stderr).split())
+    assert ended.stdout == ""
+    if code != 2:
+        assert len(ended.stderr.splitlines()) == 1
+    assert sorted(path.name for path in pictures.iterdir()) == before
+
+
+def test_with_no_network_the_message_says_what_to_do(r2n, tmp_path, pictures):
+    environment = {
+        "R2N_WEIGHTS_BASE_URL": "http://127.0.0.1:9/", "TORCH_HOME": str(tmp_path / "home"),
+    }  # fmt: skip
+    ended = r2n("classify", pictures, env=environment, check=4)
+    assert "http://127.0.0.1:9/res2net50_v1b_26w_4s-3cf99910.pth" in ended.stderr
+    assert str(tmp_path / "home" / "hub" / "checkpoints") in ended.stderr
+    assert "--weights demo" in ended.stderr
+    assert list((tmp_path / "home" / "hub" / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_keeps_what_was_done_and_says_how_to_go_on(
+    tmp_path, make_pictures, tiny_weights, number, code
+):
+    folder = make_pictures(tmp_path / "p", 20)
+    for n in range(20, 20_000):
+        os.link(folder / f"{n % 20:05d}.jpg", folder / f"{n:05d}.jpg")
+    command = [sys.executable, "-m", "r2ncli", "classify", folder, "--weights", tiny_weights]
+    with subprocess.Popen(
+        [*command, "-o", "x.csv"], cwd=tmp_path, env=WARM, stderr=subprocess.PIPE
+    ) as process:
+        while process.poll() is None and not list(tmp_path.glob("x.csv.partial/block-*.csv")):
+            time.sleep(0.01)
+        process.send_signal(number)
+        error = process.stderr.read().decode()
+        assert process.wait() == code
+    assert error == (
+        "r2n: interrupted: what was done is kept in x.csv.partial; go on with --resume\n"
+    )
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_ctrl_c_at_a_terminal_leaves_no_traceback(tmp_path, make_pictures, tiny_weights):
+    folder = make_pictures(tmp_path / "p", 20)
+    for n in range(20, 20_000):
+        os.link(folder / f"{n % 20:05d}.jpg", folder / f"{n:05d}.jpg")
+    seen, code = in_a_terminal(
+        "classify", folder, "--weights", tiny_weights, "-o", "x.csv",
+        cwd=tmp_path, stop_when=b"images/s",
+    )  # fmt: skip
+    assert code == 130
+    assert "of 20,000" in seen
+    assert "Traceback" not in seen
+    assert "go on with --resume" in seen
+
+
+# --- verify-weights and bench ---------------------------------------------------------------
+
+
+def test_verify_weights_prints_a_table_and_json(r2n, tiny_weights):
+    ended = r2n("verify-weights", tiny_weights, check=0)
+    assert "forward pass" in ended.stdout
+    document = json.loads(r2n("verify-weights", tiny_weights, "--json", check=0).stdout)
+    assert document["ok"] is True
+    assert {check["status"] for check in document["checks"]} <= {
+        "passed", "failed", "warning", "not applicable",
+    }  # fmt: skip
+
+
+def test_verify_weights_names_the_reason_and_exits_4(r2n, tmp_path, tiny_weights):
+    altered = tmp_path / "tiny-00000000.safetensors"
+    altered.write_bytes(tiny_weights.read_bytes())
+    ended = r2n("verify-weights", altered, check=4)
+    assert "digits in the name: SHA-256 " in ended.stderr
+    document = json.loads(r2n("verify-weights", altered, "--json", check=4).stdout)
+    assert document["ok"] is False
+
+
+def test_bench_prints_tables_and_json(r2n, pictures, tiny_weights):
+    arguments = ("bench", pictures, "--weights", tiny_weights, "--seconds", "0.05", "-b", "2", "-q")
+    ended = r2n(*arguments, "--precision", "fp32", check=0)
+    assert "read+decode" in ended.stdout
+    assert "binds" in ended.stdout
+    document = json.loads(r2n(*arguments, "--json", check=0).stdout)
+    assert {stage["stage"] for stage in document["stages"]} == {
+        "read+decode", "forward", "write", "whole",
+    }  # fmt: skip
+    assert all(speed["images_per_second"] > 0 for speed in document["model"])
+
+
+# --- help -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["classify", "extract", "verify-weights", "bench"])
+def test_every_command_has_an_example_and_is_in_the_readme(r2n, command):
+    ended = r2n(command, "--help", check=0)
+    assert f"Example: r2n {command}" in " ".join(ended.stdout.split())
+    readme = Path(__file__).parent.parent / "README.md"
+    assert f"r2n {command}" in readme.read_text(encoding="utf-8")
+
+
+def test_version(r2n):
+    assert r2n("--version", check=0).stdout == f"r2n {r2ncli.__version__}\n"
+
+
+def test_the_command_works_in_another_thread_than_the_main_one(pictures, tiny_weights):
+    ended = []
+    thread = threading.Thread(  # signals belong to the main one
+        target=lambda: ended.append(
+            CliRunner().invoke(app, ["classify", str(pictures), "--weights", str(tiny_weights)])
+        )
+    )
+    thread.start()
+    thread.join()
+    assert ended[0].exit_code == 0

@@ -1,0 +1,266 @@
+"""The pipeline gives one row for each input, in order, whatever its neighbours do."""
+
+from __future__ import annotations
+
+import threading
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import r2ncli
+from r2ncli.engine import EngineDescription
+from r2ncli.errors import CheckpointError, DeviceError, InputNotFoundError, UsageError
+from r2ncli.images import DecodeRules, decode
+from r2ncli.inference import LOGITS, Pipeline, classification, open_pipeline, run
+from r2ncli.inference import Row as PipelineRow
+from r2ncli.sources import Input
+
+
+def probabilities(classifications):
+    """Every probability by path and class index."""
+    return {(c.path, p.index): p.probability for c in classifications for p in c.predictions}
+
+
+def test_rows_come_in_input_order_however_long_each_decode_takes(pictures, tiny_weights):
+    Image.effect_noise((3000, 2500), 50).save(pictures / "00003.jpg")  # slow among quick ones
+    found = [c.path for c in r2ncli.classify(pictures, weights=tiny_weights, workers=4)]
+    assert found == [f"{pictures}/{n:05d}.jpg" for n in range(20)]
+
+
+def test_a_classification_is_the_softmax_of_the_plain_network(pictures, tiny_weights):
+    network = r2ncli.load_model(tiny_weights)
+    preprocessing = r2ncli.Preprocessing(32, 36)
+    mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+    for c in r2ncli.classify(pictures, weights=tiny_weights, precision="fp32", topk=6):
+        pixels = decode(Path(c.path).read_bytes(), preprocessing, DecodeRules())
+        batch = ((torch.tensor(pixels) / 255 - mean) / std).permute(2, 0, 1)[None]
+        with torch.inference_mode():
+            expected = network(batch).softmax(1)[0]
+        assert [p.index for p in c.predictions] == expected.argsort(descending=True).tolist()
+        for p in c.predictions:
+            assert p.probability == pytest.approx(float(expected[p.index]), rel=1e-4)
+            assert p.label == ["ant", "bee", "cow", "doe", "eel", "fox"][p.index]
+            assert p.wnid is None
+
+
+def test_features_are_what_a_hook_on_the_plain_network_sees(pictures, tiny_weights):
+    network = r2ncli.load_model(tiny_weights)
+    preprocessing = r2ncli.Preprocessing(32, 36)
+    mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+    seen = {}
+    for name in ("layer1.0.bn1", "layer3"):
+        network.get_submodule(name).register_forward_hook(
+            lambda _m, _i, output, name=name: seen.update({name: output[0].numpy().copy()})
+        )
+    rows = r2ncli.extract(
+        pictures, weights=tiny_weights, layers=["layer3", "layer1.0.bn1"], pool="none",
+        precision="fp32",
+    )  # fmt: skip
+    for row in rows:
+        pixels = decode(Path(row.path).read_bytes(), preprocessing, DecodeRules())
+        with torch.inference_mode():
+            network(((torch.tensor(pixels) / 255 - mean) / std).permute(2, 0, 1)[None])
+        assert list(row.features) == ["layer3", "layer1.0.bn1"]
+        for name, values in row.features.items():
+            assert values.dtype == np.float32
+            np.testing.assert_allclose(values, seen[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_row_does_not_depend_on_batch_or_threads(pictures, tiny_weights, batch_size, workers):
+    options = {"weights": tiny_weights, "precision": "fp32", "topk": 6}
+    usual = probabilities(r2ncli.classify(pictures, **options))
+    other = probabilities(
+        r2ncli.classify(pictures, batch_size=batch_size, workers=workers, **options)
+    )
+    alone = probabilities(r2ncli.classify(pictures / "00004.jpg", **options))
+    assert usual.keys() == other.keys()
+    assert len(usual) == 20 * 6
+    assert max(abs(usual[key] - other[key]) for key in usual) < 1e-5
+    assert max(abs(usual[key] - alone[key]) for key in alone) < 1e-5
+
+
+def test_a_row_does_not_depend_on_where_a_batch_begins(pictures, tiny_weights):
+    options = {"weights": tiny_weights, "topk": 6, "batch_size": 8}
+    usual = probabilities(r2ncli.classify(pictures, **options))
+    (pictures / "00000.jpg").unlink()
+    (pictures / "00007.jpg").unlink()
+    shifted = probabilities(r2ncli.classify(pictures, **options))
+    assert len(shifted) == 18 * 6
+    assert all(usual[key] == shifted[key] for key in shifted)
+
+
+def test_a_broken_picture_keeps_its_row_and_leaves_its_neighbours_alone(pictures, tiny_weights):
+    before = list(r2ncli.classify(pictures, weights=tiny_weights))
+    whole = (pictures / "00005.jpg").read_bytes()
+    (pictures / "00005.jpg").write_bytes(whole[: len(whole) // 2])
+    (pictures / "00011.jpg").write_text("not a picture")
+    after = list(r2ncli.classify(pictures, weights=tiny_weights))
+    assert [c.path for c in after] == [c.path for c in before]
+    for n in range(20):
+        if n in (5, 11):
+            assert after[n].predictions == ()
+            assert after[n].error
+        else:
+            assert after[n] == before[n]
+    assert "runcated" in after[5].error
+
+
+def test_a_folder_of_broken_pictures_only_gives_only_failed_rows(tmp_path, tiny_weights):
+    for n in range(19):
+        (tmp_path / f"{n}.jpg").write_bytes(b"")
+    rows = list(r2ncli.extract(tmp_path, weights=tiny_weights))
+    assert len(rows) == 19
+    assert {row.error for row in rows} == {"empty file"}
+    assert all(row.features == {} for row in rows)
+
+
+def test_topk_is_clamped_to_the_classes_and_must_be_positive(pictures, tiny_weights):
+    assert len(next(r2ncli.classify(pictures, weights=tiny_weights, topk=99)).predictions) == 6
+    with pytest.raises(UsageError, match="topk must be at least 1"):
+        r2ncli.classify(pictures, weights=tiny_weights, topk=0)
+
+
+def test_equal_logits_are_ranked_by_their_index():
+    row = PipelineRow("x.jpg", {LOGITS: np.array([1, 3, 3, 0], dtype=np.float32)})
+    assert [p.index for p in classification(row, 4, None).predictions] == [1, 2, 0, 3]
+
+
+def test_huge_logits_do_not_overflow():
+    row = PipelineRow("x.jpg", {LOGITS: np.array([1e4, -1e4], dtype=np.float32)})
+    assert [p.probability for p in classification(row, 2, None).predictions] == [1.0, 0.0]
+
+
+def test_progress_tells_every_row_and_the_total(pictures, tiny_weights):
+    (pictures / "00002.jpg").write_bytes(b"")
+    seen = []
+    list(r2ncli.classify(pictures, weights=tiny_weights, on_progress=seen.append))
+    assert [p.done for p in seen] == list(range(1, 21))
+    assert (seen[2].path, seen[2].error) == (f"{pictures}/00002.jpg", "empty file")
+    assert seen[-1].failed == 1
+    assert (seen[-1].found, seen[-1].walk_ended) == (20, True)
+
+
+def test_errors_come_at_the_call_and_not_with_the_first_row(pictures, tiny_weights):
+    with pytest.raises(InputNotFoundError, match="nowhere"):
+        r2ncli.classify(["nowhere"], weights=tiny_weights)
+    with pytest.raises(CheckpointError, match="no such weights"):
+        r2ncli.classify(pictures, weights="nothing.pth")
+    with pytest.raises(DeviceError, match="tpu"):
+        r2ncli.classify(pictures, weights=tiny_weights, device="tpu")
+    for options in (
+        {"precision": "fp8"}, {"pool": "mean"}, {"decode": "fast"}, {"backend": "jax"},
+        {"batch_size": 0}, {"workers": 0}, {"image_size": 8}, {"layers": ["layr3"]},
+    ):  # fmt: skip
+        with pytest.raises(UsageError):
+            r2ncli.extract(pictures, weights=tiny_weights, **options)
+
+
+def test_an_option_that_cannot_be_is_refused_before_any_weights_are_looked_for(pictures):
+    with pytest.raises(UsageError, match="backend"):
+        r2ncli.classify(pictures, weights="nothing.pth", backend="jax")
+    with pytest.raises(DeviceError, match="tpu"):
+        r2ncli.classify(pictures, weights="nothing.pth", device="tpu")
+
+
+def test_a_wrong_layer_gets_the_nearest_right_ones(pictures, tiny_weights):
+    with pytest.raises(UsageError, match=r"no layer 'layr3'\. Did you mean layer3"):
+        r2ncli.extract(pictures, weights=tiny_weights, layers=["layr3"])
+
+
+def test_no_image_is_an_error_that_says_what_was_looked_for(tmp_path, tiny_weights):
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(InputNotFoundError, match=r"no image found .*jpg"):
+        list(r2ncli.classify(tmp_path, weights=tiny_weights))
+
+
+def test_image_size_and_no_crop_reach_the_network(pictures, tiny_weights):
+    for size, side in ((64, 2), (96, 3)):
+        rows = r2ncli.extract(pictures, weights=tiny_weights, image_size=size, pool="none")
+        assert next(rows).features["layer4"].shape == (64, side, side)
+    wide = pictures / "wide.png"
+    Image.linear_gradient("L").resize((400, 40)).save(wide)
+    cropped, stretched = (
+        next(r2ncli.extract(wide, weights=tiny_weights, no_crop=no_crop)).features["layer4"]
+        for no_crop in (False, True)
+    )
+    assert not np.allclose(cropped, stretched)
+
+
+def test_leaving_early_ends_every_thread(pictures, tiny_weights):
+    before = threading.active_count()
+    results = r2ncli.classify(pictures, weights=tiny_weights, batch_size=2)
+    next(results)
+    assert threading.active_count() > before
+    results.close()
+    assert threading.active_count() == before
+
+
+class CountingEngine:
+    """Gives each picture's mean, and keeps what batches it was given."""
+
+    def __init__(self, batch_size):
+        self.description = EngineDescription("test", "", "cpu", "", "fp32", batch_size)
+        self.batches = []
+
+    def __call__(self, pixels):
+        self.batches.append(pixels.shape)
+        return {LOGITS: pixels.reshape(len(pixels), -1).mean(1, dtype=np.float32)[:, None]}
+
+
+def counting_pipeline(engine, workers=3):
+    return Pipeline(
+        engine, r2ncli.Preprocessing(32, 32), DecodeRules(), workers, Path("x"), "", "", 1, None,
+        "avg", {LOGITS: (1,)},
+    )  # fmt: skip
+
+
+def test_every_batch_has_the_engines_size(pictures):
+    engine = CountingEngine(8)
+    inputs = [Input(path.name, str(path)) for path in sorted(pictures.iterdir())]
+    rows = list(run(inputs, counting_pipeline(engine)))
+    assert len(rows) == 20
+    assert engine.batches == [(8, 32, 32, 3)] * 3
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures(pictures):
+    inputs = [Input(path.name, str(path)) for path in sorted(pictures.iterdir())]
+
+    def peak(count):
+        tracemalloc.start()
+        try:
+            for _row in run((inputs[n % 20] for n in range(count)), counting_pipeline(CountingEngine(8))):  # fmt: skip # noqa: E501
+                pass
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(100)
+    assert peak(2000) < 2 * peak(200)
+
+
+def test_an_engine_that_fails_ends_the_run_with_its_error(pictures):
+    class FailingEngine(CountingEngine):
+        def __call__(self, pixels):
+            if len(self.batches) == 1:
+                raise DeviceError("the card fell out")
+            return super().__call__(pixels)
+
+    inputs = [Input(path.name, str(path)) for path in sorted(pictures.iterdir())]
+    rows = run(inputs, counting_pipeline(FailingEngine(8)))
+    with pytest.raises(DeviceError, match="fell out"):
+        list(rows)
+
+
+def test_open_pipeline_says_what_really_runs(tiny_weights):
+    pipeline = open_pipeline(["layer4"], weights=tiny_weights, precision="fp32", batch_size=5)
+    description = pipeline.engine.description
+    assert (description.precision, description.batch_size) == ("fp32", 5)
+    assert description.device == "cpu" or description.device.startswith("cuda")
+    assert pipeline.shapes == {"layer4": (64,)}
+    assert len(pipeline.sha256) == 64
