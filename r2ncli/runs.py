@@ -21,6 +21,7 @@ from PIL import features as pillow_features
 
 from r2ncli import __version__
 from r2ncli.errors import OutputError, UsageError
+from r2ncli.formats import CsvFormat, Format, Hdf5Format
 from r2ncli.inference import (
     Features,
     Pipeline,
@@ -35,14 +36,7 @@ from r2ncli.inference import (
     run,
 )
 from r2ncli.sources import Input, PathLike, Walk
-from r2ncli.writers import (
-    CsvFormat,
-    Format,
-    Hdf5Format,
-    PartialOutput,
-    read_names,
-    read_record,
-)
+from r2ncli.writers import PartialOutput, read_names, read_record
 
 SCHEMA = 1
 DTYPES = ("float32", "float16")

@@ -6,6 +6,7 @@ its name. No file is `stat`ed while walking.
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import re
@@ -59,7 +60,8 @@ def find_images(paths: Sequence[PathLike], warn: Warn) -> Iterator[Input]:
     for argument in arguments:
         if not os.path.exists(argument):
             broken = " (a link to nothing)" if os.path.islink(argument) else ""
-            raise InputNotFoundError(f"no such file or folder: {printable(argument)}{broken}")
+            name = printable(argument) or "''"
+            raise InputNotFoundError(f"no such file or folder: {name}{broken}")
     return _walk_all(arguments, warn)
 
 
@@ -74,10 +76,8 @@ def read_bytes(source: Input, max_bytes: int) -> bytes:
     if source.error:
         raise ImageError(source.error)
     try:
-        # not blocking: opening a pipe that is named like a picture would wait for ever
-        descriptor = os.open(source.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb", buffering=0) as file:
-            status = os.fstat(descriptor)
+        with open(source.path, "rb", buffering=0, opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ImageError("not a regular file")
             if status.st_size > max_bytes:
@@ -90,6 +90,11 @@ def read_bytes(source: Input, max_bytes: int) -> bytes:
     if not content:
         raise ImageError("empty file")
     return content
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting, as for a pipe that is named like a picture, for ever."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def printable(name: str) -> str:
@@ -160,7 +165,7 @@ class _Folder:
     path: str
     name: str
     parent: _Folder | None
-    device_and_inode: tuple[int, int]
+    device_and_inode: tuple[int, int] | None
 
     def is_below_or_at(self, other: tuple[int, int]) -> bool:
         folder: _Folder | None = self
@@ -183,8 +188,7 @@ def _walk_all(arguments: Sequence[str], warn: Warn) -> Iterator[Input]:
 
 
 def _walk(path: str, name: str, warn: Warn) -> Iterator[Input]:
-    root = os.stat(path)
-    folders = [_Folder(path, name, None, (root.st_dev, root.st_ino))]
+    folders = [_Folder(path, name, None, _device_and_inode(path))]
     while folders:
         folder = folders.pop()
         try:
@@ -200,28 +204,35 @@ def _walk(path: str, name: str, warn: Warn) -> Iterator[Input]:
                 continue
             entry_name = os.path.join(folder.name, entry.name)
             if not _is_folder(entry):
-                if os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+                if _is_tried(entry.name):
                     yield Input(printable(entry_name), entry.path)
                 continue
-            try:
-                status = os.stat(entry.path)
-            except OSError as error:
-                reason = f"the folder cannot be listed: {_reason(error)}"
-                yield Input(printable(entry_name), entry.path, reason)
-                continue
-            identity = (status.st_dev, status.st_ino)
-            if folder.is_below_or_at(identity):
+            identity = _device_and_inode(entry.path)
+            if identity and folder.is_below_or_at(identity):
                 warn(f"{printable(entry_name)}: a link back to a folder above it, not followed")
                 continue
             below.append(_Folder(entry.path, entry_name, folder, identity))
         folders.extend(reversed(below))
 
 
+def _device_and_inode(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None  # listing it will say why
+    return status.st_dev, status.st_ino
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:
-        return False
+    except OSError as error:  # a link: a broken one, or one to what may be a folder
+        broken = error.errno in (errno.ELOOP, errno.ENOTDIR)
+        return not broken and not _is_tried(entry.name)
+
+
+def _is_tried(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def _reason(error: OSError) -> str:

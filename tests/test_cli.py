@@ -22,8 +22,7 @@ import pytest
 from typer.testing import CliRunner
 
 import r2ncli
-from r2ncli.cli import _line, app
-from r2ncli.inference import Classification, Prediction
+from r2ncli.cli import app
 
 WARM = {**os.environ, "PYTHONWARNINGS": "ignore", "NO_COLOR": "1"}
 WARM.pop("R2N_WEIGHTS", None)
@@ -145,17 +144,6 @@ def test_a_terminal_gets_a_line_a_picture(pictures, tiny_weights):
     assert lines[1] == "00001.jpg  failed: empty file"
     assert len(lines) == 21
     assert "empty file" not in "".join(lines[2:])
-
-
-@pytest.mark.parametrize(("width", "classes"), [(46, 3), (45, 2), (34, 2), (33, 1), (5, 1)])
-def test_a_line_has_as_many_classes_as_the_width_holds(width, classes):
-    """Wide characters take two columns; one class is always there."""
-    predictions = [
-        Prediction(n, None, label, 0.25) for n, label in enumerate(["画像画像", "bee", "cow"])
-    ]
-    line = _line(Classification("0.jpg", tuple(predictions)), width)
-    assert line.count("25.0 %") == classes
-    assert line.startswith("0.jpg  画像画像 25.0 %")
 
 
 def test_names_cannot_act_on_the_terminal(r2n, pictures, tiny_weights):

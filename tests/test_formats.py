@@ -1,0 +1,169 @@
+"""Every format keeps names, values and failures exactly, whatever the blocks were."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+
+import h5py
+import numpy as np
+import pytest
+
+from r2ncli.formats import CsvFormat, Hdf5Format, stream_csv
+from r2ncli.inference import Classification, Features, Prediction
+from r2ncli.writers import PartialOutput, read_names, read_record
+
+LABELLED = CsvFormat(topk=2, with_wnids=True, with_labels=True)
+
+
+def classified(path, *probabilities):
+    """A classification with these probabilities."""
+    return Classification(
+        path, tuple(Prediction(i, f"n{i}", f"label {i}", p) for i, p in enumerate(probabilities))
+    )
+
+
+def write(output, format, rows, record=None):
+    """Write all rows as one run does."""
+    with PartialOutput(output, format) as partial:
+        partial.begin(record or {})
+        for row in rows:
+            partial.append(row)
+        partial.finish(record or {})
+
+
+def read_csv(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- CSV ------------------------------------------------------------------------------
+
+
+def test_the_columns_are_the_contracts():
+    assert LABELLED.header() == [
+        "path", "status", "error",
+        "index_1", "wnid_1", "label_1", "probability_1",
+        "index_2", "wnid_2", "label_2", "probability_2",
+    ]  # fmt: skip
+    assert CsvFormat(1, False, True).header()[3:] == ["index_1", "label_1", "probability_1"]
+    assert CsvFormat(1, False, False).header()[3:] == ["index_1", "probability_1"]
+
+
+def test_a_row_has_its_cells_and_a_failed_one_its_reason_only(tmp_path):
+    rows = [classified("a.jpg", 0.75, 0.25), Classification("b.jpg", (), "empty file")]
+    write(tmp_path / "x.csv", LABELLED, rows)
+    good, failed = read_csv(tmp_path / "x.csv")
+    assert good == {
+        "path": "a.jpg", "status": "ok", "error": "",
+        "index_1": "0", "wnid_1": "n0", "label_1": "label 0", "probability_1": "0.75",
+        "index_2": "1", "wnid_2": "n1", "label_2": "label 1", "probability_2": "0.25",
+    }  # fmt: skip
+    assert failed.pop("path") == "b.jpg"
+    assert failed.pop("status") == "failed"
+    assert failed.pop("error") == "empty file"
+    assert set(failed.values()) == {""}
+
+
+@pytest.mark.parametrize("value", [1 / 3, 1e-30, 0.1, 1.0, 0.0, 1.1754944e-38, 0.9999999])
+def test_a_probability_reads_back_as_the_same_float32(tmp_path, value):
+    exact = float(np.float32(value))
+    write(tmp_path / "x.csv", CsvFormat(1, False, False), [classified("a", exact)])
+    text = read_csv(tmp_path / "x.csv")[0]["probability_1"]
+    assert np.float32(text) == np.float32(value)
+    assert len(text) <= 14
+
+
+@pytest.mark.parametrize(
+    "name", ['a,"b".jpg', "new\nline.jpg", "return\r.jpg", "[/b].jpg", " lead", "äöü 画像.jpg", ""]
+)
+def test_any_name_survives_the_csv(tmp_path, name):
+    write(tmp_path / "x.csv", LABELLED, [classified(name, 0.5, 0.5), classified("z", 0.5, 0.5)])
+    assert [row["path"] for row in read_csv(tmp_path / "x.csv")] == [name, "z"]
+    assert list(read_names(tmp_path / "x.csv")) == [name, "z"]
+
+
+def test_a_stream_begins_with_the_header_only_once_there_is_a_row(capsys):
+    with pytest.raises(ZeroDivisionError):
+        stream_csv((1 / 0 for _ in [1]), LABELLED, sys.stdout)
+    assert capsys.readouterr().out == ""
+    stream_csv([classified("a", 0.5, 0.5)] * 2, LABELLED, sys.stdout)
+    assert [line[:4] for line in capsys.readouterr().out.splitlines()] == ["path", "a,ok", "a,ok"]
+
+
+def test_the_record_stands_beside_a_csv(tmp_path):
+    write(tmp_path / "x.csv", LABELLED, [classified("a", 1.0, 0.0)], {"precision": "fp32"})
+    assert json.loads((tmp_path / "x.csv.run.json").read_text()) == {"precision": "fp32"}
+    assert read_record(tmp_path / "x.csv") == {"precision": "fp32"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "x.csv.run.json"]
+
+
+# --- HDF5 -----------------------------------------------------------------------------
+
+
+def features(count, failed=(), shape=(5,)):
+    random = np.random.default_rng(1)
+    for n in range(count):
+        values = random.standard_normal(shape).astype(np.float32)
+        if n in failed:
+            yield Features(f"p/ü{n}.jpg", {}, "empty file")
+        else:
+            yield Features(f"p/ü{n}.jpg", {"layer4": values, "layer1.0.bn1": values[:2]})
+
+
+def test_features_paths_and_status_are_aligned(tmp_path):
+    rows = list(features(600, failed=(0, 300, 599)))
+    shapes = {"layer4": (5,), "layer1.0.bn1": (2,)}
+    record = {"layers": ["layer4"], "precision": "bf16", "counts": {"ok": 597}, "shard": None}
+    write(tmp_path / "f.h5", Hdf5Format(shapes), rows, record)
+    with h5py.File(tmp_path / "f.h5") as file:
+        assert file["features/layer4"].shape == (600, 5)
+        assert file["features/layer1.0.bn1"].dtype == np.float32
+        assert list(file["paths"].asstr()) == [row.path for row in rows]
+        for n, row in enumerate(rows):
+            values = file["features/layer4"][n]
+            if row.error:
+                assert np.isnan(values).all()
+                assert (file["status"][n], file["error"][n]) == (b"failed", b"empty file")
+            else:
+                np.testing.assert_array_equal(values, row.features["layer4"])
+                assert (file["status"][n], file["error"][n]) == (b"ok", b"")
+        assert file.attrs["precision"] == "bf16"
+    assert read_record(tmp_path / "f.h5")["counts"] == {"ok": 597}
+    assert read_record(tmp_path / "f.h5")["layers"] == ["layer4"]
+    assert list(read_names(tmp_path / "f.h5")) == [row.path for row in rows]
+
+
+def test_float16_is_stored_on_request(tmp_path):
+    shapes = {"layer4": (5,), "layer1.0.bn1": (2,)}
+    write(tmp_path / "f.h5", Hdf5Format(shapes, "float16"), features(3, failed=(1,)))
+    with h5py.File(tmp_path / "f.h5") as file:
+        assert file["features/layer4"].dtype == np.float16
+        assert np.isnan(file["features/layer4"][1]).all()
+
+
+def test_a_chunk_is_a_few_megabytes_at_most(tmp_path):
+    for shape in [(2048,), (64, 56, 56), (256, 128, 128)]:
+        rows = [Features(str(n), {"x": np.ones(shape, np.float32)}) for n in range(3)]
+        write(tmp_path / "f.h5", Hdf5Format({"x": shape}), rows)
+        with h5py.File(tmp_path / "f.h5") as file:
+            assert np.prod(file["features/x"].chunks) * 4 <= 4_000_000
+            assert (file["features/x"][...] == 1).all()
+        (tmp_path / "f.h5").unlink()
+
+
+def test_the_file_does_not_depend_on_how_rows_fell_into_blocks(tmp_path):
+    shapes = {"layer4": (5,), "layer1.0.bn1": (2,)}
+    rows = list(features(700, failed=(3,)))
+    contents = []
+    for flush_at in [(), (1, 2, 300), (699,)]:
+        with PartialOutput(tmp_path / "f.h5", Hdf5Format(shapes)) as partial:
+            partial.begin({"a": 1})
+            for n, row in enumerate(rows):
+                partial.append(row)
+                if n in flush_at:
+                    partial.flush()
+            partial.finish({"a": 1})
+        contents.append((tmp_path / "f.h5").read_bytes())
+    assert contents[0] == contents[1] == contents[2]
