@@ -11,6 +11,7 @@ import csv
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -89,13 +90,15 @@ def find_checkpoint(
     CheckpointError
         The file is nowhere, cannot be fetched, or is not the published one.
     """
-    wanted = os.fspath(weights or os.environ.get("R2N_WEIGHTS") or DEFAULT_NETWORK)
+    if weights is None:
+        weights = os.environ.get("R2N_WEIGHTS") or DEFAULT_NETWORK
+    wanted = os.fspath(weights)
     if wanted == DEMO:
         return Path(str(files("r2ncli").joinpath("demo.safetensors")))
     name = wanted.replace("-", "_")
     if name in PUBLISHED:
         return _find_published(PUBLISHED[name], download, on_progress)
-    found = existing_file(Path(wanted))
+    found = existing_file(Path(wanted)) if wanted else None
     if found is None:
         raise CheckpointError(
             f"no such weights: {wanted!r}. Expected a checkpoint file ({', '.join(SUFFIXES)}), "
@@ -106,13 +109,17 @@ def find_checkpoint(
 
 def existing_file(path: Path) -> Path | None:
     """`path`, or its twin with hyphens or underscores exchanged; None where neither is."""
-    if path.exists():
-        return path
-    twin = path.name.replace("-", "_")
-    if path.parent.is_dir():
+    try:
+        if path.exists():
+            return path
+        twin = path.name.replace("-", "_")
         for name in sorted(os.listdir(path.parent)):
-            if name.replace("-", "_") == twin:
+            if name.replace("-", "_") == twin and (path.parent / name).exists():
                 return path.parent / name
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     return None
 
 
@@ -120,7 +127,7 @@ def hub_folder() -> Path:
     """torch.hub's checkpoints folder, by torch.hub's own rule."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("TORCH_HOME") or os.path.join(cache, "torch")
-    return Path(home).expanduser() / "hub" / "checkpoints"
+    return Path(os.path.expanduser(home), "hub", "checkpoints")
 
 
 def digits_in_name(name: str) -> str | None:
@@ -157,12 +164,9 @@ def container(path: Path) -> str:
     """
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder, not a checkpoint file")
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-            whole = zipfile.is_zipfile(file) if head.startswith(b"PK\x03\x04") else True
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    with _reading(path) as file:
+        head = file.read(512)
+        whole = zipfile.is_zipfile(file) if head.startswith(b"PK\x03\x04") else True
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
         return "safetensors"
     if head.startswith(b"PK\x03\x04") and whole:
@@ -186,11 +190,8 @@ def container(path: Path) -> str:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, as 64 hex digits."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    with _reading(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checked_sha256(path: Path) -> str:
@@ -220,9 +221,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     for beside in (path.with_name(path.name + ".json"), path.with_suffix(".json")):
         if beside.is_file():
-            return _json_object(beside, beside.read_bytes())
+            with _reading(beside) as file:
+                return _json_object(beside, file.read())
     if path.suffix == ".safetensors":
-        with open(path, "rb") as file:
+        with _reading(path) as file:
             length = int.from_bytes(file.read(8), "little")
             if length > 100_000_000:
                 return {}
@@ -258,7 +260,13 @@ def preprocessing_of(metadata: dict[str, Any], source: Path) -> Preprocessing:
             key: tuple(float(number) for number in value) if isinstance(value, list) else value
             for key, value in metadata.get("preprocessing", {}).items()
         }
-        return Preprocessing(**given)
+        preprocessing = Preprocessing(**given)
+        for size in (preprocessing.image_size, preprocessing.resize_size):
+            if type(size) is not int:
+                raise TypeError(f"a size of {size!r} pixels")
+        if not all(math.isfinite(number) for number in preprocessing.mean + preprocessing.std):
+            raise ValueError("mean and std must be finite")
+        return preprocessing
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{source}: its 'preprocessing' is unfit ({error}). Expected any of image_size, "
@@ -273,10 +281,19 @@ def imagenet_labels() -> Labels:
     return Labels(tuple(row["label"] for row in rows), tuple(row["wnid"] for row in rows))
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
 def _json_object(source: Path, text: bytes | str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{source}: its metadata is no JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{source}: its metadata is no JSON object")
@@ -299,7 +316,16 @@ def _find_published(
     if not download:
         raise CheckpointError(f"{network.file} is not in {folder}, and nothing was downloaded")
     base = os.environ.get("R2N_WEIGHTS_BASE_URL") or OFFICIAL_ADDRESS
-    address = urljoin(base if base.endswith("/") else base + "/", network.file)
+    try:
+        address = urljoin(base if base.endswith("/") else base + "/", network.file)
+        known = urlsplit(address).scheme in ("http", "https", "ftp", "file")
+    except ValueError:
+        known = False
+    if not known:
+        raise CheckpointError(
+            f"R2N_WEIGHTS_BASE_URL is {base!r}: expected the address of a mirror, such as "
+            f"{OFFICIAL_ADDRESS} or file:///a/folder/"
+        )
     return download_file(address, folder / network.file, on_progress)
 
 
@@ -431,12 +457,21 @@ def _total_of(headers: Message[str, str]) -> int:
     return int(total) if total.isdigit() else -1
 
 
+_PORTS = {"http": 80, "https": 443, "ftp": 21}
+
+
 def _reach(address: str) -> None:
     """Connect once, within a limit that name look-ups and many addresses do not stretch."""
     parts = urlsplit(address)
-    if parts.hostname is None or urllib.request.getproxies().get(parts.scheme):
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if proxy and parts.hostname and not urllib.request.proxy_bypass(parts.hostname):
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    try:
+        host, port = parts.hostname, parts.port or _PORTS.get(parts.scheme)
+    except ValueError as error:
+        raise _DownloadFailedError(f"{parts.netloc}: {error}") from error
+    if host is None or port is None:
         return
-    host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
     failure: list[Exception] = []
 
     def connect() -> None:

@@ -51,7 +51,8 @@ class Report:
         self._with_bar = bar and not quiet and sys.stderr.isatty()
         self._created = self._started = time.monotonic()
         self._begun_at = 0
-        self._tasks: dict[str, Any] = {}
+        self._announced = False
+        self._task: Any = None
 
     def __enter__(self) -> Report:
         return self
@@ -81,15 +82,17 @@ class Report:
 
     def download(self, progress: DownloadProgress) -> None:
         """Take in one piece of a download."""
-        if "download" not in self._tasks:
-            self._tasks["download"] = None
+        if not self._announced:
+            self._announced = True
             self.sentence(f"downloading {progress.address} to {progress.destination.parent}")
             self.sentence(f"note: {LICENCE_NOTICE}")
-        if self._with_bar:
+        if not self.quiet and sys.stderr.isatty():
             text = f"{progress.received / 1e6:,.0f} MB"
             if progress.total:
                 text += f" of {progress.total / 1e6:,.0f}"
             self._show("download", progress.received, progress.total, text)
+        if progress.received == progress.total:
+            self._end_bar()
 
     def sentence(self, text: str) -> None:
         """Say something without tearing the progress line."""
@@ -128,11 +131,8 @@ class Report:
                 transient=True,
             )
             self._bar.start()
-        if self._tasks.get(name) is None:
-            for task in self._bar.task_ids:
-                self._bar.remove_task(task)
-            self._tasks[name] = self._bar.add_task(name, text=text)
-        self._bar.update(self._tasks[name], completed=done, total=total, text=text)
+            self._task = self._bar.add_task(name, text=text)
+        self._bar.update(self._task, completed=done, total=total, text=text)
 
     def _end_bar(self) -> None:
         if self._bar is not None:

@@ -120,9 +120,9 @@ def verify_weights(file: str | os.PathLike[str]) -> Verification:
             architecture = guess_architecture(state_dict)
             variant = None if architecture is None else variant_name(architecture)
             checks += _tensor_checks(path, state_dict, architecture)
-    done = {check.name for check in checks}
-    checks += [Check(name, NOT_APPLICABLE, "") for name in CHECKS if name not in done]
-    return Verification(str(path), digest, variant, tuple(checks))
+    done = {check.name: check for check in checks}
+    every = tuple(done.get(name, Check(name, NOT_APPLICABLE, "")) for name in CHECKS)
+    return Verification(str(path), digest, variant, every)
 
 
 def _file_checks(path: Path, digest: str) -> Iterator[Check]:

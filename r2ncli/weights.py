@@ -296,9 +296,9 @@ def _load(path: Path) -> object:
             return load_file(path)
         if kind == "zip":
             _check_members(path)
-        with warnings.catch_warnings():
+        with open(path, "rb") as file, warnings.catch_warnings():  # by a path torch minds suffixes
             warnings.simplefilter("ignore")  # torch's, on what it then refuses
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
