@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from email.message import Message
 from http.client import HTTPException
 from importlib.resources import files
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urljoin, urlsplit
@@ -162,7 +163,7 @@ def container(path: Path) -> str:
     CheckpointError
         The file is no checkpoint; the message says what it seems to be.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise CheckpointError(f"{path}: is a folder, not a checkpoint file")
     with _reading(path) as file:
         head = file.read(512)
@@ -171,7 +172,7 @@ def container(path: Path) -> str:
         return "safetensors"
     if head.startswith(b"PK\x03\x04") and whole:
         return "zip"
-    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "pickle"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     found = "not a checkpoint (its first bytes are of no known kind)"
@@ -282,7 +283,7 @@ def imagenet_labels() -> Labels:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[BinaryIO]:
+def _reading(path: Path) -> Iterator[BufferedReader]:
     try:
         with open(path, "rb") as file:
             yield file
@@ -428,6 +429,7 @@ def _fetch(address: str, file: BinaryIO, destination: Path, on_progress: OnProgr
                 return
             reason = f"the connection closed after {received:,} of {total:,} bytes"
         except urllib.error.HTTPError as error:
+            error.close()
             if error.code == 416:  # nothing is left after what we have: whole, or of another file
                 if received == _total_of(error.headers):
                     return

@@ -1,0 +1,143 @@
+"""Rooms know only the rooms above them, and importing the package is quick."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import r2ncli
+
+PACKAGE = Path(r2ncli.__file__).parent
+
+# Each may import any above it, none below. The files of a folder are one room.
+ROOMS = [
+    *("errors", "architectures", "model", "checkpoints", "weights", "verification", "sources"),
+    *("images", "engine", "inference", "formats", "writers", "runs", "bench", "terminal", "cli"),
+    "__main__",
+]
+WITH_TORCH = {"model", "weights", "verification", "engine/pytorch"}
+WITH_TERMINAL = {"terminal", "cli"}
+
+FILES = {
+    path.relative_to(PACKAGE).with_suffix("").as_posix(): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def room(file: str) -> str:
+    return file.partition("/")[0]
+
+
+def imports(file: str, *, at_import_only: bool = False) -> Iterator[str]:
+    """Every module that a file imports by its full name, in functions too unless told."""
+    pending: list[ast.AST] = [ast.parse(FILES[file].read_text(encoding="utf-8"))]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively: say the whole name"
+            assert node.module is not None
+            yield node.module
+            # `from r2ncli import weights` names a room where `import __version__` does not
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif at_import_only and (is_function(node) or is_for_type_checkers(node)):
+            continue
+        pending.extend(ast.iter_child_nodes(node))
+
+
+def is_function(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+
+
+def is_for_type_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def rooms_of(modules: Iterator[str]) -> set[str]:
+    parts = [module.split(".") for module in modules]
+    return {part[1] for part in parts if part[0] == "r2ncli" and len(part) > 1} & set(ROOMS)
+
+
+def test_every_file_has_a_room() -> None:
+    assert {room(file) for file in FILES} - {"__init__"} == set(ROOMS)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "__init__"])
+def test_a_file_imports_only_from_rooms_above_it(file: str) -> None:
+    own = ROOMS.index(room(file))
+    below = {other for other in rooms_of(imports(file)) if ROOMS.index(other) > own}
+    assert below == set()
+    if "/" not in file:
+        assert room(file) not in rooms_of(imports(file))
+
+
+def test_the_package_itself_imports_no_room() -> None:
+    assert rooms_of(imports("__init__", at_import_only=True)) == set()
+
+
+@pytest.mark.parametrize("file", list(FILES))
+def test_only_what_runs_networks_imports_torch_at_once(file: str) -> None:
+    libraries = {module.split(".")[0] for module in imports(file, at_import_only=True)}
+    if file in WITH_TORCH:
+        assert "torch" in libraries
+    else:
+        assert not libraries & {"torch", "torchvision", "timm"}
+
+
+@pytest.mark.parametrize("file", list(FILES))
+def test_only_the_command_line_imports_the_terminals_libraries(file: str) -> None:
+    libraries = {module.split(".")[0] for module in imports(file)}
+    assert "click" not in libraries  # typer may bring its own
+    if file not in WITH_TERMINAL:
+        assert not libraries & {"typer", "rich"}
+
+
+@pytest.mark.parametrize("file", list(FILES))
+def test_torchvision_and_timm_are_never_needed(file: str) -> None:
+    assert not {module.split(".")[0] for module in imports(file)} & {"torchvision", "timm"}
+
+
+@pytest.mark.parametrize("statement", ["import r2ncli", "import r2ncli.cli", "dir(r2ncli)"])
+def test_importing_is_quick(statement: str) -> None:
+    program = f"import sys, r2ncli; {statement}; print(*sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    assert "r2ncli" in loaded
+    assert not loaded & {"torch", "torchvision", "PIL", "numpy", "h5py", "safetensors"}
+
+
+def test_importing_the_library_imports_no_terminals_libraries() -> None:
+    program = "import sys, r2ncli; r2ncli.classify; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "r2ncli.inference" in done.stdout.split()
+    assert not set(done.stdout.split()) & {"typer", "rich"}
+
+
+# --- the reading itself -------------------------------------------------------------------
+
+
+def test_imports_within_functions_are_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text(
+        "from typing import TYPE_CHECKING\n"
+        "import torch.nn as nn\n"
+        "if TYPE_CHECKING:\n"
+        "    from r2ncli.cli import app\n"
+        "def f():\n"
+        "    from r2ncli import weights\n"
+        "    import rich\n"
+    )
+    monkeypatch.setitem(FILES, "x", tmp_path / "x.py")
+    assert rooms_of(imports("x")) == {"cli", "weights"}
+    assert {"torch.nn", "rich"} <= set(imports("x"))
+    assert rooms_of(imports("x", at_import_only=True)) == set()
+    assert "rich" not in set(imports("x", at_import_only=True))
