@@ -115,6 +115,7 @@ class PublishedNetwork:
 
 
 DEFAULT_NETWORK = "res2net50_v1b_26w_4s"
+DEMO = "demo"  # the embedded checkpoint: ten CIFAR-10 classes, never a stand-in
 OFFICIAL_ADDRESS = "https://shanghuagao.oss-cn-beijing.aliyuncs.com/res2net/"
 LICENCE_NOTICE = (
     "the official weights come from a project under CC BY-NC-SA 4.0 (noncommercial use only)"

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from r2ncli.architectures import Preprocessing
-from r2ncli.checkpoints import Labels, OnProgress
+from r2ncli.checkpoints import Labels
+from r2ncli.downloads import OnProgress
 from r2ncli.engine import BACKENDS, POOLS, Engine, Pixels, pooled_shape
 from r2ncli.errors import ImageError, InputNotFoundError, UsageError
 from r2ncli.images import MAX_BYTES, MAX_PIXELS, DecodeRules, decode

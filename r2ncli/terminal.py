@@ -20,7 +20,7 @@ from r2ncli.architectures import LICENCE_NOTICE
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-    from r2ncli.checkpoints import DownloadProgress
+    from r2ncli.downloads import DownloadProgress
     from r2ncli.inference import Classification, Progress
 
 FAILURES_SHOWN = 20

@@ -21,7 +21,6 @@ from torch import Tensor
 from r2ncli.architectures import EXPANSION, PUBLISHED, Architecture, Preprocessing
 from r2ncli.checkpoints import (
     Labels,
-    OnProgress,
     checked_sha256,
     container,
     find_checkpoint,
@@ -29,6 +28,7 @@ from r2ncli.checkpoints import (
     preprocessing_of,
     read_metadata,
 )
+from r2ncli.downloads import OnProgress
 from r2ncli.errors import CheckpointError
 from r2ncli.model import Res2Net
 

@@ -1,8 +1,9 @@
-"""What tests share: a tiny network in a file, and a folder of small pictures."""
+"""What tests share: a tiny network in a file, pictures, and no settings of this machine."""
 
 from __future__ import annotations
 
 import json
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,3 +59,23 @@ def make_pictures() -> Callable[..., Path]:
 def pictures(tmp_path: Path, make_pictures: Callable[..., Path]) -> Path:
     """A folder of twenty pictures."""
     return make_pictures(tmp_path / "pictures", 20)
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither weights, proxies nor a network of the machine reach a test."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it keeps the proxies of its first use
+    monkeypatch.delenv("R2N_WEIGHTS", raising=False)
+    monkeypatch.setenv("R2N_WEIGHTS_BASE_URL", "http://127.0.0.1:9/nowhere")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Path:
+    """torch.hub's folder, empty."""
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder

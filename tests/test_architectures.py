@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -134,8 +132,3 @@ def test_without_another_size_or_crop_a_preprocessing_stays_as_it_is():
     given = Preprocessing(64, 72, crop="square")
     assert given.resized(None, no_crop=False) == given
     assert given.resized(None, no_crop=True) == dataclasses.replace(given, crop="none")
-
-
-def test_the_records_do_not_need_torch():
-    code = "import sys, r2ncli.architectures; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -40,7 +40,6 @@ class Ended:
 @pytest.fixture
 def r2n(monkeypatch, recwarn):
     """Run the command in this process: importing torch for each would take minutes."""
-    monkeypatch.delenv("R2N_WEIGHTS", raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
 
     def run(*arguments, cwd=None, env=None, check=None):

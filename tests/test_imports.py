@@ -16,7 +16,16 @@ PACKAGE = Path(r2ncli.__file__).parent
 
 # Each may import any above it, none below. The files of a folder are one room.
 ROOMS = [
-    *("errors", "architectures", "model", "checkpoints", "weights", "verification", "sources"),
+    *(
+        "errors",
+        "architectures",
+        "model",
+        "downloads",
+        "checkpoints",
+        "weights",
+        "verification",
+        "sources",
+    ),
     *("images", "engine", "inference", "formats", "writers", "runs", "bench", "terminal", "cli"),
     "__main__",
 ]

@@ -18,8 +18,8 @@ from reference_weights import TINY, reference_input, reference_network, relative
 from safetensors.torch import save_file
 
 import r2ncli
-from r2ncli.architectures import PUBLISHED, Architecture, Preprocessing
-from r2ncli.checkpoints import DEMO, imagenet_labels
+from r2ncli.architectures import DEMO, PUBLISHED, Architecture, Preprocessing
+from r2ncli.checkpoints import imagenet_labels
 from r2ncli.errors import CheckpointError
 from r2ncli.model import Res2Net
 from r2ncli.weights import (
