@@ -28,7 +28,7 @@ from r2ncli.architectures import DEMO
 from r2ncli.errors import CheckpointError
 
 ATTEMPTS = 4
-CONNECT_SECONDS = 10.0
+CONNECT_SECONDS = 8.0
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,7 @@ def assemble_pipeline(
         engine=engine,
         preprocessing=preprocessing,
         rules=DecodeRules("exact", max_pixels, max_bytes),
-        workers=workers or min(os.cpu_count() or 1, MAX_WORKERS),
+        workers=workers or min(_cores(), MAX_WORKERS),
         checkpoint=checkpoint.path,
         sha256=checkpoint.sha256,
         variant=checkpoint.variant,
@@ -482,6 +482,13 @@ def _no_such_layer(layer: str, layers: list[str]) -> str:
     near = difflib.get_close_matches(layer, layers, n=3, cutoff=0.4)
     hint = f"Did you mean {', '.join(near)}? " if near else ""
     return f"no layer {layer!r}. {hint}r2n extract --list-layers prints all of them"
+
+
+def _cores() -> int:
+    """Cores that this process may use: a container or a scheduler may give fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _ignore(_warning: str) -> None: ...
