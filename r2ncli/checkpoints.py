@@ -203,23 +203,21 @@ def checked_sha256(path: Path) -> str:
 def read_metadata(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: `labels`, `wnids`, `preprocessing`, and more.
 
-    In a .safetensors file it stands in the header, as JSON under the key ``r2n``; beside
-    any other file in a JSON file of its name (``mine.pth`` and ``mine.pth.json``, or
-    ``mine.json``). A checkpoint that says nothing gives an empty dict.
+    In a .safetensors file it stands in the header, as JSON under the key ``r2n``; otherwise
+    in a JSON file beside it (``mine.pth`` and ``mine.pth.json``, or ``mine.json``). A
+    checkpoint that says nothing gives an empty dict.
     """
+    if path.suffix == ".safetensors":
+        with _reading(path) as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = _json_object(path, file.read(length)) if length < 100_000_000 else {}
+        metadata = header.get("__metadata__", {})
+        if isinstance(metadata, dict) and "r2n" in metadata:
+            return _json_object(path, metadata["r2n"])
     for beside in (path.with_name(path.name + ".json"), path.with_suffix(".json")):
         if beside.is_file():
             with _reading(beside) as file:
                 return _json_object(beside, file.read())
-    if path.suffix == ".safetensors":
-        with _reading(path) as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > 100_000_000:
-                return {}
-            header = _json_object(path, file.read(length))
-        metadata = header.get("__metadata__", {})
-        if isinstance(metadata, dict) and "r2n" in metadata:
-            return _json_object(path, metadata["r2n"])
     return {}
 
 

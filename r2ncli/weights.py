@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from r2ncli.architectures import EXPANSION, PUBLISHED, Architecture, Preprocessing
+from r2ncli.architectures import DEMO, EXPANSION, PUBLISHED, Architecture, Preprocessing
 from r2ncli.checkpoints import (
     Labels,
     checked_sha256,
@@ -78,7 +78,8 @@ def load_checkpoint(
     return Checkpoint(
         path=path,
         sha256=digest,
-        variant=metadata.get("variant") or variant_name(architecture),
+        # a file may call itself demo; only its tensors can make it a published network
+        variant=DEMO if metadata.get("variant") == DEMO else variant_name(architecture),
         network=build(architecture, state_dict),
         labels=labels_of(metadata, architecture.classes, path),
         preprocessing=preprocessing_of(metadata, path),

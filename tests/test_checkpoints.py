@@ -315,6 +315,15 @@ def test_metadata_is_in_a_json_file_beside(tmp_path: Path, beside: str) -> None:
     assert read_metadata(tmp_path / "net.pth") == {"labels": ["é"]}
 
 
+def test_what_a_safetensors_file_says_itself_comes_before_a_file_beside(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(safetensors({"r2n": '{"labels": ["own"]}'}))
+    (tmp_path / "x.json").write_text('{"labels": ["of something else"]}')
+    assert read_metadata(path) == {"labels": ["own"]}
+    path.write_bytes(safetensors())
+    assert read_metadata(path) == {"labels": ["of something else"]}
+
+
 def test_the_json_file_with_the_whole_name_comes_first(tmp_path: Path) -> None:
     (tmp_path / "net.pth.json").write_text('{"labels": ["whole"]}')
     (tmp_path / "net.json").write_text('{"labels": ["stem"]}')
