@@ -114,8 +114,8 @@ def bench(
     R2NError
         An option, the weights, the device or a path does not fit.
     """
-    if seconds <= 0:
-        raise UsageError(f"seconds must be more than 0, not {seconds:g}")
+    if not 0 < seconds < 3600:  # false for NaN
+        raise UsageError(f"seconds must be more than 0 and less than 3600, not {seconds:g}")
     say = on_measuring or (lambda _words: None)
     checkpoint = _random_checkpoint() if weights is None else _checkpoint_at_hand(weights)
     whole = assemble_pipeline(

@@ -5,6 +5,7 @@ Data goes to stdout or files; progress, summaries and warnings go to stderr.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -106,6 +107,9 @@ Quiet = Annotated[
 # --- the boundary: errors become exit codes -----------------------------------------------
 
 
+_SILENT = logging.NullHandler()
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, handled as Ctrl-C is."""
 
@@ -117,8 +121,9 @@ def _boundary(command: Callable[P, int | None]) -> Callable[P, None]:
     def bounded(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             with _sigterm_interrupts(), warnings.catch_warnings():
-                if not sys.warnoptions:
-                    warnings.simplefilter("ignore")  # the libraries' asides are not for users
+                if not sys.warnoptions:  # the libraries' asides are not for users
+                    warnings.simplefilter("ignore")
+                    logging.getLogger("PIL").addHandler(_SILENT)
                 code = command(*args, **kwargs)
                 sys.stdout.flush()
         except R2NError as error:

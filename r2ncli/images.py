@@ -135,7 +135,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "IC
 
 def _open(content: bytes) -> Image.Image:
     """As `Image.open`, for these formats and without its process-wide limit on pixels."""
-    head = content[:16]
+    head = content[:16].ljust(16, b"\0")  # formats look at it without asking how long it is
     refused = None
     for name in _FORMATS:
         factory, accept = Image.OPEN.get(name, (None, None))

@@ -220,6 +220,16 @@ def assemble_pipeline(
     from r2ncli.engine.pytorch import TorchEngine
     from r2ncli.model import layer_shapes
 
+    _check_options(
+        pool,
+        backend=backend,
+        decode=decode,
+        batch_size=batch_size,
+        workers=workers,
+        image_size=image_size,
+        max_pixels=max_pixels,
+        max_bytes=max_bytes,
+    )
     preprocessing = checkpoint.preprocessing.resized(image_size, no_crop)
     architecture = checkpoint.network.architecture
     shapes = layer_shapes(architecture, preprocessing.image_size)

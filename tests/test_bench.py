@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from r2ncli.bench import bench, generated_jpegs
-from r2ncli.errors import CheckpointError, InputNotFoundError
+from r2ncli.errors import CheckpointError, InputNotFoundError, UsageError
 
 
 def test_every_precision_and_batch_size_is_measured_once(pictures, tiny_weights):
@@ -54,6 +54,14 @@ def test_bench_never_downloads(tmp_path, monkeypatch):
     monkeypatch.setenv("R2N_WEIGHTS_BASE_URL", "http://127.0.0.1:9/")
     with pytest.raises(CheckpointError, match="nothing was downloaded"):
         bench(weights="res2net50_v1b_26w_4s", seconds=0.01)
+
+
+@pytest.mark.parametrize(
+    "options", [{"seconds": float("nan")}, {"seconds": 0}, {"batch_sizes": [0]}, {"workers": 0}]
+)
+def test_what_cannot_be_measured_is_a_usage_error(tiny_weights, options):
+    with pytest.raises(UsageError):
+        bench(weights=tiny_weights, **{"seconds": 0.01, **options})
 
 
 def test_a_folder_without_pictures_is_an_error(tmp_path, tiny_weights):
