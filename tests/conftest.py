@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +59,15 @@ def make_pictures() -> Callable[..., Path]:
 def pictures(tmp_path: Path, make_pictures: Callable[..., Path]) -> Path:
     """A folder of twenty pictures."""
     return make_pictures(tmp_path / "pictures", 20)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small networks are quicker with one thread than with several on busy cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
