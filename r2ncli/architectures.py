@@ -84,10 +84,10 @@ class Preprocessing:
     crop: str = "centre"
 
     def __post_init__(self) -> None:
-        if not 32 <= self.image_size <= self.resize_size:
+        if not 32 <= self.image_size <= min(self.resize_size, 4096):
             raise ValueError(
                 f"image_size {self.image_size}, resize_size {self.resize_size}: expected "
-                "32 <= image_size <= resize_size"
+                "32 <= image_size <= resize_size, and image_size at most 4096"
             )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError("mean and std must have three values each, std positive ones")

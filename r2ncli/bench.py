@@ -116,6 +116,9 @@ def bench(
     """
     if not 0 < seconds < 3600:  # false for NaN
         raise UsageError(f"seconds must be more than 0 and less than 3600, not {seconds:g}")
+    found = list(islice(find_images(paths, lambda _warning: None), MOST_PICTURES)) if paths else []
+    if paths and not found:
+        raise no_image_found()
     say = on_measuring or (lambda _words: None)
     checkpoint = _random_checkpoint() if weights is None else _checkpoint_at_hand(weights)
     whole = assemble_pipeline(
@@ -135,14 +138,9 @@ def bench(
                 speeds[executed, size] = _model_speed(pipeline, seconds)
 
     with tempfile.TemporaryDirectory(prefix="r2n-bench-") as folder:
-        if paths:
-            inputs = list(islice(find_images(paths, lambda _warning: None), MOST_PICTURES))
-            if not inputs:
-                raise no_image_found()
-            pictures = f"{len(inputs)} pictures of {', '.join(map(str, paths))}"
-        else:
-            inputs = generated_jpegs(Path(folder))
-            pictures = f"{len(inputs)} generated JPEGs of 500 x 375"
+        inputs = found or generated_jpegs(Path(folder))
+        kind = f"pictures of {', '.join(map(str, paths))}" if found else "generated JPEGs"
+        pictures = f"{len(inputs)} {kind}{'' if found else ' of 500 x 375'}"
         stages = tuple(_stages(whole, inputs, Path(folder), seconds, say))
     alone = [stage for stage in stages if stage.stage != "whole"]
     return BenchReport(
@@ -174,10 +172,13 @@ def generated_jpegs(folder: Path, count: int = 64) -> list[Input]:
 
 
 def _random_checkpoint() -> Checkpoint:
+    import torch
+
     from r2ncli.model import Res2Net
     from r2ncli.weights import Checkpoint
 
-    network = Res2Net(PUBLISHED[DEFAULT_NETWORK].architecture).eval()
+    with torch.random.fork_rng(devices=[]):
+        network = Res2Net(PUBLISHED[DEFAULT_NETWORK].architecture).eval()
     return Checkpoint(
         path=Path("random weights"),
         sha256="",

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -269,8 +270,13 @@ def imagenet_labels() -> Labels:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[BufferedReader]:
+    def open_at_once(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK)  # a pipe would wait for ever
+
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise CheckpointError(f"{path}: is no regular file")
             yield file
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error

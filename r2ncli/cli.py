@@ -5,6 +5,7 @@ Data goes to stdout or files; progress, summaries and warnings go to stderr.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -21,7 +22,17 @@ import typer
 
 from r2ncli import __version__
 from r2ncli.errors import R2NError, UsageError
-from r2ncli.terminal import Report, picture_line, print_json, print_table, say, terminal_width
+from r2ncli.terminal import (
+    Report,
+    is_terminal,
+    picture_line,
+    plain_lines,
+    print_json,
+    print_table,
+    put,
+    say,
+    terminal_width,
+)
 
 P = ParamSpec("P")
 
@@ -124,21 +135,39 @@ def _boundary(command: Callable[P, int | None]) -> Callable[P, None]:
                 if not sys.warnoptions:  # the libraries' asides are not for users
                     warnings.simplefilter("ignore")
                     logging.getLogger("PIL").addHandler(_SILENT)
+                _speak_utf8()
                 code = command(*args, **kwargs)
-                sys.stdout.flush()
         except R2NError as error:
             say(f"r2n: {error}")
             code = error.exit_code
+            _give_up_stdout()
         except BrokenPipeError:
-            # whoever read our output has seen enough; nothing more may be written at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 0
+            _give_up_stdout()
         except KeyboardInterrupt as interrupt:
             say(f"r2n: {interrupt}" if str(interrupt) else "r2n: interrupted")
             code = 143 if isinstance(interrupt, _Terminated) else 130
         raise typer.Exit(code or 0)
 
     return bounded
+
+
+def _speak_utf8() -> None:
+    """Files are UTF-8 whatever the locale is; a terminal gets what it cannot show escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            encoding = stream.encoding if is_terminal(stream) else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
+
+
+def _give_up_stdout() -> None:
+    """Write nothing more to a stdout that does not take it, not even at exit."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except AttributeError:  # it was closed from the start
+        return
 
 
 @contextmanager
@@ -249,12 +278,13 @@ def classify(
 def _classify_to_stdout(
     paths: list[str], topk: int, lines: bool, quiet: bool, options: dict[str, Any]
 ) -> int:
-    from r2ncli.formats import stream_csv
+    from r2ncli.formats import csv_lines
     from r2ncli.inference import classification, open_classifier, walked_rows
     from r2ncli.runs import csv_format
     from r2ncli.sources import Walk
 
-    lines = lines and sys.stdout.isatty()
+    on_terminal = is_terminal(sys.stdout)
+    lines = lines and on_terminal
     with Report("classify", quiet, bar=not lines, failures=not lines) as report:
         walk = Walk(paths, report.sentence)
         pipeline = open_classifier(topk, on_download=report.download, **options)
@@ -262,9 +292,10 @@ def _classify_to_stdout(
         results = (classification(row, topk, pipeline.labels) for row in rows)
         if lines:
             for result in results:
-                typer.echo(picture_line(result, terminal_width()))
+                put(picture_line(result, terminal_width()) + "\n")
         else:
-            stream_csv(results, csv_format(pipeline, topk), sys.stdout)
+            for text in csv_lines(results, csv_format(pipeline, topk)):
+                put(plain_lines(text) + "\n" if on_terminal else text)
         ran = pipeline.engine.description
         return report.summary(f", {ran.device}, {ran.precision}")
 
@@ -324,7 +355,7 @@ def extract(
 ) -> int:
     """The features of any layers for every picture, as HDF5."""
     if list_layers:
-        return _list_layers(weights, image_size)
+        return _list_layers(weights, image_size, quiet)
     from r2ncli.runs import extract_to
 
     with Report("extract", quiet) as report, _resumable(Path(output)):
@@ -360,17 +391,19 @@ def extract(
         return _finished(report, record, output)
 
 
-def _list_layers(weights: str | None, image_size: int | None) -> int:
+def _list_layers(weights: str | None, image_size: int | None, quiet: bool) -> int:
+    from r2ncli.inference import check_options
     from r2ncli.model import layer_shapes
     from r2ncli.weights import load_checkpoint
 
-    with Report("download", quiet=False) as report:
+    check_options(image_size=image_size)
+    with Report("download", quiet=quiet) as report:
         checkpoint = load_checkpoint(weights, on_progress=report.download)
     size = image_size or checkpoint.preprocessing.image_size
     shapes = layer_shapes(checkpoint.network.architecture, size)
     longest = max(map(len, shapes))
     for name, shape in shapes.items():
-        typer.echo(f"{name:<{longest}}  {' x '.join(map(str, shape))}")
+        put(f"{name:<{longest}}  {' x '.join(map(str, shape))}\n")
     return 0
 
 

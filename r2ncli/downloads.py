@@ -171,6 +171,10 @@ def _fetch(address: str, file: BinaryIO, destination: Path, on_progress: OnProgr
                 raise _DownloadFailedError(
                     f"the server answered {error.code} {error.reason}"
                 ) from error
+        except TimeoutError as error:
+            reason = "the server does not answer"
+            if not received:  # nor would it the next time
+                raise _DownloadFailedError(reason) from error
         except (urllib.error.URLError, OSError, HTTPException) as error:
             reason = f"the connection failed ({_words(error)})"
         if attempt < ATTEMPTS:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -86,7 +86,9 @@ class CsvFormat:
 
     def unpack_names(self, block: Path) -> Iterator[tuple[str, bool]]:
         with open(block, encoding="utf-8", newline="") as file:
-            for cells in csv.reader(file):
+            for cells in csv.reader(file, strict=True):
+                if len(cells) != len(self.header()):
+                    raise ValueError(f"a row of {len(cells)} cells, not {len(self.header())}")
                 yield cells[0], cells[1] == "failed"
 
     def size_of(self, row: Classification) -> int:
@@ -100,12 +102,11 @@ class CsvFormat:
                     shutil.copyfileobj(finished, file, 1 << 20)
 
 
-def stream_csv(rows: Iterable[Classification], format: CsvFormat, out: TextIO) -> None:
-    """Write rows as they come; the header comes with the first, so that an error has none."""
+def csv_lines(rows: Iterable[Classification], format: CsvFormat) -> Iterator[str]:
+    """Rows as text, as they come; the header comes with the first, so that an error has none."""
     header = [format.header()]
     for row in rows:
-        out.write(_csv_text([*header, format.cells(row)]))
-        out.flush()
+        yield _csv_text([*header, format.cells(row)])
         header = []
 
 

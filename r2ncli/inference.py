@@ -25,7 +25,7 @@ from r2ncli.architectures import Preprocessing
 from r2ncli.checkpoints import Labels
 from r2ncli.downloads import OnProgress
 from r2ncli.engine import BACKENDS, POOLS, Engine, Pixels, pooled_shape
-from r2ncli.errors import ImageError, InputNotFoundError, UsageError
+from r2ncli.errors import DeviceError, ImageError, InputNotFoundError, UsageError
 from r2ncli.images import MAX_BYTES, MAX_PIXELS, DecodeRules, decode
 from r2ncli.sources import SUFFIXES, Input, PathLike, Walk, read_bytes
 
@@ -36,7 +36,7 @@ Array = npt.NDArray[np.float32]
 
 LOGITS = "fc"  # the module whose output the logits are
 DECODES = ("auto", "exact")
-MAX_WORKERS = 32
+MAX_WORKERS = 256
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def open_pipeline(
     from r2ncli.weights import load_checkpoint
 
     # what can be said before a large file is loaded, or even downloaded, is said before
-    _check_options(pool, **options)
+    check_options(pool, **options)
     find_precision(options.get("precision", "auto"), find_device(options.get("device", "auto")))
     return assemble_pipeline(
         load_checkpoint(weights, on_progress=on_download), layers, pool, **options
@@ -220,7 +220,7 @@ def assemble_pipeline(
     from r2ncli.engine.pytorch import TorchEngine
     from r2ncli.model import layer_shapes
 
-    _check_options(
+    check_options(
         pool,
         backend=backend,
         decode=decode,
@@ -233,7 +233,9 @@ def assemble_pipeline(
     preprocessing = checkpoint.preprocessing.resized(image_size, no_crop)
     architecture = checkpoint.network.architecture
     shapes = layer_shapes(architecture, preprocessing.image_size)
-    layers = tuple(dict.fromkeys(layers))
+    layers = tuple(dict.fromkeys([layers] if isinstance(layers, str) else layers))
+    if not layers:
+        raise UsageError("no layer given. r2n extract --list-layers prints all of them")
     for layer in layers:
         if layer not in shapes:
             raise UsageError(_no_such_layer(layer, list(shapes)))
@@ -250,7 +252,7 @@ def assemble_pipeline(
         engine=engine,
         preprocessing=preprocessing,
         rules=DecodeRules("exact", max_pixels, max_bytes),
-        workers=workers or min(_cores(), MAX_WORKERS),
+        workers=min(workers or _cores(), MAX_WORKERS),
         checkpoint=checkpoint.path,
         sha256=checkpoint.sha256,
         variant=checkpoint.variant,
@@ -420,9 +422,7 @@ def run(inputs: Iterable[Input], pipeline: Pipeline) -> Iterator[Row]:
     remaining = iter(inputs)
     try:
         while sources := list(islice(remaining, batch_size)):
-            pixels = (
-                buffers.pop() if buffers else np.empty((batch_size, side, side, 3), dtype=np.uint8)
-            )
+            pixels = buffers.pop() if buffers else _empty_batch(batch_size, side)
             decodes = [
                 decoders.submit(read_and_decode, source, pixels[i])
                 for i, source in enumerate(sources)
@@ -436,6 +436,15 @@ def run(inputs: Iterable[Input], pipeline: Pipeline) -> Iterator[Row]:
         stopped.set()
         runner.shutdown(cancel_futures=True)
         decoders.shutdown(cancel_futures=True)
+
+
+def _empty_batch(batch_size: int, side: int) -> Pixels:
+    try:
+        return np.empty((batch_size, side, side, 3), dtype=np.uint8)
+    except MemoryError as error:
+        raise DeviceError(
+            f"not enough memory for batches of {batch_size}. Try a smaller --batch-size"
+        ) from error
 
 
 def classification(row: Row, topk: int, labels: Labels | None) -> Classification:
@@ -465,7 +474,8 @@ def as_sequence(paths: Sequence[PathLike] | PathLike) -> Sequence[PathLike]:
     return [paths] if isinstance(paths, str | os.PathLike) else paths
 
 
-def _check_options(pool: str, **options: Unpack[ExecutionOptions]) -> None:
+def check_options(pool: str = "avg", **options: Unpack[ExecutionOptions]) -> None:
+    """Raise a UsageError for a value that cannot be, whatever the device and the weights are."""
     for name, value, choices in (
         ("pool", pool, POOLS),
         ("backend", options.get("backend", "torch"), BACKENDS),

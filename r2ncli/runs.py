@@ -20,6 +20,7 @@ from typing import Any, Unpack
 from PIL import features as pillow_features
 
 from r2ncli import __version__
+from r2ncli.checkpoints import Labels
 from r2ncli.errors import OutputError, UsageError
 from r2ncli.formats import CsvFormat, Format, Hdf5Format
 from r2ncli.inference import (
@@ -35,8 +36,14 @@ from r2ncli.inference import (
     open_pipeline,
     run,
 )
-from r2ncli.sources import Input, PathLike, Walk
-from r2ncli.writers import PartialOutput, read_names, read_record
+from r2ncli.sources import Input, PathLike, Walk, printable
+from r2ncli.writers import (
+    PartialOutput,
+    partial_folder,
+    read_names,
+    read_record,
+    record_path,
+)
 
 SCHEMA = 1
 DTYPES = ("float32", "float16")
@@ -84,7 +91,7 @@ def classify_to(
         Before anything is written if an argument does not fit; later if the device or the
         disk fails: finished blocks are kept then.
     """
-    out = _checked_output(output, (".csv",), overwrite, resume)
+    out = _checked_output(output, ".csv", overwrite, resume)
     walk = Walk(as_sequence(paths), on_warning or _ignore)
     pipeline = open_classifier(topk, **options)
     return _run_to(
@@ -93,7 +100,13 @@ def classify_to(
         pipeline,
         csv_format(pipeline, topk),
         lambda row: classification(row, topk, pipeline.labels),
-        run_record("classify", pipeline, topk=min(topk, pipeline.classes)),
+        run_record(
+            "classify",
+            pipeline,
+            topk=min(topk, pipeline.classes),
+            labels_sha256=_labels_digest(pipeline.labels),
+        ),
+        overwrite,
         resume,
         on_progress or _ignore,
     )
@@ -146,7 +159,7 @@ def extract_to(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    out = _checked_output(output, (".h5",), overwrite, resume)
+    out = _checked_output(output, ".h5", overwrite, resume)
     walk = Walk(as_sequence(paths), on_warning or _ignore)
     pipeline = open_pipeline(layers, pool, **options)
     return _run_to(
@@ -156,6 +169,7 @@ def extract_to(
         Hdf5Format(pipeline.shapes, dtype),
         lambda row: Features(row.name, row.outputs, row.error),
         run_record("extract", pipeline, layers=list(pipeline.shapes), pool=pool, dtype=dtype),
+        overwrite,
         resume,
         on_progress or _ignore,
     )
@@ -190,7 +204,7 @@ def run_record(command: str, pipeline: Pipeline, **settings: Any) -> dict[str, A
             "python": ".".join(map(str, sys.version_info[:3])),
         },
         "checkpoint": {
-            "file": str(pipeline.checkpoint),
+            "file": printable(str(pipeline.checkpoint)),
             "sha256": pipeline.sha256,
             "variant": pipeline.variant,
         },
@@ -222,7 +236,10 @@ def fingerprint(record: dict[str, Any]) -> str:
 def deciding_settings(record: dict[str, Any]) -> dict[str, Any]:
     """The settings of a record that decide the values, flat, under the names users know."""
     flat: dict[str, Any] = {}
-    for key in ("command", "layers", "pool", "dtype", "topk", "backend", "precision", "batch_size"):
+    for key in (
+        *("command", "layers", "pool", "dtype", "topk", "labels_sha256"),
+        *("backend", "precision", "batch_size"),
+    ):
         if key in record:
             flat[key] = record[key]
     kept = {
@@ -237,6 +254,13 @@ def deciding_settings(record: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def _labels_digest(labels: Labels | None) -> str | None:
+    """What the label cells depend on, which may stand beside the checkpoint, not in it."""
+    if labels is None:
+        return None
+    return hashlib.sha256(json.dumps([labels.labels, labels.wnids]).encode()).hexdigest()
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -245,26 +269,40 @@ def _now() -> str:
 
 
 def _checked_output(
-    output: str | OsPathLike[str], suffixes: tuple[str, ...], overwrite: bool, resume: bool
+    output: str | OsPathLike[str], suffix: str, overwrite: bool, resume: bool
 ) -> Path:
     """`output` as a path that a run may begin with, before anything else runs."""
     out = Path(output)
-    if out.suffix.lower() not in suffixes:
-        raise UsageError(f"{out}: an output of this command ends in {' or '.join(suffixes)}")
+    if out.suffix.lower() != suffix:
+        raise UsageError(f"{out}: an output of this command ends in {suffix}")
     if overwrite and resume:
         raise UsageError("--overwrite starts again and --resume goes on: give one of them")
-    if not out.parent.is_dir():
-        raise OutputError(f"{out}: cannot be written: there is no folder {out.parent}")
-    if out.is_dir():
-        raise OutputError(f"{out}: cannot be written: it is a folder")
-    partial = out.with_name(out.name + ".partial")
-    if not overwrite and not resume:
-        for there, what in ((partial, "an unfinished run"), (out, "a finished output")):
-            if there.exists():
-                raise OutputError(
-                    f"{there} exists, {what}. --overwrite starts again, --resume goes on with it"
-                )
+    try:
+        if not out.parent.is_dir():
+            raise OutputError(f"{out}: cannot be written: there is no folder {out.parent}")
+        if out.is_dir():
+            raise OutputError(f"{out}: cannot be written: it is a folder")
+        for name in (out, partial_folder(out), record_path(out)):
+            name.exists()  # raises where a name is too long, or the folder may not be searched
+        if not overwrite and not resume:
+            _refuse_existing(out, began=partial_folder(out).exists())
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise OutputError(f"{out}: cannot be written: {reason}") from error
     return out
+
+
+def _refuse_existing(out: Path, began: bool) -> None:
+    """Raise where an output or an unfinished run is there that a new one would replace."""
+    for there, path, what in (
+        (began, partial_folder(out), "an unfinished run"),
+        (out.exists(), out, "a finished output"),
+        (out.suffix != ".h5" and record_path(out).exists(), record_path(out), "a run record"),
+    ):
+        if there:
+            raise OutputError(
+                f"{path} exists, {what}. --overwrite starts again, --resume goes on with it"
+            )
 
 
 def _run_to(
@@ -274,11 +312,14 @@ def _run_to(
     format: Format,
     to_result: Callable[[Row], Any],
     record: dict[str, Any],
+    overwrite: bool,
     resume: bool,
     on_progress: OnProgress,
 ) -> dict[str, Any]:
     with PartialOutput(out, format) as partial, walk:
         inputs = iter(walk)
+        if not overwrite and not resume:
+            _refuse_existing(out, began=bool(partial.blocks()))  # now that no one else can write
         done = failed = 0
         begun = partial.record() if resume else None
         if begun is not None:
@@ -327,11 +368,15 @@ def _check_resumable(begun: dict[str, Any], record: dict[str, Any], where: Path)
     """Raise unless both records decide the same values; the error names what differs."""
     if begun.get("fingerprint") == record["fingerprint"]:
         return
+    if "fingerprint" not in begun:
+        raise OutputError(
+            f"{where}: cannot be resumed: it has no run record of r2n. --overwrite starts again"
+        )
     then, now = deciding_settings(begun), deciding_settings(record)
     differing = [key for key in {**then, **now} if then.get(key) != now.get(key)]
     changes = "; ".join(f"{key} was {then.get(key)}, is {now.get(key)}" for key in differing)
     raise OutputError(
-        f"{where}: cannot be resumed: {changes or 'it has no run record'}. "
+        f"{where}: cannot be resumed: {changes}. "
         "Give the same settings, or --overwrite to start again"
     )
 

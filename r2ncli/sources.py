@@ -58,11 +58,22 @@ def find_images(paths: Sequence[PathLike], warn: Warn) -> Iterator[Input]:
     """
     arguments = [os.fspath(path) for path in paths] or ["."]
     for argument in arguments:
-        if not os.path.exists(argument):
+        if not _may_exist(argument):
             broken = " (a link to nothing)" if os.path.islink(argument) else ""
             name = printable(argument) or "''"
             raise InputNotFoundError(f"no such file or folder: {name}{broken}")
     return _walk_all(arguments, warn)
+
+
+def _may_exist(path: str) -> bool:
+    """Whether something is there, or may be: what may not be looked at is a row that says so."""
+    try:
+        os.stat(path)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def read_bytes(source: Input, max_bytes: int) -> bytes:

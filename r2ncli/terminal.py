@@ -7,15 +7,18 @@ escaped. With `cli` this is the only file that prints.
 from __future__ import annotations
 
 import json
-import os
+import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
 from r2ncli.architectures import LICENCE_NOTICE
+from r2ncli.errors import OutputError
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -27,15 +30,44 @@ FAILURES_SHOWN = 20
 
 
 def say(text: str) -> None:
-    """A sentence on stderr."""
-    typer.echo(plain(text), err=True)
+    """A sentence on stderr; a stderr that is closed or full stops no run."""
+    with suppress(OSError, ValueError):
+        typer.echo(plain(text), err=True)
+
+
+def put(text: str) -> None:
+    """Data on stdout, at once.
+
+    Raises
+    ------
+    BrokenPipeError
+        Whoever read it has seen enough.
+    OutputError
+        It is closed or full.
+    """
+    if sys.stdout is None:
+        raise OutputError("stdout is closed: give a file with -o")
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"stdout: cannot be written: {error.strerror}") from error
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person reads it; a closed stream is none at all."""
+    return stream is not None and stream.isatty()
 
 
 def plain(text: str) -> str:
     """`text` for a terminal: control characters escaped, so that a name cannot act."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text
+        for character in re.sub(
+            "[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text
+        )
     )
 
 
@@ -48,7 +80,7 @@ class Report:
         self.failures = failures
         self.progress: Progress | None = None
         self._bar: Bar | None = None
-        self._with_bar = bar and not quiet and sys.stderr.isatty()
+        self._with_bar = bar and not quiet and is_terminal(sys.stderr)
         self._created = self._started = time.monotonic()
         self._begun_at = 0
         self._announced = False
@@ -86,7 +118,7 @@ class Report:
             self._announced = True
             self.sentence(f"downloading {progress.address} to {progress.destination.parent}")
             self.sentence(f"note: {LICENCE_NOTICE}")
-        if not self.quiet and sys.stderr.isatty():
+        if not self.quiet and is_terminal(sys.stderr):
             text = f"{progress.received / 1e6:,.0f} MB"
             if progress.total:
                 text += f" of {progress.total / 1e6:,.0f}"
@@ -169,10 +201,8 @@ def picture_line(result: Classification, width: int) -> str:
 
 
 def terminal_width() -> int:
-    try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
-    except (OSError, ValueError):
-        return 80
+    """Columns of the terminal, or of ``COLUMNS``."""
+    return shutil.get_terminal_size().columns
 
 
 def print_table(
@@ -189,18 +219,21 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(_plain_lines(title)), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(plain_lines(title)), title_justify="left", box=box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
         right = right_from is not None and number >= right_from
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(plain(cell), (colours or {}).get(cell, "")) for cell in row))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    with console.capture() as rendered:
+        console.print(table)
+    put(rendered.get())
 
 
-def _plain_lines(text: str) -> str:
+def plain_lines(text: str) -> str:
     return "\n".join(map(plain, text.splitlines()))
 
 
 def print_json(document: dict[str, Any]) -> None:
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    put(json.dumps(document, indent=2, ensure_ascii=False) + "\n")

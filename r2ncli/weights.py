@@ -292,9 +292,9 @@ def _load(path: Path) -> object:
     kind = container(path)
     try:
         if kind == "safetensors":
-            from safetensors.torch import load_file
+            from safetensors.torch import load
 
-            return load_file(path)
+            return load(path.read_bytes())  # by its bytes: a name may be no UTF-8
         if kind == "zip":
             _check_members(path)
         with open(path, "rb") as file, warnings.catch_warnings():  # by a path torch minds suffixes

@@ -12,8 +12,11 @@ import csv
 import fcntl
 import json
 import os
+import re
 import shutil
+import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -26,12 +29,19 @@ from r2ncli.formats import STRINGS_AT_ONCE, Format, Record
 BLOCK_ROWS = 256
 BLOCK_BYTES = 64_000_000
 
+# what reading a damaged block or output raises
+DAMAGE = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, csv.Error)
+
+
+OURS = re.compile(r"lock|run\.json|final\.json|joined\.\w+|block-\d{8}\.\w+|.*\.tmp")
+
 
 class PartialOutput:
     """The growing output of one run: ``OUT.partial/``, locked for this process.
 
     Entering takes the lock and reads what is there; leaving releases it. A folder that
-    holds no block when an error leaves is removed.
+    holds no block when an error leaves is removed. Files that r2n did not write are never
+    touched: a folder that holds one is refused.
 
     Attributes
     ----------
@@ -41,7 +51,7 @@ class PartialOutput:
 
     def __init__(self, output: Path, format: Format) -> None:
         self.output = output
-        self.folder = output.with_name(output.name + ".partial")
+        self.folder = partial_folder(output)
         self.format = format
         self.done = 0
         self._rows: list[Any] = []
@@ -50,6 +60,7 @@ class PartialOutput:
         self._lock: BinaryIO | None = None
 
     def __enter__(self) -> PartialOutput:
+        _refuse_foreign(self.folder)
         self._lock = _take_lock(self.folder, self.output)
         self._next_block = len(self.blocks())
         return self
@@ -62,27 +73,54 @@ class PartialOutput:
     ) -> None:
         if self._lock is None:
             return
-        if self.folder.is_dir() and not self.blocks():
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
-        self._lock = None
+        if not self.blocks():
+            self._remove_folder()
+        self._release()
 
     def blocks(self) -> list[Path]:
         """The finished blocks, in order."""
         return sorted(self.folder.glob("block-*" + self._block_suffix()))
 
     def record(self) -> dict[str, Any] | None:
-        """The run record that this partial output began with; None where it has none."""
+        """The run record that this partial output began with; None where nothing was begun.
+
+        Raises
+        ------
+        OutputError
+            There are blocks, and no record that can be read.
+        """
         try:
             record = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
+            record = None
+        if not isinstance(record, dict):
+            if self.blocks():
+                raise OutputError(
+                    f"{self.folder / 'run.json'}: damaged or missing, so its blocks cannot be "
+                    "resumed. --overwrite starts again"
+                )
             return None
-        return record if isinstance(record, dict) else None
+        return record
 
     def names(self) -> Iterator[tuple[str, bool]]:
-        """Name of each finished row, and whether it failed."""
-        for block in self.blocks():
-            yield from self.format.unpack_names(block)
+        """Name of each finished row, and whether it failed.
+
+        Raises
+        ------
+        OutputError
+            A block is missing or damaged.
+        """
+        for number, block in enumerate(self.blocks()):
+            if block.stem != f"block-{number:08d}":
+                raise OutputError(
+                    f"{self.folder}: block {number} is missing. --overwrite starts again"
+                )
+            try:
+                yield from self.format.unpack_names(block)
+            except DAMAGE as error:
+                raise OutputError(
+                    f"{block}: damaged ({error}). --overwrite starts again"
+                ) from error
 
     def begin(self, record: Record) -> None:
         """Start from nothing: the run record first."""
@@ -136,7 +174,22 @@ class PartialOutput:
                 f"{self.output}: cannot be written: {_reason(error)}. All results are kept in "
                 f"{self.folder}; go on with --resume"
             ) from error
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._remove_folder()
+        self._release()
+
+    def _remove_folder(self) -> None:
+        """Remove what r2n wrote: the record first, for blocks without one are no run."""
+        for path in sorted(self.folder.glob("*"), key=lambda path: path.name != "run.json"):
+            if path.name != "lock" and OURS.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+        with suppress(OSError):
+            (self.folder / "lock").unlink(missing_ok=True)
+            self.folder.rmdir()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _block_suffix(self) -> str:
         return ".npz" if self.format.suffix == ".h5" else self.format.suffix
@@ -153,11 +206,19 @@ class PartialOutput:
             _fsync(self.folder)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            kept = f". {self.done:,} finished rows are kept in {self.folder}" if self.done else ""
-            resume = "; make room and go on with --resume" if self.done else ""
+            kept = ""
+            if self.done and self.folder.is_dir():
+                kept = (
+                    f". {self.done:,} finished rows are kept in {self.folder}; go on with --resume"
+                )
             raise OutputError(
-                f"{self.output}: cannot be written: {_reason(error)}{kept}{resume}"
+                f"{self.output}: cannot be written: {_reason(error)}{kept}"
             ) from error
+
+
+def partial_folder(output: Path) -> Path:
+    """Where an output grows: beside it, ``OUT.partial``."""
+    return output.with_name(output.name + ".partial")
 
 
 def record_path(output: Path) -> Path:
@@ -180,15 +241,29 @@ def read_record(output: Path) -> dict[str, Any]:
 
 
 def read_names(output: Path) -> Iterator[str]:
-    """The names in a finished output, in order."""
-    if output.suffix == ".h5":
-        import h5py
+    """The names in a finished output, in order.
 
-        with h5py.File(output) as file:
-            paths = file["paths"].asstr()
-            for start in range(0, len(paths), STRINGS_AT_ONCE):
-                yield from paths[start : start + STRINGS_AT_ONCE]
-        return
+    Raises
+    ------
+    OutputError
+        The output is damaged, or none of r2n's.
+    """
+    try:
+        yield from _h5_names(output) if output.suffix == ".h5" else _csv_names(output)
+    except DAMAGE as error:
+        raise OutputError(f"{output}: damaged, or none of r2n's ({error})") from error
+
+
+def _h5_names(output: Path) -> Iterator[str]:
+    import h5py
+
+    with h5py.File(output) as file:
+        paths = file["paths"].asstr()
+        for start in range(0, len(paths), STRINGS_AT_ONCE):
+            yield from paths[start : start + STRINGS_AT_ONCE]
+
+
+def _csv_names(output: Path) -> Iterator[str]:
     with open(output, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             yield row["path"]
@@ -197,6 +272,18 @@ def read_names(output: Path) -> Iterator[str]:
 def json_bytes(record: Record) -> bytes:
     """A record as a JSON file's content."""
     return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise where a partial folder holds what r2n did not write: it would be lost."""
+    try:
+        foreign = [path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {_reason(error)}") from error
+    if foreign:
+        raise OutputError(f"{folder}: holds {foreign[0]!r}, which r2n did not write. Move it away")
 
 
 def _take_lock(folder: Path, output: Path) -> BinaryIO:

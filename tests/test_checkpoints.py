@@ -358,7 +358,7 @@ def test_metadata_that_cannot_be_read_is_an_error(
 ) -> None:
     (tmp_path / "net.json").touch()
 
-    def refusing(path: Path, *_: object) -> None:
+    def refusing(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", path)
 
     monkeypatch.setattr(checkpoints, "open", refusing, raising=False)

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,6 +171,56 @@ def test_a_closed_pipe_ends_quietly(tmp_path, make_pictures, tiny_weights):
         assert process.wait() == 0
 
 
+@pytest.mark.parametrize(
+    ("redirection", "code", "rows"),
+    [
+        ("-o x.csv 2>&-", 0, 20),  # stderr is only talk
+        ("-o x.csv 2>/dev/full", 0, 20),
+        ("-o x.csv 2>&1 | true; exit ${PIPESTATUS[0]}", 0, 20),
+        ("-o x.csv >&-", 0, 20),
+        (">&-", 6, None),
+        (">/dev/full", 6, None),
+    ],
+)
+def test_closed_and_full_streams(pictures, tiny_weights, redirection, code, rows):
+    command = f"{sys.executable} -m r2ncli classify . --weights {tiny_weights} {redirection}"
+    ended = subprocess.run(
+        ["bash", "-c", command], cwd=pictures, env=WARM, capture_output=True, check=False
+    )
+    assert ended.returncode == code, ended.stderr
+    assert b"Traceback" not in ended.stderr
+    assert b"Exception ignored" not in ended.stderr
+    if rows:
+        assert len(rows_of((pictures / "x.csv").read_text())) == rows
+
+
+def test_a_table_into_a_closed_pipe_ends_quietly(tiny_weights):
+    command = f"{sys.executable} -m r2ncli verify-weights {tiny_weights} | true"
+    ended = subprocess.run(
+        ["bash", "-c", command + "; exit ${PIPESTATUS[0]}"],
+        env=WARM, capture_output=True, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_csv_is_utf8_whatever_the_locale_says(pictures, tiny_weights):
+    (pictures / "00000.jpg").rename(pictures / "é.jpg")
+    ended = subprocess.run(
+        [sys.executable, "-m", "r2ncli", "classify", "é.jpg", "--weights", tiny_weights],
+        cwd=pictures, env={**WARM, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=True,
+    )  # fmt: skip
+    assert rows_of(ended.stdout.decode())[0]["path"] == "é.jpg"
+
+
+def test_weights_whose_name_is_no_utf8_work(r2n, tmp_path, pictures, tiny_weights):
+    weights = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.safetensors")
+    shutil.copy(tiny_weights, weights)
+    r2n("classify", pictures, "--weights", weights, "-o", tmp_path / "x.csv", check=0)
+    record = json.loads((tmp_path / "x.csv.run.json").read_text())
+    assert record["checkpoint"]["file"].endswith("\\xff.safetensors")
+    assert "\\xff.safetensors" in r2n("verify-weights", weights, check=0).stdout
+
+
 def test_names_that_are_no_utf8_are_written_as_hex(r2n, pictures, tiny_weights):
     os.rename(pictures / "00000.jpg", os.fsencode(pictures) + b"/\xff\\x.jpg")
     ended = r2n("classify", pictures, "--weights", tiny_weights, check=0)
@@ -223,6 +274,11 @@ def test_list_layers_prints_names_and_shapes(r2n, tiny_weights):
         (["classify", "-o", "x.h5"], 2, "ends in .csv"),
         (["extract", "-o", "x.csv"], 2, "ends in .h5"),
         (["extract", "--layer", "layr3"], 2, "Did you mean layer3"),
+        (["extract", "--list-layers", "--image-size", "-5"], 2, "from 32 to 4096"),
+        (["verify-weights", "/dev/zero"], 4, "no regular file"),
+        (["classify", "--weights", "/dev/zero"], 4, "no regular file"),
+        (["bench", "nowhere"], 3, "no such file or folder: nowhere"),
+        (["bench", "-j", "-1"], 2, "workers must be at least 1"),
         (["extract", "--pool", "mean"], 2, "expected one of avg, max, none"),
         (["classify", "--precision", "int4"], 2, "this device does"),
         (["classify", "--decode", "gpu"], 2, "expected one of auto, exact"),

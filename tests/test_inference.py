@@ -173,6 +173,18 @@ def test_a_wrong_layer_gets_the_nearest_right_ones(pictures, tiny_weights):
         r2ncli.extract(pictures, weights=tiny_weights, layers=["layr3"])
 
 
+def test_one_layer_may_be_a_plain_name_and_none_is_an_error(pictures, tiny_weights):
+    row = next(r2ncli.extract(pictures, weights=tiny_weights, layers="layer3"))
+    assert list(row.features) == ["layer3"]
+    with pytest.raises(UsageError, match="no layer given"):
+        r2ncli.extract(pictures, weights=tiny_weights, layers=[])
+
+
+def test_too_large_a_batch_is_a_device_error(pictures, tiny_weights):
+    with pytest.raises(DeviceError, match="batch"):
+        list(r2ncli.classify(pictures, weights=tiny_weights, batch_size=10**12))
+
+
 def test_no_image_is_an_error_that_says_what_was_looked_for(tmp_path, tiny_weights):
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(InputNotFoundError, match=r"no image found .*jpg"):

@@ -14,6 +14,7 @@ from contextlib import suppress
 import h5py
 import numpy as np
 import pytest
+import torch
 
 import r2ncli
 from r2ncli import runs
@@ -241,6 +242,62 @@ def test_an_output_that_cannot_be_is_refused_first(tmp_path, name, error, match)
 def test_both_overwrite_and_resume_are_a_usage_error(tmp_path, pictures):
     with pytest.raises(UsageError, match="give one of them"):
         r2ncli.classify_to(tmp_path / "x.csv", pictures, overwrite=True, resume=True)
+
+
+def test_an_output_that_another_run_finished_meanwhile_is_not_replaced(
+    tmp_path, pictures, tiny_weights, monkeypatch
+):
+    """The first look is seconds before the lock: the weights are loaded in between."""
+    open_classifier = runs.open_classifier
+
+    def slowly(*arguments, **options):
+        (tmp_path / "x.csv").write_text("of the other run")
+        return open_classifier(*arguments, **options)
+
+    monkeypatch.setattr(runs, "open_classifier", slowly)
+    with pytest.raises(OutputError, match="a finished output"):
+        r2ncli.classify_to(tmp_path / "x.csv", pictures, weights=tiny_weights)
+    assert (tmp_path / "x.csv").read_text() == "of the other run"
+
+
+def test_resume_refuses_other_labels(tmp_path, pictures, tiny_weights):
+    weights = tmp_path / "tiny.pth"
+    torch.save(r2ncli.load_model(tiny_weights).state_dict(), weights)
+    out = tmp_path / "x.csv"
+    with pytest.raises(StopAfterError):
+        r2ncli.classify_to(out, pictures, weights=weights, on_progress=stop_after(9))
+    (tmp_path / "tiny.json").write_text('{"labels": ["a", "b", "c", "d", "e", "f"]}')
+    with pytest.raises(OutputError, match="labels_sha256 was None, is"):
+        r2ncli.classify_to(out, pictures, weights=weights, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("x.csv", "hello", "it has no run record of r2n"),
+        ("x.h5", "hello", "it has no run record of r2n"),
+    ],
+)
+def test_resume_on_a_foreign_file_says_so(tmp_path, pictures, tiny_weights, name, content, says):
+    (tmp_path / name).write_text(content)
+    write = r2ncli.classify_to if name == "x.csv" else r2ncli.extract_to
+    with pytest.raises(OutputError, match=says):
+        write(tmp_path / name, pictures, weights=tiny_weights, resume=True)
+    assert (tmp_path / name).read_text() == content
+
+
+def test_resume_on_a_damaged_output_says_so(tmp_path, pictures, tiny_weights):
+    out = tmp_path / "x.csv"
+    r2ncli.classify_to(out, pictures, weights=tiny_weights)
+    out.write_text(out.read_text().replace("path", "name", 1))
+    with pytest.raises(OutputError, match="damaged, or none of r2n's"):
+        r2ncli.classify_to(out, pictures, weights=tiny_weights, resume=True)
+
+
+def test_a_name_that_is_too_long_is_refused_first(tmp_path):
+    for length in (246, 300):  # OUT itself fits in the first case, its record's name does not
+        with pytest.raises(OutputError, match="file name too long"):
+            r2ncli.classify_to(tmp_path / ("x" * length + ".csv"), "nowhere")
 
 
 def test_no_image_found_leaves_nothing_behind(tmp_path, tiny_weights):

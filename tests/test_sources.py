@@ -252,6 +252,16 @@ def test_a_missing_argument_is_said_before_anything_is_found(here: Path) -> None
         find_images([""], print)
 
 
+def test_an_argument_that_may_not_be_looked_at_is_a_row(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(path: str, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    assert [source.name for source in find_images(["secret/a.jpg"], print)] == ["secret/a.jpg"]
+
+
 def test_a_link_to_nothing_that_is_named_is_missing_and_says_so(here: Path) -> None:
     os.symlink("nowhere.jpg", "a.jpg")
     with pytest.raises(InputNotFoundError, match=r"a\.jpg \(a link to nothing\)"):

@@ -127,3 +127,70 @@ def test_the_output_has_ordinary_permissions(tmp_path):
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "x.csv").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("there", ["thesis.txt", "block-x.csv", "sub"])
+def test_a_folder_with_what_r2n_did_not_write_is_refused_and_kept(tmp_path, there):
+    folder = tmp_path / "x.csv.partial"
+    folder.mkdir()
+    (folder / there).mkdir() if there == "sub" else (folder / there).write_text("precious")
+    with (
+        pytest.raises(OutputError, match=f"holds '{there}', which r2n did not write"),
+        PartialOutput(tmp_path / "x.csv", LABELLED),
+    ):
+        pass
+    assert [path.name for path in folder.iterdir()] == [there]
+
+
+def begun(tmp_path, blocks=3):
+    """A partial output of some blocks of two rows."""
+    with PartialOutput(tmp_path / "x.csv", LABELLED) as partial:
+        partial.begin({"r": 1})
+        for n in range(2 * blocks):
+            partial.append(classified(f"{n}.jpg", 0.5, 0.5))
+            if n % 2:
+                partial.flush()
+    return partial
+
+
+def cut(block):
+    block.write_bytes(block.read_bytes()[:-30])
+
+
+def glue(block):
+    block.write_bytes(block.read_bytes().replace(b"\n", b"", 1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda block: block.unlink(), "block 1 is missing"),
+        (cut, "damaged"),
+        (glue, "damaged"),
+        (lambda block: block.write_bytes(b"\xff\x00\x80"), "damaged"),
+    ],
+)
+def test_a_damaged_block_is_never_taken_for_a_whole_one(tmp_path, damage, says):
+    partial = begun(tmp_path)
+    damage(partial.blocks()[1])
+    with pytest.raises(OutputError, match=says):
+        list(partial.names())
+
+
+def test_blocks_without_a_record_cannot_be_resumed(tmp_path):
+    partial = begun(tmp_path)
+    (partial.folder / "run.json").write_text('{"r"')
+    with pytest.raises(OutputError, match=r"run\.json: damaged or missing"):
+        partial.record()
+    assert len(partial.blocks()) == 3
+
+
+def test_a_run_that_has_ended_leaves_the_next_ones_folder_alone(tmp_path):
+    with PartialOutput(tmp_path / "x.csv", LABELLED) as partial:
+        partial.begin({})
+        partial.append(classified("a", 0.5, 0.5))
+        partial.finish({})
+        with PartialOutput(tmp_path / "x.csv", LABELLED) as following:
+            following.begin({})
+            partial.__exit__(None, None, None)
+            assert following.folder.is_dir()

@@ -209,6 +209,13 @@ def _device_errors(description: EngineDescription) -> Iterator[None]:
         raise DeviceError(
             f"{description.device} ({description.device_model}) failed: {error}"
         ) from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        raise DeviceError(
+            f"{description.device} ({description.device_model}): not enough memory at batch size "
+            f"{description.batch_size}. Try a smaller one with --batch-size"
+        ) from error
 
 
 _fp32_lock = threading.Lock()
