@@ -71,8 +71,9 @@ def download_file(address: str, destination: Path, on_progress: OnProgress | Non
         The server cannot be reached or does not give the file, the folder cannot be
         written, or what came is not the file.
     """
+    shown = _without_password(address)
     by_hand = (
-        f"To do it by hand: get {address} and put it, as {destination.name}, into "
+        f"To do it by hand: get {shown} and put it, as {destination.name}, into "
         f"{destination.parent}. To try r2n without it: --weights {DEMO}"
     )
     partial = destination.with_name(destination.name + ".r2n-partial")
@@ -91,12 +92,12 @@ def download_file(address: str, destination: Path, on_progress: OnProgress | Non
             if not digest.startswith(digits):
                 partial.unlink()
                 raise CheckpointError(
-                    f"{address}: what came is not the file: its SHA-256 starts {digest[:8]}, "
+                    f"{shown}: what came is not the file: its SHA-256 starts {digest[:8]}, "
                     f"expected {digits}. It was deleted. {by_hand}"
                 )
             os.replace(partial, destination)
     except _DownloadFailedError as error:
-        raise CheckpointError(f"cannot download {address}: {error}. {by_hand}") from error
+        raise CheckpointError(f"cannot download {shown}: {error}. {by_hand}") from error
     except (_DiskError, OSError) as error:
         raise CheckpointError(
             f"{destination.parent}: cannot be written: {_words(error.__cause__ or error)}. "
@@ -134,6 +135,7 @@ def _locked(partial: Path) -> Iterator[BinaryIO]:
 
 def _fetch(address: str, file: BinaryIO, destination: Path, on_progress: OnProgress | None) -> None:
     """Append to `file` until the whole of `address` is there."""
+    shown = _without_password(address)
     _reach(address)
     for attempt in range(1, ATTEMPTS + 1):
         received = file.seek(0, os.SEEK_END)
@@ -154,7 +156,7 @@ def _fetch(address: str, file: BinaryIO, destination: Path, on_progress: OnProgr
                         raise _DiskError from error
                     received += len(piece)
                     if on_progress:
-                        on_progress(DownloadProgress(address, destination, received, total))
+                        on_progress(DownloadProgress(shown, destination, received, total))
             if total is None or received >= total:
                 return
             reason = f"the connection closed after {received:,} of {total:,} bytes"
@@ -180,6 +182,13 @@ def _fetch(address: str, file: BinaryIO, destination: Path, on_progress: OnProgr
         if attempt < ATTEMPTS:
             time.sleep(2.0 ** (attempt - 1))
     raise _DownloadFailedError(f"{reason}, {ATTEMPTS} times")
+
+
+def _without_password(address: str) -> str:
+    """An address as it may be shown and logged."""
+    scheme, separator, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def _continues(headers: Message[str, str], status: int, received: int) -> bool:

@@ -399,6 +399,12 @@ def test_a_proxy_is_asked_and_one_that_does_not_apply_is_not(
     assert fetch(server, folder).read_bytes() == CONTENT
 
 
+def test_a_password_in_the_address_is_not_shown(folder: Path) -> None:
+    text = error_of(download_file, "http://user:secret@127.0.0.1:9/net-00000000.pth", folder / FILE)
+    assert "http://127.0.0.1:9/net-00000000.pth" in text
+    assert "secret" not in text
+
+
 def test_a_malformed_port_is_an_error_of_the_checkpoint(folder: Path) -> None:
     text = error_of(download_file, f"http://127.0.0.1:x/{NAME}", folder / NAME)
     assert_says_what_to_do(text, f"http://127.0.0.1:x/{NAME}", folder)
