@@ -161,6 +161,8 @@ class Report:
                 console=Console(stderr=True),
                 refresh_per_second=5,
                 transient=True,
+                redirect_stdout=False,  # rich would send our data to the terminal, not the pipe
+                redirect_stderr=False,
             )
             self._bar.start()
             self._task = self._bar.add_task(name, text=text)

@@ -157,6 +157,27 @@ def test_names_cannot_act_on_the_terminal(r2n, pictures, tiny_weights):
     assert "\\x07[red]z.jpg: empty file" in ended.stderr
 
 
+def test_data_goes_to_the_pipe_while_the_progress_is_on_the_terminal(
+    tmp_path, make_pictures, tiny_weights
+):
+    folder = make_pictures(tmp_path / "p", 20)
+    primary, secondary = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "r2ncli", "classify", folder, "--weights", tiny_weights],
+        stdout=subprocess.PIPE, stderr=secondary, env={**WARM, "TERM": "xterm"},
+    ) as process:  # fmt: skip
+        os.close(secondary)
+        rows = rows_of(process.stdout.read().decode())
+        seen = b""
+        with suppress(OSError):
+            while piece := os.read(primary, 4096):
+                seen += piece
+    os.close(primary)
+    assert [row["path"] for row in rows] == [f"{folder}/{n:05d}.jpg" for n in range(20)]
+    assert b"20 images in" in seen
+    assert b",ok,," not in seen
+
+
 def test_a_closed_pipe_ends_quietly(tmp_path, make_pictures, tiny_weights):
     folder = make_pictures(tmp_path / "p", 20)
     for n in range(20, 2000):
