@@ -197,7 +197,9 @@ def _resumable(output: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        partial = output.with_name(output.name + ".partial")
+        from r2ncli.writers import partial_folder
+
+        partial = partial_folder(output)
         kept = f"what was done is kept in {partial}; go on with --resume"
         raise type(interrupt)(
             f"interrupted: {kept if partial.is_dir() else 'nothing was written'}"

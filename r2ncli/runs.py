@@ -297,7 +297,7 @@ def _refuse_existing(out: Path, began: bool) -> None:
     for there, path, what in (
         (began, partial_folder(out), "an unfinished run"),
         (out.exists(), out, "a finished output"),
-        (out.suffix != ".h5" and record_path(out).exists(), record_path(out), "a run record"),
+        (record_path(out).exists(), record_path(out), "a run record"),
     ):
         if there:
             raise OutputError(

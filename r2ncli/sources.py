@@ -110,8 +110,12 @@ def _open_at_once(path: str, flags: int) -> int:
 
 def printable(name: str) -> str:
     r"""`name` as every output has it: bytes that are no UTF-8 as ``\xNN``, reversibly."""
-    name = name.replace("\\x", "\\x5cx")
-    return re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", name)
+    return bytes_as_hex(name.replace("\\x", "\\x5cx"))
+
+
+def bytes_as_hex(text: str) -> str:
+    r"""`text` with the bytes that are no UTF-8, which Python keeps as surrogates, as ``\xNN``."""
+    return re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text)
 
 
 class Walk:

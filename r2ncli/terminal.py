@@ -7,7 +7,6 @@ escaped. With `cli` this is the only file that prints.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 import time
@@ -19,6 +18,7 @@ import typer
 
 from r2ncli.architectures import LICENCE_NOTICE
 from r2ncli.errors import OutputError
+from r2ncli.sources import bytes_as_hex
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -65,9 +65,7 @@ def plain(text: str) -> str:
     """`text` for a terminal: control characters escaped, so that a name cannot act."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in re.sub(
-            "[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text
-        )
+        for character in bytes_as_hex(text)
     )
 
 

@@ -32,7 +32,7 @@ BLOCK_BYTES = 64_000_000
 # what reading a damaged block or output raises
 DAMAGE = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, csv.Error)
 
-
+# every name that r2n gives to a file of a partial folder
 OURS = re.compile(r"lock|run\.json|final\.json|joined\.\w+|block-\d{8}\.\w+|.*\.tmp")
 
 
@@ -229,7 +229,7 @@ def record_path(output: Path) -> Path:
 def read_record(output: Path) -> dict[str, Any]:
     """The run record of a finished output; empty where it has none."""
     try:
-        if output.suffix == ".h5":
+        if _is_hdf5(output):
             import h5py
 
             with h5py.File(output) as file:
@@ -249,7 +249,7 @@ def read_names(output: Path) -> Iterator[str]:
         The output is damaged, or none of r2n's.
     """
     try:
-        yield from _h5_names(output) if output.suffix == ".h5" else _csv_names(output)
+        yield from _h5_names(output) if _is_hdf5(output) else _csv_names(output)
     except DAMAGE as error:
         raise OutputError(f"{output}: damaged, or none of r2n's ({error})") from error
 
@@ -267,6 +267,10 @@ def _csv_names(output: Path) -> Iterator[str]:
     with open(output, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             yield row["path"]
+
+
+def _is_hdf5(output: Path) -> bool:
+    return output.suffix.lower() == ".h5"
 
 
 def json_bytes(record: Record) -> bytes:

@@ -176,6 +176,12 @@ def test_resume_on_a_finished_output_has_nothing_to_do(tmp_path, pictures, tiny_
         assert not (tmp_path / f"{name}.partial").exists()
 
 
+def test_a_suffix_in_capitals_is_the_same(tmp_path, pictures, tiny_weights):
+    for write, name in ((r2ncli.classify_to, "X.CSV"), (r2ncli.extract_to, "F.H5")):
+        record = write(tmp_path / name, pictures, weights=tiny_weights)
+        assert write(tmp_path / name, pictures, weights=tiny_weights, resume=True) == record
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_resume_refuses_another_setting_and_names_it(tmp_path, pictures, tiny_weights, finished):
     stop = None if finished else stop_after(5)
