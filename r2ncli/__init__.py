@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from r2ncli.architectures import Preprocessing as Preprocessing
     from r2ncli.errors import CheckpointError as CheckpointError
     from r2ncli.errors import DeviceError as DeviceError
+    from r2ncli.errors import FailedInputError as FailedInputError
     from r2ncli.errors import InputNotFoundError as InputNotFoundError
     from r2ncli.errors import OutputError as OutputError
     from r2ncli.errors import R2NError as R2NError
@@ -54,6 +55,7 @@ _ROOMS = {
         "CheckpointError",
         "DeviceError",
         "OutputError",
+        "FailedInputError",
     ),
     "model": ("Res2Net",),
     "weights": (

@@ -32,7 +32,7 @@ from r2ncli.inference import (
     run,
 )
 from r2ncli.runs import csv_format
-from r2ncli.sources import Input, PathLike, find_images, read_bytes
+from r2ncli.sources import Input, PathLike, file_input, find_images
 from r2ncli.writers import PartialOutput
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def generated_jpegs(folder: Path, count: int = 64) -> list[Input]:
         Image.fromarray(pixels).save(encoded, "JPEG", quality=88)
         path = folder / f"{number:04d}.jpg"
         path.write_bytes(encoded.getvalue())
-        inputs.append(Input(path.name, str(path)))
+        inputs.append(file_input(str(path), path.name))
     return inputs
 
 
@@ -267,7 +267,7 @@ def _decode_speed(pipeline: Pipeline, inputs: list[Input], seconds: float) -> St
             if start > deadline and latencies:
                 break
             try:
-                content = read_bytes(source, pipeline.rules.max_bytes)
+                content = source.read(pipeline.rules.max_bytes)
                 decode(content, pipeline.preprocessing, pipeline.rules)
             except ImageError:
                 pass  # a failed picture takes its time too

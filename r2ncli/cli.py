@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, cast
 
 import typer
 
 from r2ncli import __version__
-from r2ncli.errors import R2NError, UsageError
+from r2ncli.errors import FailedInputError, R2NError, UsageError
 from r2ncli.terminal import (
     Report,
     is_terminal,
@@ -33,6 +33,9 @@ from r2ncli.terminal import (
     say,
     terminal_width,
 )
+
+if TYPE_CHECKING:
+    from r2ncli.inference import RunOptions
 
 P = ParamSpec("P")
 
@@ -50,7 +53,10 @@ app = typer.Typer(
 Paths = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="PATHS", help="Pictures and folders.", show_default="the current folder"
+        metavar="PATHS",
+        help="Pictures, folders, .tar, .tar.gz and .zip archives, 'patterns*', @list, - (names on "
+        "standard input), addresses.",
+        show_default="the current folder",
     ),
 ]
 Weights = Annotated[
@@ -102,6 +108,36 @@ MaxPixels = Annotated[
 MaxBytes = Annotated[
     int | None,
     typer.Option("--max-bytes", help="A file of more is a failed row.", show_default="512 MB"),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option("--include", metavar="PATTERN", help="Take only names that match; repeatable."),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude", metavar="PATTERN", help="Leave out pictures and folders; repeatable."
+    ),
+]
+Max = Annotated[int | None, typer.Option("--max", help="Take the first so many pictures.")]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        "--shard", metavar="I/N", help="Take the share I of N; N jobs cover all exactly once."
+    ),
+]
+Null = Annotated[
+    bool, typer.Option("-0", "--null", help="Names in lists and on stdin end with a NUL byte.")
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option("--timeout", help="Seconds for one remote picture.", show_default="60"),
+]
+OnError = Annotated[
+    str | None,
+    typer.Option(
+        "--on-error", help="continue, or fail: end at the first failure.", show_default="continue"
+    ),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Start again over an output that exists.")
@@ -193,17 +229,16 @@ def _given(**options: Any) -> dict[str, Any]:
 
 @contextmanager
 def _resumable(output: Path) -> Iterator[None]:
-    """Tell an interrupted user what is kept and how to go on."""
+    """Tell the user of a run that was ended what is kept and how to go on."""
     try:
         yield
-    except KeyboardInterrupt as interrupt:
+    except (KeyboardInterrupt, FailedInputError) as ended:
         from r2ncli.writers import partial_folder
 
         partial = partial_folder(output)
         kept = f"what was done is kept in {partial}; go on with --resume"
-        raise type(interrupt)(
-            f"interrupted: {kept if partial.is_dir() else 'nothing was written'}"
-        ) from interrupt
+        why = f"{ended}; " if isinstance(ended, FailedInputError) else "interrupted: "
+        raise type(ended)(why + (kept if partial.is_dir() else "nothing was written")) from ended
 
 
 # --- classify -----------------------------------------------------------------------------
@@ -237,6 +272,13 @@ def classify(
     no_crop: NoCrop = False,
     max_pixels: MaxPixels = None,
     max_bytes: MaxBytes = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    max: Max = None,
+    shard: Shard = None,
+    null: Null = False,
+    timeout: Timeout = None,
+    on_error: OnError = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
     quiet: Quiet = False,
@@ -254,11 +296,20 @@ def classify(
         max_pixels=max_pixels,
         max_bytes=max_bytes,
         no_crop=no_crop,
+        include=include,
+        exclude=exclude,
+        max=max,
+        shard=shard,
+        null=null,
+        timeout=timeout,
+        on_error=on_error,
     )
     if output is None or output == "-":
         if overwrite or resume:
             raise UsageError("--overwrite and --resume are for an output file: give one with -o")
-        return _classify_to_stdout(paths or [], topk, output is None, quiet, options)
+        return _classify_to_stdout(
+            paths or [], topk, output is None, quiet, cast("RunOptions", options)
+        )
 
     from r2ncli.runs import classify_to
 
@@ -278,19 +329,25 @@ def classify(
 
 
 def _classify_to_stdout(
-    paths: list[str], topk: int, lines: bool, quiet: bool, options: dict[str, Any]
+    paths: list[str], topk: int, lines: bool, quiet: bool, options: RunOptions
 ) -> int:
     from r2ncli.formats import csv_lines
-    from r2ncli.inference import classification, open_classifier, walked_rows
+    from r2ncli.inference import (
+        classification,
+        open_classifier,
+        open_walk,
+        split_options,
+        walked_rows,
+    )
     from r2ncli.runs import csv_format
-    from r2ncli.sources import Walk
 
     on_terminal = is_terminal(sys.stdout)
     lines = lines and on_terminal
     with Report("classify", quiet, bar=not lines, failures=not lines) as report:
-        walk = Walk(paths, report.sentence)
-        pipeline = open_classifier(topk, on_download=report.download, **options)
-        rows = walked_rows(walk, pipeline, report.row)
+        sources, execution = split_options(options)
+        walk = open_walk(paths, report.sentence, **sources)
+        pipeline = open_classifier(topk, **execution | {"on_download": report.download})
+        rows = walked_rows(walk, pipeline, report.row, sources.get("on_error", "continue"))
         results = (classification(row, topk, pipeline.labels) for row in rows)
         if lines:
             for result in results:
@@ -351,6 +408,13 @@ def extract(
     no_crop: NoCrop = False,
     max_pixels: MaxPixels = None,
     max_bytes: MaxBytes = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    max: Max = None,
+    shard: Shard = None,
+    null: Null = False,
+    timeout: Timeout = None,
+    on_error: OnError = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
     quiet: Quiet = False,
@@ -384,6 +448,13 @@ def extract(
                 max_pixels=max_pixels,
                 max_bytes=max_bytes,
                 no_crop=no_crop,
+                include=include,
+                exclude=exclude,
+                max=max,
+                shard=shard,
+                null=null,
+                timeout=timeout,
+                on_error=on_error,
             ),
         )
         if record["precision"] != "fp32":

@@ -5,7 +5,8 @@ R2NError
 ├── InputNotFoundError    3   an argument that does not exist, or no image found
 ├── CheckpointError       4   weights absent, altered or unfit
 ├── DeviceError           5   a device that is not there or fails
-└── OutputError           6   an output that exists, is locked, full or does not fit
+├── OutputError           6   an output that exists, is locked, full or does not fit
+└── FailedInputError      7   a picture failed, and was to end the run
 
 A picture that cannot be read is not in this tree: it is a row that says why.
 Anything that is no R2NError is a bug (exit 1, with its traceback).
@@ -48,6 +49,12 @@ class OutputError(R2NError):
     """An output that exists, cannot be written, is locked, or cannot be resumed."""
 
     exit_code = 6
+
+
+class FailedInputError(R2NError):
+    """A picture that cannot be used, in a run that was to end at the first."""
+
+    exit_code = 7
 
 
 class ImageError(Exception):

@@ -42,11 +42,11 @@ from PIL.Image import Resampling, Transpose
 
 from r2ncli.architectures import Preprocessing
 from r2ncli.errors import ImageError
+from r2ncli.selection import MAX_BYTES
 
 Pixels = npt.NDArray[np.uint8]
 
 MAX_PIXELS = 200_000_000
-MAX_BYTES = 512_000_000
 
 
 @dataclass(frozen=True)

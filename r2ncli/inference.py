@@ -9,6 +9,7 @@ engine busy, however many pictures there are.
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +26,16 @@ from r2ncli.architectures import Preprocessing
 from r2ncli.checkpoints import Labels
 from r2ncli.downloads import OnProgress
 from r2ncli.engine import BACKENDS, POOLS, Engine, Pixels, pooled_shape
-from r2ncli.errors import DeviceError, ImageError, InputNotFoundError, UsageError
-from r2ncli.images import MAX_BYTES, MAX_PIXELS, DecodeRules, decode
-from r2ncli.sources import SUFFIXES, Input, PathLike, Walk, read_bytes
+from r2ncli.errors import (
+    DeviceError,
+    FailedInputError,
+    ImageError,
+    InputNotFoundError,
+    UsageError,
+)
+from r2ncli.images import MAX_PIXELS, DecodeRules, decode
+from r2ncli.selection import MAX_BYTES, SUFFIXES, Selection
+from r2ncli.sources import Input, PathLike, Walk
 
 if TYPE_CHECKING:
     from r2ncli.weights import Checkpoint
@@ -37,6 +45,8 @@ Array = npt.NDArray[np.float32]
 LOGITS = "fc"  # the module whose output the logits are
 DECODES = ("auto", "exact")
 MAX_WORKERS = 256
+FETCHERS = 16  # threads that wait for networks, far more than cores
+ON_ERROR = ("continue", "fail")
 
 
 @dataclass(frozen=True)
@@ -98,10 +108,27 @@ class ExecutionOptions(TypedDict, total=False):
 
 
 class PipelineOptions(ExecutionOptions, total=False):
-    """Keywords that `classify`, `extract` and their `_to` forms share; see `open_pipeline`."""
+    """Keywords that say which network is executed, and how; see `open_pipeline`."""
 
     weights: str | os.PathLike[str] | None
     on_download: OnProgress | None
+
+
+class SourceOptions(TypedDict, total=False):
+    """Keywords that say which inputs are taken; see `open_walk`."""
+
+    include: Sequence[str]
+    exclude: Sequence[str]
+    max: int | None
+    shard: str | None
+    null: bool
+    timeout: float
+    on_error: str
+    max_bytes: int
+
+
+class RunOptions(PipelineOptions, SourceOptions, total=False):
+    """Keywords that `classify`, `extract` and their `_to` forms share."""
 
 
 @dataclass(frozen=True)
@@ -269,20 +296,21 @@ def classify(
     topk: int = 5,
     on_warning: Callable[[str], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
-    **options: Unpack[PipelineOptions],
+    **options: Unpack[RunOptions],
 ) -> Iterator[Classification]:
     """The `topk` most probable classes of every picture among `paths`, in input order.
 
     Parameters
     ----------
     paths : path or sequence of paths
-        Pictures and folders of pictures; none means the current folder.
+        Pictures, folders, archives, patterns, ``@list``, ``-``, addresses; none means the
+        current folder.
     topk : int
         Classes a picture; at most the network's number of them.
     on_warning, on_progress : callable, optional
         Take a sentence, and a `Progress` after each picture.
     **options
-        As for `open_pipeline`.
+        As for `open_walk` and `open_pipeline`.
 
     Yields
     ------
@@ -294,9 +322,10 @@ def classify(
     R2NError
         At the call: an option, the weights, the device or a path does not fit.
     """
-    walk = Walk(as_sequence(paths), on_warning or _ignore)
-    pipeline = open_classifier(topk, **options)
-    rows = walked_rows(walk, pipeline, on_progress)
+    sources, execution = split_options(options)
+    walk = open_walk(paths, on_warning, **sources)
+    pipeline = open_classifier(topk, **execution)
+    rows = walked_rows(walk, pipeline, on_progress, sources.get("on_error", "continue"))
     return (classification(row, topk, pipeline.labels) for row in rows)
 
 
@@ -314,14 +343,15 @@ def extract(
     pool: str = "avg",
     on_warning: Callable[[str], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
-    **options: Unpack[PipelineOptions],
+    **options: Unpack[RunOptions],
 ) -> Iterator[Features]:
     """The features of `layers` for every picture among `paths`, in input order.
 
     Parameters
     ----------
     paths : path or sequence of paths
-        Pictures and folders of pictures; none means the current folder.
+        Pictures, folders, archives, patterns, ``@list``, ``-``, addresses; none means the
+        current folder.
     layers : sequence of str
         Names of modules, as ``r2n extract --list-layers`` prints them.
     pool : str
@@ -329,7 +359,7 @@ def extract(
     on_warning, on_progress : callable, optional
         Take a sentence, and a `Progress` after each picture.
     **options
-        As for `open_pipeline`.
+        As for `open_walk` and `open_pipeline`.
 
     Yields
     ------
@@ -341,14 +371,98 @@ def extract(
     R2NError
         At the call: an option, the weights, the device or a path does not fit.
     """
-    walk = Walk(as_sequence(paths), on_warning or _ignore)
-    pipeline = open_pipeline(layers, pool, **options)
-    rows = walked_rows(walk, pipeline, on_progress)
+    sources, execution = split_options(options)
+    walk = open_walk(paths, on_warning, **sources)
+    pipeline = open_pipeline(layers, pool, **execution)
+    rows = walked_rows(walk, pipeline, on_progress, sources.get("on_error", "continue"))
     return (Features(row.name, row.outputs, row.error) for row in rows)
 
 
+def split_options(options: RunOptions) -> tuple[SourceOptions, PipelineOptions]:
+    """Those for `open_walk`, and those for `open_pipeline`."""
+    sources, execution = (
+        {name: value for name, value in options.items() if name in kind.__annotations__}
+        for kind in (SourceOptions, PipelineOptions)
+    )
+    return cast(SourceOptions, sources), cast(PipelineOptions, execution)
+
+
+def open_walk(
+    paths: Sequence[PathLike] | PathLike,
+    on_warning: Callable[[str], None] | None = None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    max: int | None = None,
+    shard: str | None = None,
+    null: bool = False,
+    timeout: float = 60.0,
+    on_error: str = "continue",
+    max_bytes: int = MAX_BYTES,
+) -> Walk:
+    """The inputs among `paths`, not begun yet.
+
+    Parameters
+    ----------
+    paths : path or sequence of paths
+        Pictures, folders, archives (.tar, .tar.gz, .zip), patterns, ``@list``, ``-``,
+        addresses; none means the current folder.
+    on_warning : callable, optional
+        Takes a sentence about what is left out.
+    include, exclude : sequence of str
+        Patterns of names that are taken, or left out (see `Selection`).
+    max : int or None
+        Take that many inputs, the first ones.
+    shard : str or None
+        ``I/N``: the share I (from 1) of N by the names' hash, so that N runs cover all once.
+    null : bool
+        Names in lists and on standard input end with a NUL byte.
+    timeout : float
+        Seconds that one remote picture may take.
+    on_error : str
+        ``continue``: a picture that cannot be used is a failed row; ``fail``: it ends the run.
+    max_bytes : int
+        As for `assemble_pipeline`.
+
+    Raises
+    ------
+    InputNotFoundError, UsageError
+        One of `paths` does not exist; an option does not fit.
+    """
+    if on_error not in ON_ERROR:
+        raise UsageError(f"on error {on_error!r}: expected one of {', '.join(ON_ERROR)}")
+    if max is not None and max < 1:
+        raise UsageError(f"max must be at least 1, not {max}")
+    if not 0 < timeout < 86400:  # false for NaN
+        raise UsageError(f"timeout must be more than 0 s and less than a day, not {timeout:g}")
+    selection = Selection(
+        include=_patterns(include),
+        exclude=_patterns(exclude),
+        max=max,
+        shard=None if shard is None else _shard(shard),
+        null=null,
+        timeout=timeout,
+        max_bytes=max_bytes,
+    )
+    return Walk(as_sequence(paths), on_warning or _ignore, selection)
+
+
+def _patterns(given: Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise UsageError(f"shard {text!r}: expected I/N with I from 1 to N, such as 2/8")
+    return int(match[1]), int(match[2])
+
+
 def walked_rows(
-    walk: Walk, pipeline: Pipeline, on_progress: Callable[[Progress], None] | None
+    walk: Walk,
+    pipeline: Pipeline,
+    on_progress: Callable[[Progress], None] | None,
+    on_error: str = "continue",
 ) -> Iterator[Row]:
     """A row for every input of `walk`, which is started and ended here.
 
@@ -356,17 +470,26 @@ def walked_rows(
     ------
     InputNotFoundError
         The walk ends without a single input.
+    FailedInputError
+        `on_error` is ``fail`` and an input failed.
     """
     done = failed = 0
     with walk:
         for row in run(walk, pipeline):
+            if row.error is not None and on_error == "fail":
+                raise failed_input(row)
             yield row
             done += 1
             failed += row.error is not None
             if on_progress:
                 on_progress(Progress(row.name, row.error, done, failed, walk.found, walk.ended))
-    if not done:
+    if not walk.any_found:
         raise no_image_found()
+
+
+def failed_input(row: Row) -> FailedInputError:
+    """The error of a row that ends a run."""
+    return FailedInputError(f"{row.name}: {row.error} (--on-error fail)")
 
 
 def no_image_found() -> InputNotFoundError:
@@ -392,50 +515,54 @@ def run(inputs: Iterable[Input], pipeline: Pipeline) -> Iterator[Row]:
         if stopped.is_set():
             return "interrupted"
         try:
-            content = read_bytes(source, pipeline.rules.max_bytes)
+            content = source.read(pipeline.rules.max_bytes)
             pixels[...] = decode(content, pipeline.preprocessing, pipeline.rules)
         except ImageError as error:
             pixels[...] = 0
             return str(error)
         return None
 
-    def finish(
-        sources: list[Input], pixels: Pixels, decodes: list[Future[str | None]]
-    ) -> list[Row]:
+    def finish(names: list[str], pixels: Pixels, decodes: list[Future[str | None]]) -> list[Row]:
         errors = [decoded.result() for decoded in decodes]
         if stopped.is_set():
             return []
-        pixels[len(sources) :] = 0
+        pixels[len(names) :] = 0
         outputs = engine(pixels)
         buffers.append(pixels)
         return [
-            Row(
-                source.name,
-                {} if error else {name: array[i] for name, array in outputs.items()},
-                error,
-            )
-            for i, (source, error) in enumerate(zip(sources, errors, strict=True))
+            Row(name, {} if error else {layer: a[i] for layer, a in outputs.items()}, error)
+            for i, (name, error) in enumerate(zip(names, errors, strict=True))
         ]
 
     decoders = ThreadPoolExecutor(workers, "r2n-decode")
+    fetchers = ThreadPoolExecutor(FETCHERS, "r2n-fetch")  # a thread is made when it is needed
     runner = ThreadPoolExecutor(1, "r2n-engine")
-    remaining = iter(inputs)
+    pools = (runner, decoders, fetchers)
     try:
-        while sources := list(islice(remaining, batch_size)):
+        remaining = iter(inputs)
+        ended = False
+        while not ended:
             pixels = buffers.pop() if buffers else _empty_batch(batch_size, side)
-            decodes = [
-                decoders.submit(read_and_decode, source, pixels[i])
-                for i, source in enumerate(sources)
-            ]
-            pending.append(runner.submit(finish, sources, pixels, decodes))
-            while pending and (len(pending) >= ahead or pending[0].done()):
+            names: list[str] = []
+            decodes: list[Future[str | None]] = []
+            # each is read as it comes: a source may hold back the next until this one is used
+            for source in islice(remaining, batch_size):
+                pool = fetchers if source.remote else decoders
+                decodes.append(pool.submit(read_and_decode, source, pixels[len(names)]))
+                names.append(source.name)
+                del source
+            ended = len(names) < batch_size
+            if names:
+                pending.append(runner.submit(finish, names, pixels, decodes))
+            while pending and (ended or len(pending) >= ahead or pending[0].done()):
                 yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    finally:
+    except BaseException:
         stopped.set()
-        runner.shutdown(cancel_futures=True)
-        decoders.shutdown(cancel_futures=True)
+        for pool in pools:  # nobody who interrupts waits for a batch, or for a server
+            pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    for pool in pools:
+        pool.shutdown()
 
 
 def _empty_batch(batch_size: int, side: int) -> Pixels:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from os import PathLike as OsPathLike
 from pathlib import Path
 from typing import Any, Unpack
@@ -26,15 +26,18 @@ from r2ncli.formats import CsvFormat, Format, Hdf5Format
 from r2ncli.inference import (
     Features,
     Pipeline,
-    PipelineOptions,
     Progress,
     Row,
-    as_sequence,
+    RunOptions,
+    SourceOptions,
     classification,
+    failed_input,
     no_image_found,
     open_classifier,
     open_pipeline,
+    open_walk,
     run,
+    split_options,
 )
 from r2ncli.sources import Input, PathLike, Walk, printable
 from r2ncli.writers import (
@@ -61,7 +64,7 @@ def classify_to(
     resume: bool = False,
     on_warning: Warn | None = None,
     on_progress: OnProgress | None = None,
-    **options: Unpack[PipelineOptions],
+    **options: Unpack[RunOptions],
 ) -> dict[str, Any]:
     """Classify every picture among `paths` into the CSV file `output`.
 
@@ -70,7 +73,8 @@ def classify_to(
     output : path
         Ends in ``.csv``. While the run goes on its finished blocks are in ``OUT.partial/``.
     paths : path or sequence of paths
-        Pictures and folders of pictures; none means the current folder.
+        Pictures, folders, archives, patterns, ``@list``, ``-``, addresses; none means the
+        current folder.
     topk : int
         Classes a picture; at most the network's number of them.
     overwrite, resume : bool
@@ -78,7 +82,7 @@ def classify_to(
     on_warning, on_progress : callable, optional
         Take a sentence, and a `Progress` after each picture.
     **options
-        As for `open_pipeline`.
+        As for `open_walk` and `open_pipeline`.
 
     Returns
     -------
@@ -92,8 +96,9 @@ def classify_to(
         disk fails: finished blocks are kept then.
     """
     out = _checked_output(output, ".csv", overwrite, resume)
-    walk = Walk(as_sequence(paths), on_warning or _ignore)
-    pipeline = open_classifier(topk, **options)
+    sources, execution = split_options(options)
+    walk = open_walk(paths, on_warning, **sources)
+    pipeline = open_classifier(topk, **execution)
     return _run_to(
         out,
         walk,
@@ -103,11 +108,13 @@ def classify_to(
         run_record(
             "classify",
             pipeline,
+            sources,
             topk=min(topk, pipeline.classes),
             labels_sha256=_labels_digest(pipeline.labels),
         ),
         overwrite,
         resume,
+        sources.get("on_error", "continue"),
         on_progress or _ignore,
     )
 
@@ -123,7 +130,7 @@ def extract_to(
     resume: bool = False,
     on_warning: Warn | None = None,
     on_progress: OnProgress | None = None,
-    **options: Unpack[PipelineOptions],
+    **options: Unpack[RunOptions],
 ) -> dict[str, Any]:
     """Extract the features of every picture among `paths` into the HDF5 file `output`.
 
@@ -132,7 +139,8 @@ def extract_to(
     output : path
         Ends in ``.h5``. While the run goes on its finished blocks are in ``OUT.partial/``.
     paths : path or sequence of paths
-        Pictures and folders of pictures; none means the current folder.
+        Pictures, folders, archives, patterns, ``@list``, ``-``, addresses; none means the
+        current folder.
     layers : sequence of str
         Names of modules, as ``r2n extract --list-layers`` prints them.
     pool : str
@@ -144,7 +152,7 @@ def extract_to(
     on_warning, on_progress : callable, optional
         Take a sentence, and a `Progress` after each picture.
     **options
-        As for `open_pipeline`.
+        As for `open_walk` and `open_pipeline`.
 
     Returns
     -------
@@ -160,17 +168,21 @@ def extract_to(
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     out = _checked_output(output, ".h5", overwrite, resume)
-    walk = Walk(as_sequence(paths), on_warning or _ignore)
-    pipeline = open_pipeline(layers, pool, **options)
+    sources, execution = split_options(options)
+    walk = open_walk(paths, on_warning, **sources)
+    pipeline = open_pipeline(layers, pool, **execution)
     return _run_to(
         out,
         walk,
         pipeline,
         Hdf5Format(pipeline.shapes, dtype),
         lambda row: Features(row.name, row.outputs, row.error),
-        run_record("extract", pipeline, layers=list(pipeline.shapes), pool=pool, dtype=dtype),
+        run_record(
+            "extract", pipeline, sources, layers=list(pipeline.shapes), pool=pool, dtype=dtype
+        ),
         overwrite,
         resume,
+        sources.get("on_error", "continue"),
         on_progress or _ignore,
     )
 
@@ -188,7 +200,9 @@ def csv_format(pipeline: Pipeline, topk: int) -> CsvFormat:
 # --- the record -----------------------------------------------------------------------
 
 
-def run_record(command: str, pipeline: Pipeline, **settings: Any) -> dict[str, Any]:
+def run_record(
+    command: str, pipeline: Pipeline, sources: SourceOptions, **settings: Any
+) -> dict[str, Any]:
     """What is known of a run before it starts, its fingerprint included."""
     description = pipeline.engine.description
     record: dict[str, Any] = {
@@ -209,6 +223,11 @@ def run_record(command: str, pipeline: Pipeline, **settings: Any) -> dict[str, A
             "variant": pipeline.variant,
         },
         **settings,
+        "inputs": {
+            "include": list(sources.get("include", ())),
+            "exclude": list(sources.get("exclude", ())),
+            "max": sources.get("max"),
+        },
         "preprocessing": asdict(pipeline.preprocessing),
         "decode_rules": asdict(pipeline.rules),
         "device": {
@@ -220,7 +239,7 @@ def run_record(command: str, pipeline: Pipeline, **settings: Any) -> dict[str, A
         "precision": description.precision,
         "batch_size": description.batch_size,
         "threads": pipeline.workers,
-        "shard": None,
+        "shard": sources.get("shard"),
     }
     record = json.loads(json.dumps(record))  # tuples as the lists that they are read back as
     record["fingerprint"] = fingerprint(record)
@@ -247,7 +266,8 @@ def deciding_settings(record: dict[str, Any]) -> dict[str, Any]:
         "device": ("kind", "model"),
         "versions": ("r2n", "engine", "pillow", "libjpeg"),
     }
-    for group in ("checkpoint", "device", "versions", "preprocessing", "decode_rules"):
+    groups = ("checkpoint", "device", "versions", "inputs", "preprocessing", "decode_rules")
+    for group in groups:
         for key, value in record.get(group, {}).items():
             if key in kept.get(group, (key,)):
                 flat[f"{group} {key}"] = value
@@ -314,6 +334,7 @@ def _run_to(
     record: dict[str, Any],
     overwrite: bool,
     resume: bool,
+    on_error: str,
     on_progress: OnProgress,
 ) -> dict[str, Any]:
     with PartialOutput(out, format) as partial, walk:
@@ -332,10 +353,12 @@ def _run_to(
             return read_record(out)
         else:
             record["start"] = _now()
-            inputs = _nonempty(inputs)
+            inputs = _begun(inputs, walk)
             partial.begin(record)
         try:
             for row in run(inputs, pipeline):
+                if row.error is not None and on_error == "fail":
+                    raise failed_input(row)
                 partial.append(to_result(row))
                 done += 1
                 failed += row.error is not None
@@ -351,28 +374,29 @@ def _run_to(
     return record
 
 
-def _nonempty(inputs: Iterator[Input]) -> Iterator[Input]:
-    """`inputs`, after making sure that there is one: nothing is begun for nothing."""
+def _begun(inputs: Iterator[Input], walk: Walk) -> Iterator[Input]:
+    """`inputs`, after making sure that there is one: nothing is begun for nothing.
+
+    A shard may be empty, so that every one of N is there to be merged.
+    """
     first = next(inputs, None)
-    if first is None:
+    if first is None and not walk.any_found:
         raise no_image_found()
-
-    def chained() -> Iterator[Input]:
-        yield first
-        yield from inputs
-
-    return chained()
+    return chain([] if first is None else [first], inputs)
 
 
 def _check_resumable(begun: dict[str, Any], record: dict[str, Any], where: Path) -> None:
-    """Raise unless both records decide the same values; the error names what differs."""
-    if begun.get("fingerprint") == record["fingerprint"]:
+    """Raise unless both records decide the same rows; the error names what differs."""
+    same_shard = begun.get("shard") == record["shard"]
+    if begun.get("fingerprint") == record["fingerprint"] and same_shard:
         return
     if "fingerprint" not in begun:
         raise OutputError(
             f"{where}: cannot be resumed: it has no run record of r2n. --overwrite starts again"
         )
-    then, now = deciding_settings(begun), deciding_settings(record)
+    then, now = (
+        {**deciding_settings(each), "shard": each.get("shard")} for each in (begun, record)
+    )
     differing = [key for key in {**then, **now} if then.get(key) != now.get(key)]
     changes = "; ".join(f"{key} was {then.get(key)}, is {now.get(key)}" for key in differing)
     raise OutputError(

@@ -24,8 +24,8 @@ ROOMS = [
         "checkpoints",
         "weights",
         "verification",
-        "sources",
     ),
+    *("archives", "remote", "selection", "patterns", "sources"),
     *("images", "engine", "inference", "formats", "writers", "runs", "bench", "terminal", "cli"),
     "__main__",
 ]

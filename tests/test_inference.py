@@ -17,7 +17,7 @@ from r2ncli.errors import CheckpointError, DeviceError, InputNotFoundError, Usag
 from r2ncli.images import DecodeRules, decode
 from r2ncli.inference import LOGITS, Pipeline, classification, open_pipeline, run
 from r2ncli.inference import Row as PipelineRow
-from r2ncli.sources import Input
+from r2ncli.sources import file_input
 
 
 def probabilities(classifications):
@@ -234,14 +234,14 @@ def counting_pipeline(engine, workers=3):
 
 def test_every_batch_has_the_engines_size(pictures):
     engine = CountingEngine(8)
-    inputs = [Input(path.name, str(path)) for path in sorted(pictures.iterdir())]
+    inputs = [file_input(str(path), path.name) for path in sorted(pictures.iterdir())]
     rows = list(run(inputs, counting_pipeline(engine)))
     assert len(rows) == 20
     assert engine.batches == [(8, 32, 32, 3)] * 3
 
 
 def test_memory_does_not_grow_with_the_number_of_pictures(pictures):
-    inputs = [Input(path.name, str(path)) for path in sorted(pictures.iterdir())]
+    inputs = [file_input(str(path), path.name) for path in sorted(pictures.iterdir())]
 
     def peak(count):
         tracemalloc.start()
@@ -263,7 +263,7 @@ def test_an_engine_that_fails_ends_the_run_with_its_error(pictures):
                 raise DeviceError("the card fell out")
             return super().__call__(pixels)
 
-    inputs = [Input(path.name, str(path)) for path in sorted(pictures.iterdir())]
+    inputs = [file_input(str(path), path.name) for path in sorted(pictures.iterdir())]
     rows = run(inputs, counting_pipeline(FailingEngine(8)))
     with pytest.raises(DeviceError, match="fell out"):
         list(rows)

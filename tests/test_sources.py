@@ -17,7 +17,8 @@ import pytest
 
 from r2ncli import sources
 from r2ncli.errors import ImageError, InputNotFoundError
-from r2ncli.sources import SUFFIXES, Input, Walk, find_images, printable, read_bytes
+from r2ncli.selection import SUFFIXES
+from r2ncli.sources import Input, Walk, file_input, find_images, printable
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def names_and_warnings(*paths: str) -> tuple[list[str], list[str]]:
 
 def error_of(source: Input, max_bytes: int = 1000) -> str:
     with pytest.raises(ImageError) as raised:
-        read_bytes(source, max_bytes)
+        source.read(max_bytes)
     return str(raised.value)
 
 
@@ -100,13 +101,13 @@ def test_absolute_and_upward_arguments_stay_as_typed(here: Path) -> None:
 def test_every_input_opens_under_its_path(here: Path) -> None:
     touch("photos/a.jpg", "./.hidden/b.jpg", "c.jpg")
     sources_found = found("photos", "./.hidden", "./c.jpg")
-    assert [read_bytes(source, 10) for source in sources_found] == [b"x"] * 3
+    assert [source.read(10) for source in sources_found] == [b"x"] * 3
 
 
 def test_bytes_that_are_no_utf8_are_written_with_a_backslash_x(here: Path) -> None:
     touch(b"caf\xe9/m\xfcller.jpg", "naïve/é.jpg".encode())
     assert names() == ["caf\\xe9/m\\xfcller.jpg", "naïve/é.jpg"]
-    assert [read_bytes(source, 10) for source in found()] == [b"x", b"x"]
+    assert [source.read(10) for source in found()] == [b"x", b"x"]
     assert names(os.fsdecode(b"caf\xe9")) == ["caf\\xe9/m\\xfcller.jpg"]
 
 
@@ -159,9 +160,9 @@ def test_files_come_first_then_subfolders_depth_first_by_the_bytes_of_their_name
 
 def test_the_order_is_that_of_bytes_also_where_they_are_no_utf8(here: Path) -> None:
     touch(b"\xff.jpg", b"\xc3\xa9.jpg", "\U0001f600.jpg".encode(), "\uffee.jpg".encode(), b"z.jpg")
-    assert [os.fsencode(source.path)[2:] for source in found()] == sorted(
-        os.listdir(os.fsencode(here))
-    )
+    assert names() == [
+        printable(os.fsdecode(name)) for name in sorted(os.listdir(os.fsencode(here)))
+    ]
 
 
 def test_the_order_does_not_depend_on_the_order_of_the_file_system(
@@ -285,7 +286,7 @@ def test_links_to_files_are_files(here: Path) -> None:
     os.mkdir("here")
     os.symlink("../elsewhere/a.jpg", "here/b.jpg")
     assert names("here") == ["here/b.jpg"]
-    assert read_bytes(found("here")[0], 10) == b"x"
+    assert found("here")[0].read(10) == b"x"
 
 
 def test_a_link_to_itself_is_a_failed_row_if_it_is_named_like_a_picture(here: Path) -> None:
@@ -408,13 +409,13 @@ def test_what_a_user_may_not_read_is_a_failed_row(tmp_path: Path) -> None:
     (tmp_path / "open" / "within.jpg").symlink_to("../closed/a.jpg")
     program = (
         "import os, sys\n"
-        "from r2ncli.sources import find_images, read_bytes\n"  # imported before it is refused
+        "from r2ncli.sources import find_images\n"  # imported before it is refused
         "from r2ncli.errors import ImageError\n"
         "folder = os.open('.', os.O_RDONLY)\n"
         "if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "os.fchdir(folder)\n"
         "for source in find_images([], print):\n"
-        "    try: print(source.name, read_bytes(source, 10))\n"
+        "    try: print(source.name, source.read(10))\n"
         "    except ImageError as error: print(source.name, error)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(sources.__file__).parents[1])}
@@ -450,13 +451,12 @@ def test_folders_nested_too_deeply_end_in_a_failed_row(here: Path) -> None:
         descriptor = below
     os.close(descriptor)
     try:
-        rows = found()
+        picture, deep, other = found()
+        assert error_of(deep) == "the folder cannot be listed: file name too long"
     finally:
         subprocess.run(["rm", "-r", "d" * 9], check=True)  # deeper than Python can
-    assert [row.name for row in rows if row.error is None] == ["a.jpg", "z/b.jpg"]
-    (failed,) = [row for row in rows if row.error is not None]
-    assert failed.error == "the folder cannot be listed: file name too long"
-    assert failed.name.count("/") > 300
+    assert (picture.name, other.name) == ("a.jpg", "z/b.jpg")
+    assert deep.name.count("/") > 300
 
 
 # --- bytes --------------------------------------------------------------------------------
@@ -480,7 +480,7 @@ def test_a_device_is_a_failed_row() -> None:
 def test_a_folder_is_no_picture_and_leaves_no_open_file(tmp_path: Path) -> None:
     descriptors = sorted(os.listdir("/dev/fd"))
     for _ in range(3):
-        assert error_of(Input("x", str(tmp_path))) == "cannot be read: is a directory"
+        assert error_of(file_input(str(tmp_path), "x")) == "cannot be read: is a directory"
     assert sorted(os.listdir("/dev/fd")) == descriptors
 
 
@@ -491,7 +491,7 @@ def test_an_empty_file_is_a_failed_row(here: Path) -> None:
 
 def test_a_file_beyond_max_bytes_is_a_failed_row_and_one_at_it_is_not(here: Path) -> None:
     (here / "x.jpg").write_bytes(bytes(2000))
-    assert len(read_bytes(found()[0], 2000)) == 2000
+    assert len(found()[0].read(2000)) == 2000
     assert error_of(found()[0], 1999) == "2,000 bytes, more than --max-bytes 1,999"
 
 
@@ -514,11 +514,11 @@ def test_a_file_that_is_gone_or_unreadable_is_a_failed_row(
 
     monkeypatch.setattr(os, "open", refusing)
     assert error_of(source) == "cannot be read: permission denied"
-    assert error_of(Input("x", "a\0b")).startswith("cannot be read: ")
+    assert error_of(file_input("a\0b", "x")).startswith("cannot be read: ")
 
 
 def test_an_error_names_no_path_that_the_user_did_not_type(here: Path) -> None:
-    assert str(here) not in error_of(Input("x.jpg", str(here / "x.jpg")))
+    assert str(here) not in error_of(file_input(str(here / "x.jpg"), "x.jpg"))
 
 
 # --- the walk in its thread ---------------------------------------------------------------
@@ -565,7 +565,7 @@ def test_no_more_names_wait_than_are_allowed(here: Path, monkeypatch: pytest.Mon
 
     def endless(*_: object) -> Iterator[Input]:
         while True:
-            produced.append(Input("x", "x"))
+            produced.append(file_input("x"))
             yield produced[-1]
 
     monkeypatch.setattr(sources, "find_images", endless)
@@ -608,7 +608,7 @@ def test_an_error_in_the_walk_is_raised_where_it_is_used(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: object) -> Iterator[Input]:
-        yield Input("a.jpg", "a.jpg")
+        yield file_input("a.jpg")
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(sources, "find_images", failing)
