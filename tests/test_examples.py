@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -241,3 +243,27 @@ def feature_file(path: Path, vectors: np.ndarray, failed: np.ndarray) -> h5py.Fi
     file.create_dataset("paths", data=[f"{n}.jpg" for n in range(len(vectors))], dtype=text)
     file.create_dataset("status", data=["failed" if f else "ok" for f in failed], dtype=text)
     return file
+
+
+# --- stress -----------------------------------------------------------------------------------
+
+
+def stress(*arguments: str) -> dict[str, object]:
+    """The document that the script ends with; it must end well."""
+    command = [sys.executable, str(EXAMPLES / "stress.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    document: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return document
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["csv", "h5"])
+def test_runs_that_are_killed_at_random_moments_end_as_an_uninterrupted_one(kind: str) -> None:
+    document = stress("kill", "--kills", "4", "--pictures", "1000", "--format", kind)
+    assert document["formats"][kind]["kills"] == 4  # type: ignore[index]
+
+
+@pytest.mark.slow
+def test_five_thousand_pictures_take_no_more_memory_than_one_thousand() -> None:
+    assert stress("many", "--inputs", "5000")["more_mb"] < 100  # type: ignore[operator]
