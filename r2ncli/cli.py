@@ -12,7 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from types import FrameType
@@ -183,9 +183,23 @@ def _boundary(command: Callable[P, int | None]) -> Callable[P, None]:
         except KeyboardInterrupt as interrupt:
             say(f"r2n: {interrupt}" if str(interrupt) else "r2n: interrupted")
             code = 143 if isinstance(interrupt, _Terminated) else 130
+            _leave(code)
         raise typer.Exit(code or 0)
 
     return bounded
+
+
+def _leave(code: int) -> None:
+    """End now, if this is a program of its own: all that was to be written is.
+
+    Python would wait for its threads, and one may be in the middle of a large batch, or
+    wait for a server.
+    """
+    if sys.stdout is sys.__stdout__:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
 
 
 def _speak_utf8() -> None:
