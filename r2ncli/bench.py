@@ -21,6 +21,7 @@ from r2ncli.architectures import DEFAULT_NETWORK, PUBLISHED, Preprocessing
 from r2ncli.checkpoints import imagenet_labels
 from r2ncli.engine import EngineDescription
 from r2ncli.errors import ImageError, UsageError
+from r2ncli.formats import CsvFormat
 from r2ncli.images import decode
 from r2ncli.inference import (
     LOGITS,
@@ -31,7 +32,7 @@ from r2ncli.inference import (
     no_image_found,
     run,
 )
-from r2ncli.runs import csv_format
+from r2ncli.runs import row_format
 from r2ncli.sources import Input, PathLike, file_input, find_images
 from r2ncli.writers import PartialOutput
 
@@ -284,7 +285,7 @@ def _decode_speed(pipeline: Pipeline, inputs: list[Input], seconds: float) -> St
 
 
 def _write(pipeline: Pipeline, results: Sequence[Classification], out: Path) -> None:
-    with PartialOutput(out, csv_format(pipeline, TOPK)) as partial:
+    with PartialOutput(out, row_format(CsvFormat, pipeline, TOPK)) as partial:
         partial.begin({})
         for result in results:
             partial.append(result)

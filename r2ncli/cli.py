@@ -270,8 +270,8 @@ def classify(
         typer.Option(
             "-o",
             "--output",
-            metavar="FILE.csv|-",
-            help="Write CSV there; - is stdout.",
+            metavar="FILE|-",
+            help="Write a .csv, .jsonl or .parquet file; - is stdout, as CSV.",
             show_default="lines to a terminal, CSV to a pipe",
         ),
     ] = None,
@@ -345,7 +345,7 @@ def classify(
 def _classify_to_stdout(
     paths: list[str], topk: int, lines: bool, quiet: bool, options: RunOptions
 ) -> int:
-    from r2ncli.formats import csv_lines
+    from r2ncli.formats import CsvFormat
     from r2ncli.inference import (
         classification,
         open_classifier,
@@ -353,7 +353,7 @@ def _classify_to_stdout(
         split_options,
         walked_rows,
     )
-    from r2ncli.runs import csv_format
+    from r2ncli.runs import row_format
 
     on_terminal = is_terminal(sys.stdout)
     lines = lines and on_terminal
@@ -367,7 +367,7 @@ def _classify_to_stdout(
             for result in results:
                 put(picture_line(result, terminal_width()) + "\n")
         else:
-            for text in csv_lines(results, csv_format(pipeline, topk)):
+            for text in row_format(CsvFormat, pipeline, topk).lines(results):
                 put(plain_lines(text) + "\n" if on_terminal else text)
         ran = pipeline.engine.description
         return report.summary(f", {ran.device}, {ran.precision}")

@@ -13,16 +13,19 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from r2ncli.errors import UsageError
 from r2ncli.inference import Classification, Features
 
 CHUNK_BYTES = 4_000_000
 STRINGS_AT_ONCE = 4096  # names held while an HDF5 file is joined
+GROUP_CELLS = 200_000  # of a Parquet file's row group, which is held while it is joined
 
 Record = Mapping[str, Any]
 
@@ -33,6 +36,10 @@ class Format(Protocol):
     @property
     def suffix(self) -> str:
         """How its files' names end."""
+
+    @property
+    def block_suffix(self) -> str:
+        """How its blocks' names end."""
 
     def pack(self, rows: Sequence[Any]) -> bytes:
         """A block's bytes."""
@@ -47,17 +54,16 @@ class Format(Protocol):
         """Write the whole file."""
 
 
-# --- CSV ------------------------------------------------------------------------------
+# --- rows: CSV, JSONL, Parquet ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class CsvFormat:
-    """``path,status,error,index_1,wnid_1,label_1,probability_1,index_2,…``"""
+class RowFormat:
+    """``path,status,error,index_1,wnid_1,label_1,probability_1,index_2,…``, in whatever syntax."""
 
     topk: int
     with_wnids: bool
     with_labels: bool
-    suffix: str = ".csv"
 
     def header(self) -> list[str]:
         """The columns' names; `wnid_k` and `label_k` only where they are known."""
@@ -68,18 +74,36 @@ class CsvFormat:
             columns += [f"probability_{rank}"]
         return columns
 
-    def cells(self, row: Classification) -> list[str]:
-        """One row; a failed one is empty after its error."""
+    def cells(self, row: Classification) -> list[str | int | np.float32 | None]:
+        """One row, None where a cell is empty; a failed one is empty after its error."""
         if row.error is not None:
             width = self.topk * (2 + self.with_wnids + self.with_labels)
-            return [row.path, "failed", row.error, *[""] * width]
-        cells = [row.path, "ok", ""]
+            return [row.path, "failed", row.error, *[None] * width]
+        cells: list[str | int | np.float32 | None] = [row.path, "ok", None]
         for prediction in row.predictions:
-            cells.append(str(prediction.index))
-            cells += [prediction.wnid or ""] * self.with_wnids
-            cells += [prediction.label or ""] * self.with_labels
-            cells.append(str(np.float32(prediction.probability)))  # the shortest that gives it back
+            cells.append(prediction.index)
+            cells += [prediction.wnid or None] * self.with_wnids
+            cells += [_utf8(prediction.label) or None] * self.with_labels
+            cells.append(np.float32(prediction.probability))
         return cells
+
+    def size_of(self, row: Classification) -> int:
+        return 64 * (1 + len(row.predictions))
+
+
+@dataclass(frozen=True)
+class CsvFormat(RowFormat):
+    """RFC 4180, except that a line ends with a newline alone."""
+
+    suffix: str = ".csv"
+    block_suffix: str = ".csv"
+
+    def lines(self, rows: Iterable[Classification]) -> Iterator[str]:
+        """Rows as text; the header comes with the first, so that an error has none."""
+        header = [self.header()]
+        for row in rows:
+            yield _csv_text([*header, self.cells(row)])
+            header = []
 
     def pack(self, rows: Sequence[Classification]) -> bytes:
         return _csv_text(self.cells(row) for row in rows).encode()
@@ -91,37 +115,121 @@ class CsvFormat:
                     raise ValueError(f"a row of {len(cells)} cells, not {len(self.header())}")
                 yield cells[0], cells[1] == "failed"
 
-    def size_of(self, row: Classification) -> int:
-        return 64 * (1 + len(row.predictions))
+    def join(self, blocks: Sequence[Path], out: Path, record: Record) -> None:
+        _concatenate(_csv_text([self.header()]).encode(), blocks, out)
+
+
+@dataclass(frozen=True)
+class JsonlFormat(RowFormat):
+    """One JSON object a line, with all keys in the columns' order."""
+
+    suffix: str = ".jsonl"
+    block_suffix: str = ".jsonl"
+
+    def pack(self, rows: Sequence[Classification]) -> bytes:
+        keys = [json.dumps(column) for column in self.header()]
+        lines = []
+        for row in rows:
+            cells = zip(keys, map(_json_text, self.cells(row)), strict=True)
+            lines.append("{" + ", ".join(f"{key}: {text}" for key, text in cells) + "}\n")
+        return "".join(lines).encode()
+
+    def unpack_names(self, block: Path) -> Iterator[tuple[str, bool]]:
+        for row in json_rows(block, self.header()):
+            yield row["path"], row["status"] == "failed"
 
     def join(self, blocks: Sequence[Path], out: Path, record: Record) -> None:
-        with open(out, "wb") as file:
-            file.write(_csv_text([self.header()]).encode())
-            for block in blocks:
-                with open(block, "rb") as finished:
-                    shutil.copyfileobj(finished, file, 1 << 20)
+        _concatenate(b"", blocks, out)
 
 
-def csv_lines(rows: Iterable[Classification], format: CsvFormat) -> Iterator[str]:
-    """Rows as text, as they come; the header comes with the first, so that an error has none."""
-    header = [format.header()]
-    for row in rows:
-        yield _csv_text([*header, format.cells(row)])
-        header = []
+@dataclass(frozen=True)
+class ParquetFormat(JsonlFormat):
+    """The columns as int32, string and float32; blocks are JSONL, only the whole is Parquet."""
+
+    suffix: str = ".parquet"
+
+    def join(self, blocks: Sequence[Path], out: Path, record: Record) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        columns = self.header()
+        schema = pyarrow.schema([(column, _parquet_type(column)) for column in columns])
+        rows = (row for block in blocks for row in json_rows(block, columns))
+        group_rows = max(1, GROUP_CELLS // len(columns))  # whatever the blocks were
+        with open(out, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
+            while group := list(islice(rows, group_rows)):
+                writer.write_table(pyarrow.Table.from_pylist(group, schema), group_rows)
 
 
-def _csv_text(rows: Iterable[Sequence[str]]) -> str:
-    """RFC 4180, except that a line ends with a newline alone."""
+ROW_FORMATS: dict[str, type[CsvFormat | JsonlFormat | ParquetFormat]] = {
+    ".csv": CsvFormat,
+    ".jsonl": JsonlFormat,
+    ".parquet": ParquetFormat,
+}
+
+
+def check_parquet() -> None:
+    """Raise unless the library that writes and reads Parquet is there."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            "Parquet needs pyarrow, which is not installed: pip install 'r2ncli[parquet]'"
+        ) from error
+
+
+def json_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file.
+
+    Raises
+    ------
+    ValueError
+        A line is no object with exactly these columns.
+    """
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for line in file:
+            row = json.loads(line)
+            if not isinstance(row, dict) or list(row) != list(columns):
+                raise ValueError("a line that is no object with the keys of a row")
+            yield row
+
+
+def _utf8(label: str | None) -> str | None:
+    """`label` with what is no text, half of a surrogate pair from a JSON file, escaped."""
+    return label and label.encode("utf-8", "backslashreplace").decode()
+
+
+def _json_text(cell: str | int | np.float32 | None) -> str:
+    if isinstance(cell, np.float32):  # the shortest number that gives it back
+        return str(cell) if np.isfinite(cell) else "null"
+    return json.dumps(cell, ensure_ascii=False)
+
+
+def _parquet_type(column: str) -> str:
+    kind = column.partition("_")[0]
+    return {"index": "int32", "probability": "float32"}.get(kind, "string")
+
+
+def _concatenate(header: bytes, blocks: Sequence[Path], out: Path) -> None:
+    with open(out, "wb") as file:
+        file.write(header)
+        for block in blocks:
+            with open(block, "rb") as finished:
+                shutil.copyfileobj(finished, file, 1 << 20)
+
+
+def _csv_text(rows: Iterable[Sequence[object]]) -> str:
     text = io.StringIO()
     for cells in rows:
-        text.write(",".join(map(_quoted, cells)) + "\n")
+        text.write(",".join(map(_csv_cell, cells)) + "\n")
     return text.getvalue()
 
 
-def _quoted(cell: str) -> str:
-    if any(character in cell for character in ',"\n\r'):
-        return '"' + cell.replace('"', '""') + '"'
-    return cell
+def _csv_cell(cell: object) -> str:
+    text = "" if cell is None else str(cell)  # of a float32 the shortest that gives it back
+    if any(character in text for character in ',"\n\r'):
+        return '"' + text.replace('"', '""') + '"'
+    return text
 
 
 # --- HDF5 -----------------------------------------------------------------------------
@@ -142,6 +250,7 @@ class Hdf5Format:
     shapes: dict[str, tuple[int, ...]]
     dtype: str = "float32"
     suffix: str = ".h5"
+    block_suffix: str = ".npz"
 
     def pack(self, rows: Sequence[Features]) -> bytes:
         arrays: dict[str, npt.NDArray[Any]] = {

@@ -15,14 +15,14 @@ from importlib.metadata import version
 from itertools import chain, zip_longest
 from os import PathLike as OsPathLike
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 from PIL import features as pillow_features
 
 from r2ncli import __version__
 from r2ncli.checkpoints import Labels
 from r2ncli.errors import OutputError, UsageError
-from r2ncli.formats import CsvFormat, Format, Hdf5Format
+from r2ncli.formats import ROW_FORMATS, Format, Hdf5Format, RowFormat, check_parquet
 from r2ncli.inference import (
     Features,
     Pipeline,
@@ -53,6 +53,7 @@ DTYPES = ("float32", "float16")
 
 OnProgress = Callable[[Progress], None]
 Warn = Callable[[str], None]
+R = TypeVar("R", bound=RowFormat)
 
 
 def classify_to(
@@ -66,12 +67,13 @@ def classify_to(
     on_progress: OnProgress | None = None,
     **options: Unpack[RunOptions],
 ) -> dict[str, Any]:
-    """Classify every picture among `paths` into the CSV file `output`.
+    """Classify every picture among `paths` into the file `output`, a row each.
 
     Parameters
     ----------
     output : path
-        Ends in ``.csv``. While the run goes on its finished blocks are in ``OUT.partial/``.
+        Ends in ``.csv``, ``.jsonl`` or ``.parquet``. While the run goes on its finished blocks
+        are in ``OUT.partial/``.
     paths : path or sequence of paths
         Pictures, folders, archives, patterns, ``@list``, ``-``, addresses; none means the
         current folder.
@@ -95,7 +97,7 @@ def classify_to(
         Before anything is written if an argument does not fit; later if the device or the
         disk fails: finished blocks are kept then.
     """
-    out = _checked_output(output, ".csv", overwrite, resume)
+    out = _checked_output(output, tuple(ROW_FORMATS), overwrite, resume)
     sources, execution = split_options(options)
     walk = open_walk(paths, on_warning, **sources)
     pipeline = open_classifier(topk, **execution)
@@ -103,7 +105,7 @@ def classify_to(
         out,
         walk,
         pipeline,
-        csv_format(pipeline, topk),
+        row_format(ROW_FORMATS[out.suffix.lower()], pipeline, topk),
         lambda row: classification(row, topk, pipeline.labels),
         run_record(
             "classify",
@@ -111,6 +113,8 @@ def classify_to(
             sources,
             topk=min(topk, pipeline.classes),
             labels_sha256=_labels_digest(pipeline.labels),
+            classes=pipeline.classes,
+            packages=("pyarrow",) if out.suffix.lower() == ".parquet" else (),
         ),
         overwrite,
         resume,
@@ -167,7 +171,7 @@ def extract_to(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    out = _checked_output(output, ".h5", overwrite, resume)
+    out = _checked_output(output, (".h5",), overwrite, resume)
     sources, execution = split_options(options)
     walk = open_walk(paths, on_warning, **sources)
     pipeline = open_pipeline(layers, pool, **execution)
@@ -187,10 +191,10 @@ def extract_to(
     )
 
 
-def csv_format(pipeline: Pipeline, topk: int) -> CsvFormat:
+def row_format(kind: type[R], pipeline: Pipeline, topk: int) -> R:
     """The columns that a checkpoint's labels allow; k clamped to its classes."""
     labels = pipeline.labels
-    return CsvFormat(
+    return kind(
         min(topk, pipeline.classes),
         with_wnids=labels is not None and labels.wnids is not None,
         with_labels=labels is not None,
@@ -201,9 +205,16 @@ def csv_format(pipeline: Pipeline, topk: int) -> CsvFormat:
 
 
 def run_record(
-    command: str, pipeline: Pipeline, sources: SourceOptions, **settings: Any
+    command: str,
+    pipeline: Pipeline,
+    sources: SourceOptions,
+    packages: Sequence[str] = (),
+    **settings: Any,
 ) -> dict[str, Any]:
-    """What is known of a run before it starts, its fingerprint included."""
+    """What is known of a run before it starts, its fingerprint included.
+
+    `packages` are those that write its output, beyond the ones that every run needs.
+    """
     description = pipeline.engine.description
     record: dict[str, Any] = {
         "schema": SCHEMA,
@@ -216,6 +227,7 @@ def run_record(
             "numpy": version("numpy"),
             "h5py": version("h5py"),
             "python": ".".join(map(str, sys.version_info[:3])),
+            **{package: version(package) for package in packages},
         },
         "checkpoint": {
             "file": printable(str(pipeline.checkpoint)),
@@ -264,7 +276,7 @@ def deciding_settings(record: dict[str, Any]) -> dict[str, Any]:
     kept = {
         "checkpoint": ("sha256", "variant"),
         "device": ("kind", "model"),
-        "versions": ("r2n", "engine", "pillow", "libjpeg"),
+        "versions": ("r2n", "engine", "pillow", "libjpeg", "pyarrow"),  # Parquet names its writer
     }
     groups = ("checkpoint", "device", "versions", "inputs", "preprocessing", "decode_rules")
     for group in groups:
@@ -289,12 +301,14 @@ def _now() -> str:
 
 
 def _checked_output(
-    output: str | OsPathLike[str], suffix: str, overwrite: bool, resume: bool
+    output: str | OsPathLike[str], suffixes: tuple[str, ...], overwrite: bool, resume: bool
 ) -> Path:
     """`output` as a path that a run may begin with, before anything else runs."""
     out = Path(output)
-    if out.suffix.lower() != suffix:
-        raise UsageError(f"{out}: an output of this command ends in {suffix}")
+    if out.suffix.lower() not in suffixes:
+        raise UsageError(f"{out}: an output of this command ends in {' or '.join(suffixes)}")
+    if out.suffix.lower() == ".parquet":
+        check_parquet()
     if overwrite and resume:
         raise UsageError("--overwrite starts again and --resume goes on: give one of them")
     try:

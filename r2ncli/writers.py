@@ -79,7 +79,7 @@ class PartialOutput:
 
     def blocks(self) -> list[Path]:
         """The finished blocks, in order."""
-        return sorted(self.folder.glob("block-*" + self._block_suffix()))
+        return sorted(self.folder.glob("block-*" + self.format.block_suffix))
 
     def record(self) -> dict[str, Any] | None:
         """The run record that this partial output began with; None where nothing was begun.
@@ -141,7 +141,7 @@ class PartialOutput:
         """Write the rows since the last block as a block of their own."""
         if not self._rows:
             return
-        name = f"block-{self._next_block:08d}{self._block_suffix()}"
+        name = f"block-{self._next_block:08d}{self.format.block_suffix}"
         self._write(name, self.format.pack(self._rows))
         # An interrupt before this writes the same block once more under the same name; none can
         # come in between, for signals are seen at calls and jumps only.
@@ -190,9 +190,6 @@ class PartialOutput:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-    def _block_suffix(self) -> str:
-        return ".npz" if self.format.suffix == ".h5" else self.format.suffix
 
     def _write(self, name: str, content: bytes) -> None:
         """Write a file of the folder so that it is there whole or not at all."""

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 
 import h5py
 import numpy as np
+import pyarrow.parquet
 import pytest
 
-from r2ncli.formats import CsvFormat, Hdf5Format, csv_lines
+from r2ncli.errors import UsageError
+from r2ncli.formats import (
+    GROUP_CELLS,
+    ROW_FORMATS,
+    CsvFormat,
+    Hdf5Format,
+    JsonlFormat,
+    ParquetFormat,
+    check_parquet,
+)
 from r2ncli.inference import Classification, Features, Prediction
 from r2ncli.writers import PartialOutput, read_names, read_record
 
@@ -85,8 +96,8 @@ def test_any_name_survives_the_csv(tmp_path, name):
 
 def test_lines_begin_with_the_header_only_once_there_is_a_row():
     with pytest.raises(ZeroDivisionError):
-        next(csv_lines((1 / 0 for _ in [1]), LABELLED))
-    lines = "".join(csv_lines([classified("a", 0.5, 0.5)] * 2, LABELLED)).splitlines()
+        next(LABELLED.lines(1 / 0 for _ in [1]))
+    lines = "".join(LABELLED.lines([classified("a", 0.5, 0.5)] * 2)).splitlines()
     assert [line[:4] for line in lines] == ["path", "a,ok", "a,ok"]
 
 
@@ -95,6 +106,105 @@ def test_the_record_stands_beside_a_csv(tmp_path):
     assert json.loads((tmp_path / "x.csv.run.json").read_text()) == {"precision": "fp32"}
     assert read_record(tmp_path / "x.csv") == {"precision": "fp32"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "x.csv.run.json"]
+
+
+# --- JSONL and Parquet ------------------------------------------------------------------
+
+
+def read_jsonl(path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = path.read_bytes().decode("utf-8")
+    assert text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text[:-1].split("\n")]
+
+
+def read_parquet(path):
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_every_format_has_the_same_names_and_null_where_csv_is_empty(tmp_path, suffix):
+    rows = [classified("a.jpg", 0.75, 0.25), Classification("b.jpg", (), "empty file")]
+    write(tmp_path / f"x{suffix}", ROW_FORMATS[suffix](2, True, True), rows)
+    good, failed = READERS[suffix](tmp_path / f"x{suffix}")
+    assert list(good) == list(failed) == LABELLED.header()
+    assert list(good.values())[:3] == ["a.jpg", "ok", None]
+    assert list(good.values())[3:] == [0, "n0", "label 0", 0.75, 1, "n1", "label 1", 0.25]
+    assert list(failed.values()) == ["b.jpg", "failed", "empty file", *[None] * 8]
+    assert json.loads((tmp_path / f"x{suffix}.run.json").read_text()) == {}
+
+
+@pytest.mark.parametrize("suffix", READERS)
+@pytest.mark.parametrize("value", [1 / 3, 1e-30, 0.1, 1.0, 0.0, 1e-45, 0.9999999])
+def test_every_format_gives_the_float32_back(tmp_path, suffix, value):
+    exact = float(np.float32(value))
+    write(tmp_path / f"x{suffix}", ROW_FORMATS[suffix](1, False, False), [classified("a", exact)])
+    assert np.float32(READERS[suffix](tmp_path / f"x{suffix}")[0]["probability_1"]) == exact
+
+
+def test_jsonl_is_text_that_people_can_read(tmp_path):
+    rows = [classified('é"\n\u2028.jpg', float(np.float32(0.1))), classified("b", float("nan"))]
+    write(tmp_path / "x.jsonl", JsonlFormat(1, False, True), rows)
+    assert (tmp_path / "x.jsonl").read_text().split("\n") == [
+        '{"path": "é\\"\\n\u2028.jpg", "status": "ok", "error": null, "index_1": 0, '
+        '"label_1": "label 0", "probability_1": 0.1}',
+        '{"path": "b", "status": "ok", "error": null, "index_1": 0, "label_1": "label 0", '
+        '"probability_1": null}',
+        "",
+    ]
+    assert [row["path"] for row in read_jsonl(tmp_path / "x.jsonl")] == ['é"\n\u2028.jpg', "b"]
+
+
+@pytest.mark.parametrize("suffix", ROW_FORMATS)
+def test_half_of_a_surrogate_pair_in_a_label_is_escaped(tmp_path, suffix):
+    row = Classification("a", (Prediction(0, None, "half \ud83d", 1.0),))
+    write(tmp_path / f"x{suffix}", ROW_FORMATS[suffix](1, False, True), [row])
+    read = read_csv if suffix == ".csv" else READERS[suffix]
+    assert read(tmp_path / f"x{suffix}")[0]["label_1"] == "half \\ud83d"
+
+
+def test_parquet_has_the_types_and_row_groups_of_a_fixed_size(tmp_path):
+    format = ParquetFormat(2000, True, True)  # of so many columns that few rows make a group
+    rows = [classified(str(n), *np.full(2000, 0.5)) for n in range(60)]
+    write(tmp_path / "x.parquet", format, rows)
+    file = pyarrow.parquet.ParquetFile(tmp_path / "x.parquet")
+    types = [str(field.type) for field in file.schema_arrow]
+    assert types[:7] == ["string"] * 3 + ["int32", "string", "string", "float"]
+    sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+    assert sizes == [GROUP_CELLS // 8003] * 2 + [60 - 2 * (GROUP_CELLS // 8003)]
+
+
+def test_without_pyarrow_parquet_says_what_to_install(monkeypatch):
+    check_parquet()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet")
+    with pytest.raises(UsageError, match=r"pip install 'r2ncli\[parquet\]'"):
+        check_parquet()
+
+
+@pytest.mark.parametrize("suffix", ROW_FORMATS)
+def test_rows_do_not_depend_on_how_they_fell_into_blocks(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr("r2ncli.formats.GROUP_CELLS", 11 * 100)  # seven row groups
+    rows = [classified(f"{n}.jpg", n / 700, 1 - n / 700) for n in range(700)]
+    contents = set()
+    for flush_at in [(), (1, 2, 300), (699,)]:
+        with PartialOutput(tmp_path / f"x{suffix}", ROW_FORMATS[suffix](2, True, True)) as partial:
+            partial.begin({})
+            for n, row in enumerate(rows):
+                partial.append(row)
+                if n in flush_at:
+                    partial.flush()
+            assert [name for name, _ in partial.names()] == [row.path for row in rows][
+                : partial.done
+            ]
+            partial.finish({})
+        contents.add((tmp_path / f"x{suffix}").read_bytes())
+    assert len(contents) == 1
 
 
 # --- HDF5 -----------------------------------------------------------------------------

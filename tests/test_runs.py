@@ -100,13 +100,31 @@ def runs_sha256(path):
 
 
 def test_the_same_run_twice_gives_the_same_bytes(tmp_path, pictures, tiny_weights):
-    for name in ("a", "b"):
-        r2ncli.classify_to(tmp_path / f"{name}.csv", pictures, weights=tiny_weights, workers=3)
-    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    for kind in ("csv", "jsonl", "parquet"):
+        outs = [tmp_path / f"{name}.{kind}" for name in "ab"]
+        for out in outs:
+            r2ncli.classify_to(out, pictures, weights=tiny_weights, workers=3)
+        assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
+def test_the_record_names_pyarrow_where_it_decides_the_bytes(tmp_path, pictures, tiny_weights):
+    fingerprints = {}
+    for kind in ("csv", "jsonl", "parquet"):
+        record = r2ncli.classify_to(tmp_path / f"x.{kind}", pictures, weights=tiny_weights)
+        assert ("pyarrow" in record["versions"]) == (kind == "parquet")
+        fingerprints[kind] = record["fingerprint"]
+    assert fingerprints["csv"] == fingerprints["jsonl"] != fingerprints["parquet"]
+
+
+def test_parquet_without_its_library_is_refused_first(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
+    with pytest.raises(UsageError, match="pip install"):
+        r2ncli.classify_to(tmp_path / "x.parquet", "nowhere", weights="nothing.pth")
 
 
 @pytest.mark.parametrize("stop", [1, BLOCK_ROWS, BLOCK_ROWS + 45, 599])
-@pytest.mark.parametrize("kind", ["csv", "h5"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "h5"])
 def test_a_resumed_run_ends_with_the_uninterrupted_ones_bytes(
     tmp_path, make_pictures, tiny_weights, monkeypatch, stop, kind
 ):
@@ -116,7 +134,7 @@ def test_a_resumed_run_ends_with_the_uninterrupted_ones_bytes(
         os.link(folder / f"{n % 20:05d}.jpg", folder / f"{n:05d}.jpg")
     (folder / "00010.jpg").unlink()
     (folder / "00010.jpg").write_bytes(b"")
-    write = r2ncli.classify_to if kind == "csv" else r2ncli.extract_to
+    write = r2ncli.extract_to if kind == "h5" else r2ncli.classify_to
     whole, broken = tmp_path / f"whole.{kind}", tmp_path / f"broken.{kind}"
     record = write(whole, folder, weights=tiny_weights)
     with pytest.raises(StopAfterError):
@@ -235,8 +253,8 @@ def test_an_output_that_exists_is_kept_unless_told_otherwise(tmp_path, pictures,
 @pytest.mark.parametrize(
     ("name", "error", "match"),
     [
-        ("x.txt", UsageError, r"ends in \.csv"),
-        ("x.h5", UsageError, r"ends in \.csv"),
+        ("x.txt", UsageError, r"ends in \.csv or \.jsonl or \.parquet"),
+        ("x.h5", UsageError, r"ends in \.csv or \.jsonl or \.parquet"),
         ("nowhere/x.csv", OutputError, "there is no folder"),
     ],
 )
@@ -320,12 +338,12 @@ def test_an_output_inside_the_walked_folder_is_no_input(tmp_path, pictures, tiny
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["csv", "h5"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "h5"])
 def test_a_killed_run_resumes_to_the_same_rows(tmp_path, make_pictures, tiny_weights, kind):
     folder = make_pictures(tmp_path / "many", 20)
     for n in range(20, 3000):
         os.link(folder / f"{n % 20:05d}.jpg", folder / f"{n:05d}.jpg")
-    write = r2ncli.classify_to if kind == "csv" else r2ncli.extract_to
+    write = r2ncli.extract_to if kind == "h5" else r2ncli.classify_to
     write(tmp_path / f"whole.{kind}", folder, weights=tiny_weights, batch_size=8)
     out = tmp_path / f"killed.{kind}"
     code = (
@@ -340,8 +358,8 @@ def test_a_killed_run_resumes_to_the_same_rows(tmp_path, make_pictures, tiny_wei
         process.send_signal(signal.SIGKILL)
         process.wait()
     write(out, folder, weights=tiny_weights, batch_size=8, resume=True)
-    if kind == "csv":
-        assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    if kind != "h5":
+        assert out.read_bytes() == (tmp_path / f"whole.{kind}").read_bytes()
         return
     with h5py.File(out) as killed, h5py.File(tmp_path / "whole.h5") as whole:
         for name in ("paths", "status", "features/layer4"):

@@ -76,16 +76,25 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from r2ncli.errors import OutputError
-from r2ncli.inference import Features
-from r2ncli.formats import Hdf5Format
+from r2ncli.inference import Classification, Features, Prediction
+from r2ncli.formats import Hdf5Format, ParquetFormat
 from r2ncli.writers import PartialOutput
 limit, rows, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+if out.suffix == ".h5":
+    format = Hdf5Format({"x": (1000,)})
+    make_row = lambda name: Features(name, {"x": np.ones(1000, np.float32)})
+else:  # noise does not compress
+    format, noise = ParquetFormat(100, False, False), np.random.default_rng(0)
+    make_row = lambda name: Classification(
+        name, tuple(Prediction(n, None, None, value) for n, value in enumerate(noise.random(100)))
+    )
+    import pyarrow.parquet
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:
-    with PartialOutput(out, Hdf5Format({"x": (1000,)})) as partial:
+    with PartialOutput(out, format) as partial:
         partial.begin({})
         for n in range(rows):
-            partial.append(Features(f"{n}.jpg", {"x": np.ones(1000, np.float32)}))
+            partial.append(make_row(f"{n}.jpg"))
             if n % 100 == 99:
                 partial.flush()
         partial.finish({})
@@ -95,16 +104,22 @@ except OutputError as error:
 """
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_the_finished_blocks(tmp_path):
-    """Blocks of 400 kB fit below the limit; the joined file does not."""
-    out = tmp_path / "f.h5"
-    ended = full_disk(out, limit=500_000, rows=700)
+@pytest.mark.parametrize(
+    ("suffix", "block", "limit", "rows"),
+    [("h5", "npz", 500_000, 700), ("parquet", "jsonl", 600_000, 2000)],
+)
+def test_a_full_disk_is_one_sentence_and_keeps_the_finished_blocks(
+    tmp_path, suffix, block, limit, rows
+):
+    """Blocks of a hundred rows fit below the limit; the joined file does not."""
+    out = tmp_path / f"f.{suffix}"
+    ended = full_disk(out, limit, rows)
     assert ended.returncode == 6, ended.stderr
     assert "cannot be written: file too large" in ended.stdout
     assert "--resume" in ended.stdout
     assert ended.stderr == ""
-    left = sorted(path.name for path in (tmp_path / "f.h5.partial").iterdir())
-    assert left == [*(f"block-{n:08d}.npz" for n in range(7)), "lock", "run.json"]
+    left = sorted(path.name for path in (tmp_path / f"f.{suffix}.partial").iterdir())
+    assert left == [*(f"block-{n:08d}.{block}" for n in range(rows // 100)), "lock", "run.json"]
     assert not out.exists()
 
 
