@@ -39,14 +39,9 @@ from r2ncli.inference import (
     run,
     split_options,
 )
+from r2ncli.results import read_names, read_record
 from r2ncli.sources import Input, PathLike, Walk, printable
-from r2ncli.writers import (
-    PartialOutput,
-    partial_folder,
-    read_names,
-    read_record,
-    record_path,
-)
+from r2ncli.writers import PartialOutput, partial_folder, record_path
 
 SCHEMA = 1
 DTYPES = ("float32", "float16")
@@ -432,7 +427,8 @@ def _skip_done(partial: PartialOutput, inputs: Iterator[Input]) -> tuple[int, in
 
 
 def _check_same_names(out: Path, inputs: Iterator[Input]) -> None:
-    for done_name, found in zip_longest(read_names(out), inputs):
+    for done, found in zip_longest(read_names(out), inputs):
+        done_name = done[0] if done else None
         if found is None or found.name != done_name:
             raise OutputError(_differing_name(out, done_name, found))
 

@@ -21,10 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from r2ncli.errors import OutputError
-from r2ncli.formats import STRINGS_AT_ONCE, Format, Record
+from r2ncli.formats import Format, Record
 
 BLOCK_ROWS = 256
 BLOCK_BYTES = 64_000_000
@@ -223,53 +221,6 @@ def record_path(output: Path) -> Path:
     return output.with_name(output.name + ".run.json")
 
 
-def read_record(output: Path) -> dict[str, Any]:
-    """The run record of a finished output; empty where it has none."""
-    try:
-        if _is_hdf5(output):
-            import h5py
-
-            with h5py.File(output) as file:
-                return {key: _from_attribute(value) for key, value in file.attrs.items()}
-        record = json.loads(record_path(output).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def read_names(output: Path) -> Iterator[str]:
-    """The names in a finished output, in order.
-
-    Raises
-    ------
-    OutputError
-        The output is damaged, or none of r2n's.
-    """
-    try:
-        yield from _h5_names(output) if _is_hdf5(output) else _csv_names(output)
-    except DAMAGE as error:
-        raise OutputError(f"{output}: damaged, or none of r2n's ({error})") from error
-
-
-def _h5_names(output: Path) -> Iterator[str]:
-    import h5py
-
-    with h5py.File(output) as file:
-        paths = file["paths"].asstr()
-        for start in range(0, len(paths), STRINGS_AT_ONCE):
-            yield from paths[start : start + STRINGS_AT_ONCE]
-
-
-def _csv_names(output: Path) -> Iterator[str]:
-    with open(output, encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            yield row["path"]
-
-
-def _is_hdf5(output: Path) -> bool:
-    return output.suffix.lower() == ".h5"
-
-
 def json_bytes(record: Record) -> bytes:
     """A record as a JSON file's content."""
     return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
@@ -314,14 +265,6 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _from_attribute(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, str) and (value == "null" or value.startswith(("[", "{"))):
-        return json.loads(value)
-    return value
 
 
 def _reason(error: OSError) -> str:

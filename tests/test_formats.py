@@ -22,7 +22,8 @@ from r2ncli.formats import (
     check_parquet,
 )
 from r2ncli.inference import Classification, Features, Prediction
-from r2ncli.writers import PartialOutput, read_names, read_record
+from r2ncli.results import read_names, read_record
+from r2ncli.writers import PartialOutput
 
 LABELLED = CsvFormat(topk=2, with_wnids=True, with_labels=True)
 
@@ -91,7 +92,7 @@ def test_a_probability_reads_back_as_the_same_float32(tmp_path, value):
 def test_any_name_survives_the_csv(tmp_path, name):
     write(tmp_path / "x.csv", LABELLED, [classified(name, 0.5, 0.5), classified("z", 0.5, 0.5)])
     assert [row["path"] for row in read_csv(tmp_path / "x.csv")] == [name, "z"]
-    assert list(read_names(tmp_path / "x.csv")) == [name, "z"]
+    assert list(read_names(tmp_path / "x.csv")) == [(name, False), ("z", False)]
 
 
 def test_lines_begin_with_the_header_only_once_there_is_a_row():
@@ -240,7 +241,7 @@ def test_features_paths_and_status_are_aligned(tmp_path):
         assert file.attrs["precision"] == "bf16"
     assert read_record(tmp_path / "f.h5")["counts"] == {"ok": 597}
     assert read_record(tmp_path / "f.h5")["layers"] == ["layer4"]
-    assert list(read_names(tmp_path / "f.h5")) == [row.path for row in rows]
+    assert list(read_names(tmp_path / "f.h5")) == [(row.path, bool(row.error)) for row in rows]
 
 
 def test_float16_is_stored_on_request(tmp_path):

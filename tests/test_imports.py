@@ -26,7 +26,8 @@ ROOMS = [
         "verification",
     ),
     *("archives", "remote", "selection", "patterns", "sources"),
-    *("images", "engine", "inference", "formats", "writers", "runs", "bench", "terminal", "cli"),
+    *("images", "engine", "inference", "formats", "writers", "results", "runs"),
+    *("bench", "terminal", "cli"),
     "__main__",
 ]
 WITH_TORCH = {"model", "weights", "verification", "engine/pytorch"}
