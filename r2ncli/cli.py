@@ -145,6 +145,10 @@ Overwrite = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with an output that was interrupted.")
 ]
+RetryFailed = Annotated[
+    bool,
+    typer.Option("--retry-failed", help="Try the failed rows of a finished output again."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[
     bool, typer.Option("-q", "--quiet", help="No progress and no summary; failures still show.")
@@ -242,7 +246,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _resumable(output: Path) -> Iterator[None]:
+def _resumable(output: Path, retry_failed: bool) -> Iterator[None]:
     """Tell the user of a run that was ended what is kept and how to go on."""
     try:
         yield
@@ -250,7 +254,8 @@ def _resumable(output: Path) -> Iterator[None]:
         from r2ncli.writers import partial_folder
 
         partial = partial_folder(output)
-        kept = f"what was done is kept in {partial}; go on with --resume"
+        option = "--retry-failed" if retry_failed else "--resume"
+        kept = f"what was done is kept in {partial}; go on with {option}"
         why = f"{ended}; " if isinstance(ended, FailedInputError) else "interrupted: "
         raise type(ended)(why + (kept if partial.is_dir() else "nothing was written")) from ended
 
@@ -295,6 +300,7 @@ def classify(
     on_error: OnError = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
+    retry_failed: RetryFailed = False,
     quiet: Quiet = False,
 ) -> int:
     """The most probable classes of pictures, as lines or CSV."""
@@ -319,21 +325,24 @@ def classify(
         on_error=on_error,
     )
     if output is None or output == "-":
-        if overwrite or resume:
-            raise UsageError("--overwrite and --resume are for an output file: give one with -o")
+        if overwrite or resume or retry_failed:
+            raise UsageError(
+                "--overwrite, --resume and --retry-failed are for an output file: give one with -o"
+            )
         return _classify_to_stdout(
             paths or [], topk, output is None, quiet, cast("RunOptions", options)
         )
 
     from r2ncli.runs import classify_to
 
-    with Report("classify", quiet) as report, _resumable(Path(output)):
+    with Report("classify", quiet) as report, _resumable(Path(output), retry_failed):
         record = classify_to(
             output,
             paths or [],
             topk=topk,
             overwrite=overwrite,
             resume=resume,
+            retry_failed=retry_failed,
             on_warning=report.sentence,
             on_progress=report.row,
             on_download=report.download,
@@ -431,6 +440,7 @@ def extract(
     on_error: OnError = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
+    retry_failed: RetryFailed = False,
     quiet: Quiet = False,
 ) -> int:
     """The features of any layers for every picture, as HDF5."""
@@ -438,12 +448,13 @@ def extract(
         return _list_layers(weights, image_size, quiet)
     from r2ncli.runs import extract_to
 
-    with Report("extract", quiet) as report, _resumable(Path(output)):
+    with Report("extract", quiet) as report, _resumable(Path(output), retry_failed):
         record = extract_to(
             output,
             paths or [],
             overwrite=overwrite,
             resume=resume,
+            retry_failed=retry_failed,
             on_warning=report.sentence,
             on_progress=report.row,
             on_download=report.download,

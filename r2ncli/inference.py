@@ -477,7 +477,7 @@ def walked_rows(
     with walk:
         for row in run(walk, pipeline):
             if row.error is not None and on_error == "fail":
-                raise failed_input(row)
+                raise failed_input(row.name, row.error)
             yield row
             done += 1
             failed += row.error is not None
@@ -487,9 +487,9 @@ def walked_rows(
         raise no_image_found()
 
 
-def failed_input(row: Row) -> FailedInputError:
+def failed_input(name: str, error: str) -> FailedInputError:
     """The error of a row that ends a run."""
-    return FailedInputError(f"{row.name}: {row.error} (--on-error fail)")
+    return FailedInputError(f"{name}: {error} (--on-error fail)")
 
 
 def no_image_found() -> InputNotFoundError:

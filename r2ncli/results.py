@@ -100,6 +100,17 @@ def read_names(output: Path) -> Iterator[tuple[str, bool]]:
                 yield from ((row[0], row[1] == "failed") for row in rows)
 
 
+def read_rows(output: Path) -> Iterator[Any]:
+    """The rows of a finished output: a `Classification` each, or the `Features`.
+
+    Raises
+    ------
+    OutputError
+        The output is damaged, or none of r2n's.
+    """
+    return read_features(output) if is_features(output) else read_classifications(output)
+
+
 def read_classifications(output: Path) -> Iterator[Classification]:
     """The rows of a finished CSV, JSONL or Parquet file, probabilities as the float32 they were.
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import chain, zip_longest
+from itertools import chain, islice
 from os import PathLike as OsPathLike
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
@@ -39,7 +40,7 @@ from r2ncli.inference import (
     run,
     split_options,
 )
-from r2ncli.results import read_names, read_record
+from r2ncli.results import read_names, read_record, read_rows
 from r2ncli.sources import Input, PathLike, Walk, printable
 from r2ncli.writers import PartialOutput, partial_folder, record_path
 
@@ -58,6 +59,7 @@ def classify_to(
     topk: int = 5,
     overwrite: bool = False,
     resume: bool = False,
+    retry_failed: bool = False,
     on_warning: Warn | None = None,
     on_progress: OnProgress | None = None,
     **options: Unpack[RunOptions],
@@ -76,6 +78,9 @@ def classify_to(
         Classes a picture; at most the network's number of them.
     overwrite, resume : bool
         Start again over what is there, or go on with it.
+    retry_failed : bool
+        Try the failed rows of the finished `output` again and keep the others. Limits may have
+        been raised since, nothing else that decides values.
     on_warning, on_progress : callable, optional
         Take a sentence, and a `Progress` after each picture.
     **options
@@ -92,7 +97,7 @@ def classify_to(
         Before anything is written if an argument does not fit; later if the device or the
         disk fails: finished blocks are kept then.
     """
-    out = _checked_output(output, tuple(ROW_FORMATS), overwrite, resume)
+    out = _checked_output(output, tuple(ROW_FORMATS), overwrite, resume, retry_failed)
     sources, execution = split_options(options)
     walk = open_walk(paths, on_warning, **sources)
     pipeline = open_classifier(topk, **execution)
@@ -113,6 +118,7 @@ def classify_to(
         ),
         overwrite,
         resume,
+        retry_failed,
         sources.get("on_error", "continue"),
         on_progress or _ignore,
     )
@@ -127,6 +133,7 @@ def extract_to(
     dtype: str = "float32",
     overwrite: bool = False,
     resume: bool = False,
+    retry_failed: bool = False,
     on_warning: Warn | None = None,
     on_progress: OnProgress | None = None,
     **options: Unpack[RunOptions],
@@ -148,6 +155,9 @@ def extract_to(
         ``float32`` or ``float16``, as stored.
     overwrite, resume : bool
         Start again over what is there, or go on with it.
+    retry_failed : bool
+        Try the failed rows of the finished `output` again and keep the others. Limits may have
+        been raised since, nothing else that decides values.
     on_warning, on_progress : callable, optional
         Take a sentence, and a `Progress` after each picture.
     **options
@@ -166,7 +176,7 @@ def extract_to(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    out = _checked_output(output, (".h5",), overwrite, resume)
+    out = _checked_output(output, (".h5",), overwrite, resume, retry_failed)
     sources, execution = split_options(options)
     walk = open_walk(paths, on_warning, **sources)
     pipeline = open_pipeline(layers, pool, **execution)
@@ -181,6 +191,7 @@ def extract_to(
         ),
         overwrite,
         resume,
+        retry_failed,
         sources.get("on_error", "continue"),
         on_progress or _ignore,
     )
@@ -281,6 +292,21 @@ def deciding_settings(record: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def differing_settings(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The deciding settings that two records do not share, by name; None where one has none."""
+    before, after = deciding_settings(then), deciding_settings(now)
+    return {
+        key: (before.get(key), after.get(key))
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    }
+
+
+def in_words(differing: dict[str, tuple[Any, Any]]) -> str:
+    """``topk was 5, is 3; …``"""
+    return "; ".join(f"{key} was {then}, is {now}" for key, (then, now) in differing.items())
+
+
 def _labels_digest(labels: Labels | None) -> str | None:
     """What the label cells depend on, which may stand beside the checkpoint, not in it."""
     if labels is None:
@@ -296,7 +322,11 @@ def _now() -> str:
 
 
 def _checked_output(
-    output: str | OsPathLike[str], suffixes: tuple[str, ...], overwrite: bool, resume: bool
+    output: str | OsPathLike[str],
+    suffixes: tuple[str, ...],
+    overwrite: bool,
+    resume: bool,
+    retry_failed: bool,
 ) -> Path:
     """`output` as a path that a run may begin with, before anything else runs."""
     out = Path(output)
@@ -304,8 +334,11 @@ def _checked_output(
         raise UsageError(f"{out}: an output of this command ends in {' or '.join(suffixes)}")
     if out.suffix.lower() == ".parquet":
         check_parquet()
-    if overwrite and resume:
-        raise UsageError("--overwrite starts again and --resume goes on: give one of them")
+    if overwrite + resume + retry_failed > 1:
+        raise UsageError(
+            "--overwrite starts again, --resume goes on, and --retry-failed tries the failed rows "
+            "of a finished output again: give one of them"
+        )
     try:
         if not out.parent.is_dir():
             raise OutputError(f"{out}: cannot be written: there is no folder {out.parent}")
@@ -313,7 +346,9 @@ def _checked_output(
             raise OutputError(f"{out}: cannot be written: it is a folder")
         for name in (out, partial_folder(out), record_path(out)):
             name.exists()  # raises where a name is too long, or the folder may not be searched
-        if not overwrite and not resume:
+        if retry_failed and not out.exists():
+            raise OutputError(f"{out}: there is no finished output whose failed rows to try again")
+        if not overwrite and not resume and not retry_failed:
             _refuse_existing(out, began=partial_folder(out).exists())
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
@@ -343,35 +378,48 @@ def _run_to(
     record: dict[str, Any],
     overwrite: bool,
     resume: bool,
+    retry_failed: bool,
     on_error: str,
     on_progress: OnProgress,
 ) -> dict[str, Any]:
     with PartialOutput(out, format) as partial, walk:
         inputs = iter(walk)
-        if not overwrite and not resume:
+        if not overwrite and not resume and not retry_failed:
             _refuse_existing(out, began=bool(partial.blocks()))  # now that no one else can write
         done = failed = 0
-        begun = partial.record() if resume else None
+        begun = partial.record() if resume or retry_failed else None
+        if retry_failed:
+            finished = read_record(out)
+            _check_resumable(finished, record, out, retry_failed)
+            if begun is None and finished.get("counts", {}).get("failed") == 0:
+                return finished
         if begun is not None:
             _check_resumable(begun, record, partial.folder)
             record["start"] = begun["start"]
             done, failed = _skip_done(partial, inputs)
         elif resume and out.exists():
             _check_resumable(read_record(out), record, out)
-            _check_same_names(out, inputs)
+            deque(_failed_inputs(out, inputs), maxlen=0)  # only compares the names
             return read_record(out)
         else:
             record["start"] = _now()
             inputs = _begun(inputs, walk)
             partial.begin(record)
+        if retry_failed:
+            tried = run(_failed_inputs(out, inputs, done), pipeline)
+            results = _with_failed_replaced(out, done, map(to_result, tried))
+        else:
+            results = map(to_result, run(inputs, pipeline))
         try:
-            for row in run(inputs, pipeline):
-                if row.error is not None and on_error == "fail":
-                    raise failed_input(row)
-                partial.append(to_result(row))
+            for result in results:
+                if result.error is not None and on_error == "fail":
+                    raise failed_input(result.path, result.error)
+                partial.append(result)
                 done += 1
-                failed += row.error is not None
-                on_progress(Progress(row.name, row.error, done, failed, walk.found, walk.ended))
+                failed += result.error is not None
+                on_progress(
+                    Progress(result.path, result.error, done, failed, walk.found, walk.ended)
+                )
         except OutputError:
             raise
         except BaseException:  # Ctrl-C, a failed device: keep what is there
@@ -394,7 +442,9 @@ def _begun(inputs: Iterator[Input], walk: Walk) -> Iterator[Input]:
     return chain([] if first is None else [first], inputs)
 
 
-def _check_resumable(begun: dict[str, Any], record: dict[str, Any], where: Path) -> None:
+def _check_resumable(
+    begun: dict[str, Any], record: dict[str, Any], where: Path, retry_failed: bool = False
+) -> None:
     """Raise unless both records decide the same rows; the error names what differs."""
     same_shard = begun.get("shard") == record["shard"]
     if begun.get("fingerprint") == record["fingerprint"] and same_shard:
@@ -403,15 +453,43 @@ def _check_resumable(begun: dict[str, Any], record: dict[str, Any], where: Path)
         raise OutputError(
             f"{where}: cannot be resumed: it has no run record of r2n. --overwrite starts again"
         )
-    then, now = (
-        {**deciding_settings(each), "shard": each.get("shard")} for each in (begun, record)
-    )
-    differing = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-    changes = "; ".join(f"{key} was {then.get(key)}, is {now.get(key)}" for key in differing)
-    raise OutputError(
-        f"{where}: cannot be resumed: {changes}. "
-        "Give the same settings, or --overwrite to start again"
-    )
+    differing = differing_settings(begun, record)
+    if not same_shard:
+        differing["shard"] = begun.get("shard"), record["shard"]
+    if retry_failed:
+        differing = {
+            key: (then, now)
+            for key, (then, now) in differing.items()
+            if not _keeps_ok_rows(key, then, now)
+        }
+    if differing:
+        raise OutputError(
+            f"{where}: cannot be resumed: {in_words(differing)}. "
+            "Give the same settings, or --overwrite to start again"
+        )
+
+
+def _keeps_ok_rows(key: str, then: Any, now: Any) -> bool:
+    """Whether a changed setting can change failed rows only.
+
+    A picture within a limit is within a higher one, and a picture that could be decoded did
+    not need the decoder that was not there.
+    """
+    if key in ("decode_rules max_pixels", "decode_rules max_bytes"):
+        return isinstance(then, int) and isinstance(now, int) and now > then
+    return key.startswith("versions ") and then is None
+
+
+def _with_failed_replaced(out: Path, done: int, tried: Iterator[Any]) -> Iterator[Any]:
+    """The rows of a finished output from row `done` on, the failed ones taken from `tried`.
+
+    `tried` compares names while it reads the same output by itself, so that no more rows wait
+    in memory than the pipeline has under way, however far apart the failed ones are.
+    """
+    for row in islice(read_rows(out), done, None):
+        yield row if row.error is None else next(tried)
+    for _ in tried:  # none: this walks to the end, where a new input would be found
+        raise AssertionError("more rows were tried again than had failed")
 
 
 def _skip_done(partial: PartialOutput, inputs: Iterator[Input]) -> tuple[int, int]:
@@ -426,11 +504,18 @@ def _skip_done(partial: PartialOutput, inputs: Iterator[Input]) -> tuple[int, in
     return partial.done, failed
 
 
-def _check_same_names(out: Path, inputs: Iterator[Input]) -> None:
-    for done, found in zip_longest(read_names(out), inputs):
-        done_name = done[0] if done else None
-        if found is None or found.name != done_name:
-            raise OutputError(_differing_name(out, done_name, found))
+def _failed_inputs(out: Path, inputs: Iterator[Input], first: int = 0) -> Iterator[Input]:
+    """The inputs whose rows failed, from row `first` of a finished output on, after a look at
+    every name up to the last."""
+    for name, failed in islice(read_names(out), first, None):
+        found = next(inputs, None)
+        if found is None or found.name != name:
+            raise OutputError(_differing_name(out, name, found))
+        if failed:
+            yield found
+        del found  # it may hold its bytes, and an archive the next until these are free
+    if (found := next(inputs, None)) is not None:
+        raise OutputError(_differing_name(out, None, found))
 
 
 def _differing_name(where: Path, done_name: str | None, found: Input | None) -> str:

@@ -119,6 +119,19 @@ def test_classify_to_a_file_says_where(r2n, tmp_path, pictures, tiny_weights):
     r2n("classify", pictures, "--weights", tiny_weights, "-o", out, "--overwrite", check=0)
 
 
+def test_failed_pictures_can_be_tried_again(r2n, tmp_path, pictures, tiny_weights):
+    whole = (pictures / "00003.jpg").read_bytes()
+    for command, name in (("classify", "x.jsonl"), ("extract", "f.h5")):
+        (pictures / "00003.jpg").write_bytes(b"")
+        arguments = (command, pictures, "--weights", tiny_weights, "-o", tmp_path / name)
+        r2n(*arguments, check=7)
+        r2n(*arguments, "--retry-failed", check=7)
+        (pictures / "00003.jpg").write_bytes(whole)
+        r2n(*arguments, "--retry-failed", check=0)
+        ended = r2n(*arguments, "--retry-failed", check=0)
+        assert ended.stderr.splitlines()[-1].endswith("nothing left to do")
+
+
 def test_failed_pictures_are_rows_sentences_and_exit_7(r2n, pictures, tiny_weights):
     (pictures / "00003.jpg").write_bytes(b"")
     ended = r2n("classify", pictures, "--weights", tiny_weights, "-q", check=7)
@@ -304,6 +317,9 @@ def test_list_layers_prints_names_and_shapes(r2n, tiny_weights):
         (["classify", "--precision", "int4"], 2, "this device does"),
         (["classify", "--decode", "gpu"], 2, "expected one of auto, exact"),
         (["classify", "--overwrite"], 2, "-o"),
+        (["classify", "--retry-failed"], 2, "-o"),
+        (["classify", "--retry-failed", "--resume", "-o", "x.csv"], 2, "give one of them"),
+        (["classify", "--retry-failed", "-o", "x.csv"], 6, "no finished output"),
         (["classify", "--device", "tpu"], 5, "no device 'tpu': expected auto, cpu"),
         (["classify", "--device", "cuda:99"], 5, "cuda:99"),
         (["classify", "--weights", "nothing.pth"], 4, "no such weights: 'nothing.pth'"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -19,6 +21,8 @@ import torch
 import r2ncli
 from r2ncli import runs
 from r2ncli.errors import InputNotFoundError, OutputError, UsageError
+from r2ncli.inference import Classification
+from r2ncli.results import read_record
 from r2ncli.writers import BLOCK_ROWS
 
 
@@ -335,6 +339,180 @@ def test_an_output_inside_the_walked_folder_is_no_input(tmp_path, pictures, tiny
     r2ncli.extract_to(pictures / "f.h5", pictures, weights=tiny_weights)
     with h5py.File(pictures / "f.h5") as file:
         assert len(file["paths"]) == 20
+
+
+# --- the failed rows again ----------------------------------------------------------------
+
+
+KINDS = ["csv", "jsonl", "parquet", "h5"]
+
+
+def writer(kind):
+    return r2ncli.extract_to if kind == "h5" else r2ncli.classify_to
+
+
+@pytest.fixture
+def mended(tmp_path, make_pictures, tiny_weights, monkeypatch):
+    """A function that leaves a finished output with failed rows whose pictures are whole now."""
+    monkeypatch.setattr(runs, "_now", lambda: "2026-01-01T00:00:00+00:00")
+    monkeypatch.setattr("r2ncli.writers.BLOCK_ROWS", 7)
+    folder = make_pictures(tmp_path / "some", 40)
+    broken = {folder / f"{n:05d}.jpg": b"" for n in (0, 1, 17, 30, 39)}
+
+    def write(kind):
+        for path in broken:
+            broken[path] = path.read_bytes()
+            path.write_bytes(b"")
+        out = tmp_path / f"out.{kind}"
+        record = writer(kind)(out, folder, weights=tiny_weights, batch_size=4)
+        assert record["counts"]["failed"] == 5
+        for path, content in broken.items():
+            path.write_bytes(content)
+        writer(kind)(tmp_path / f"fresh.{kind}", folder, weights=tiny_weights, batch_size=4)
+        return out, folder
+
+    return write
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_failed_rows_tried_again_give_a_fresh_runs_bytes(tmp_path, mended, tiny_weights, kind):
+    out, folder = mended(kind)
+    record = writer(kind)(out, folder, weights=tiny_weights, batch_size=4, retry_failed=True)
+    assert out.read_bytes() == (tmp_path / f"fresh.{kind}").read_bytes()
+    assert record == read_record(tmp_path / f"fresh.{kind}") == read_record(out)
+    assert record["counts"] == {"inputs": 40, "ok": 40, "failed": 0}
+    assert not (tmp_path / f"out.{kind}.partial").exists()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "h5"])
+def test_only_failed_pictures_are_opened_again(mended, tiny_weights, kind):
+    out, folder = mended(kind)
+    for n in range(40):
+        if n not in (0, 1, 17, 30, 39):
+            (folder / f"{n:05d}.jpg").write_bytes(b"")  # would be a failed row
+    record = writer(kind)(out, folder, weights=tiny_weights, batch_size=4, retry_failed=True)
+    assert record["counts"]["failed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "stop"), [("csv", 1), ("csv", 35), *((kind, 18) for kind in KINDS)]
+)
+def test_an_interrupted_retry_keeps_the_output_and_goes_on(
+    tmp_path, mended, tiny_weights, kind, stop
+):
+    out, folder = mended(kind)
+    before = out.read_bytes()
+    options = {"weights": tiny_weights, "batch_size": 4, "retry_failed": True}
+    with pytest.raises(StopAfterError):
+        writer(kind)(out, folder, on_progress=stop_after(stop), **options)
+    assert out.read_bytes() == before
+    seen = []
+    writer(kind)(out, folder, on_progress=seen.append, **options)
+    assert seen[0].done == stop + 1
+    assert out.read_bytes() == (tmp_path / f"fresh.{kind}").read_bytes()
+
+
+def test_what_fails_again_stays_a_failed_row(mended, tiny_weights):
+    out, folder = mended("csv")
+    (folder / "00017.jpg").write_bytes(b"no picture")
+    record = r2ncli.classify_to(out, folder, weights=tiny_weights, batch_size=4, retry_failed=True)
+    assert record["counts"] == {"inputs": 40, "ok": 39, "failed": 1}
+    assert [row["path"] for row in read_csv(out)] == [f"{folder}/{n:05d}.jpg" for n in range(40)]
+    assert read_csv(out)[17]["error"] not in ("", "empty file")
+
+
+def test_with_nothing_failed_there_is_nothing_to_retry(tmp_path, pictures, tiny_weights):
+    out = tmp_path / "x.csv"
+    record = r2ncli.classify_to(out, pictures, weights=tiny_weights)
+    (pictures / "00003.jpg").unlink()
+    seen = []
+    again = r2ncli.classify_to(
+        out, pictures, weights=tiny_weights, retry_failed=True, on_progress=seen.append
+    )
+    assert (again, seen) == (record, [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "pictures",
+        "x.csv",
+        "x.csv.run.json",
+    ]
+
+
+@pytest.mark.parametrize("change", ["less", "more", "renamed"])
+def test_a_retry_refuses_other_inputs_and_keeps_the_output(mended, tiny_weights, change):
+    out, folder = mended("jsonl")
+    before = out.read_bytes()
+    last = folder / "00039.jpg"
+    if change == "less":
+        last.unlink()
+    else:
+        last.rename(folder / "00040.jpg") if change == "renamed" else os.link(
+            last, folder / "00040.jpg"
+        )
+    with pytest.raises(OutputError, match="the inputs changed: it has"):
+        r2ncli.classify_to(out, folder, weights=tiny_weights, batch_size=4, retry_failed=True)
+    assert out.read_bytes() == before
+
+
+def test_a_retry_may_raise_a_limit_and_change_nothing_else(tmp_path, pictures, tiny_weights):
+    out = tmp_path / "x.csv"
+    shutil.copy(pictures / "00000.jpg", pictures / "00003.jpg")
+    size = max(path.stat().st_size for path in pictures.iterdir())
+    options = {"weights": tiny_weights, "max_bytes": size - 1}
+    assert r2ncli.classify_to(out, pictures, **options)["counts"]["failed"] > 0
+    with pytest.raises(OutputError, match="topk was 5, is 3"):
+        r2ncli.classify_to(out, pictures, **options, topk=3, retry_failed=True)
+    with pytest.raises(OutputError, match=r"max_bytes was \d+, is 10"):
+        r2ncli.classify_to(out, pictures, weights=tiny_weights, max_bytes=10, retry_failed=True)
+    record = r2ncli.classify_to(
+        out, pictures, weights=tiny_weights, max_bytes=size, retry_failed=True
+    )
+    assert record["counts"]["failed"] == 0
+    assert record["decode_rules"]["max_bytes"] == size
+
+
+def test_a_retry_may_follow_a_decoder_that_was_added(mended, tiny_weights):
+    out, folder = mended("csv")
+    path = out.with_name("out.csv.run.json")
+    record = json.loads(path.read_text())
+    for libjpeg, fits in (("1.2", False), (None, True)):
+        path.write_text(
+            json.dumps(
+                {
+                    **record,
+                    "versions": {**record["versions"], "libjpeg": libjpeg},
+                    "fingerprint": "",
+                }
+            )
+        )
+        retry = {"weights": tiny_weights, "batch_size": 4, "retry_failed": True}
+        if fits:
+            assert r2ncli.classify_to(out, folder, **retry)["counts"]["failed"] == 0
+        else:
+            with pytest.raises(OutputError, match=r"versions libjpeg was 1\.2"):
+                r2ncli.classify_to(out, folder, **retry)
+
+
+def test_a_retry_needs_a_finished_output(tmp_path, pictures, tiny_weights):
+    with pytest.raises(OutputError, match="there is no finished output"):
+        r2ncli.classify_to(tmp_path / "x.csv", pictures, weights=tiny_weights, retry_failed=True)
+    (tmp_path / "x.csv").write_text("hello")
+    with pytest.raises(OutputError, match="no run record of r2n"):
+        r2ncli.classify_to(tmp_path / "x.csv", pictures, weights=tiny_weights, retry_failed=True)
+
+
+def test_few_rows_wait_however_far_apart_the_failed_ones_are(monkeypatch):
+    """The rows that are kept are read no further than they are used."""
+    read = []
+
+    def rows(_out):
+        for n in range(10_000):
+            read.append(n)
+            yield Classification(str(n), (), "broken" if n == 9_999 else None)
+
+    monkeypatch.setattr(runs, "read_rows", rows)
+    tried = iter([Classification("9999", ())])
+    for n, row in enumerate(runs._with_failed_replaced(Path("x"), 0, tried)):
+        assert (row.path, row.error, len(read)) == (str(n), None, n + 1)
 
 
 @pytest.mark.slow
