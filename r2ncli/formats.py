@@ -290,7 +290,10 @@ class Hdf5Format:
             for layer, shape in self.shapes.items():
                 chunk = _chunk_shape(shape, np.dtype(self.dtype), count)
                 dataset = file.create_dataset(
-                    f"features/{layer}", (count, *shape), self.dtype, chunks=chunk
+                    f"features/{layer}",
+                    (count, *shape),
+                    self.dtype,
+                    chunks=chunk if count else None,  # a shard may have no rows
                 )
                 for start, rows in _slabs(blocks, f"features/{layer}", chunk[0]):
                     dataset[start : start + len(rows)] = rows

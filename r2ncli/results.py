@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -173,8 +174,9 @@ def _cells(output: Path) -> Iterator[tuple[AnyRowFormat, Iterator[Cells]]]:
             format = _row_format(suffix, next(rows, []))
             yield format, _counted(output, _csv_rows(rows, len(format.header())))
         else:
-            first = json.loads(text.readline())
-            format = _row_format(suffix, list(first) if isinstance(first, dict) else [])
+            first = text.readline()
+            # no row tells no columns: a shard may have none
+            format = _row_format(suffix, _keys(first)) if first else JsonlFormat(0, False, False)
             objects = json_rows(output, format.header())
             yield format, _counted(output, ([*row.values()] for row in objects))
 
@@ -205,9 +207,14 @@ def _parquet_rows(file: Any) -> Iterator[Cells]:
 def _check_last_line(output: Path) -> None:
     """Raise where a text ends inside a line: its last number may have lost digits."""
     with open(output, "rb") as file:
-        file.seek(-1, 2)
-        if file.read() != b"\n":
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        if file.read() not in (b"", b"\n"):
             raise ValueError("it ends inside a line")
+
+
+def _keys(line: str) -> list[str]:
+    row = json.loads(line)
+    return list(row) if isinstance(row, dict) else []
 
 
 def _row_format(suffix: str, columns: list[str]) -> AnyRowFormat:

@@ -114,6 +114,16 @@ def test_only_some_rows_of_features_are_in_memory_at_once(tmp_path):
         (tmp_path / "f.h5").unlink()
 
 
+@pytest.mark.parametrize("suffix", [*ROW_FORMATS, ".h5"])
+def test_a_shard_without_rows_is_a_whole_output(tmp_path, suffix):
+    out = tmp_path / f"x{suffix}"
+    format = Hdf5Format(SHAPES) if suffix == ".h5" else ROW_FORMATS[suffix](2, True, True)
+    write(out, format, [], {"counts": {"inputs": 0}, "layers": [*SHAPES]})
+    assert read_all(out) == list(read_names(out)) == []
+    if suffix != ".jsonl":  # where no row tells no columns
+        assert read_format(out) == format
+
+
 def cut_a_line(out):
     out.write_bytes(out.read_bytes()[: out.read_bytes().rindex(b"\n", 0, -1) + 1])
 
