@@ -18,6 +18,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from r2ncli.architectures import Architecture as Architecture
     from r2ncli.architectures import Preprocessing as Preprocessing
+    from r2ncli.comparison import Difference as Difference
+    from r2ncli.comparison import diff as diff
     from r2ncli.errors import CheckpointError as CheckpointError
     from r2ncli.errors import DeviceError as DeviceError
     from r2ncli.errors import FailedInputError as FailedInputError
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from r2ncli.model import Res2Net as Res2Net
     from r2ncli.runs import classify_to as classify_to
     from r2ncli.runs import extract_to as extract_to
+    from r2ncli.shards import merge as merge
     from r2ncli.verification import verify_weights as verify_weights
     from r2ncli.weights import load_model as load_model
     from r2ncli.weights import res2net50_14w_8s as res2net50_14w_8s
@@ -73,6 +76,8 @@ _ROOMS = {
     "verification": ("verify_weights",),
     "inference": ("classify", "extract", "Classification", "Prediction", "Features", "Progress"),
     "runs": ("classify_to", "extract_to"),
+    "comparison": ("diff", "Difference"),
+    "shards": ("merge",),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -505,6 +505,78 @@ def _list_layers(weights: str | None, image_size: int | None, quiet: bool) -> in
     return 0
 
 
+# --- diff and merge -------------------------------------------------------------------------
+
+
+@app.command(epilog="Example:  r2n diff before.csv after.parquet")
+@_boundary
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A result.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another, of the same kind.")],
+    atol: Annotated[
+        float, typer.Option("--atol", help="Values that differ by no more count as equal.")
+    ] = 0.0,
+    json: Json = False,
+) -> int:
+    """Whether two results are equal, and what differs; exit code 8 if something does."""
+    from r2ncli.comparison import diff as compare
+
+    found = compare(a, b, atol=atol)
+    if json:
+        print_json(found.as_dict())
+        return 8 if found.different else 0
+    title = f"{a} and {b}: {found.compared:,} rows compared"
+    changes = [
+        (words, f"{names.count:,}", ", ".join(names.examples))
+        for words, names in (
+            ("only in A", found.only_in_a),
+            ("only in B", found.only_in_b),
+            ("failed in one", found.status_changed),
+            ("another top-1", found.top1_changed),
+            (f"values beyond {atol:g}" if atol else "other values", found.beyond_atol),
+        )
+        if names is not None and names.count
+    ]
+    if changes:
+        print_table(title, ("", "rows", "such as"), changes)
+    else:
+        put(plain_lines(f"{title}, equal") + "\n")
+    largest = [
+        (name, f"{one.difference:.3g}", one.path)
+        for name, one in found.largest.items()
+        if one.path is not None
+    ]
+    if largest:
+        print_table("largest differences", ("of", "max |Δ|", "in"), largest)
+    if found.settings:
+        rows = [(key, str(was), str(now)) for key, (was, now) in found.settings.items()]
+        print_table("settings that differ", ("", "A", "B"), rows)
+    return 8 if found.different else 0
+
+
+@app.command(epilog="Example:  r2n merge 1.parquet 2.parquet 3.parquet -o all.parquet")
+@_boundary
+def merge(
+    shards: Annotated[
+        list[str],
+        typer.Argument(metavar="SHARDS", help="The outputs of --shard 1/N to N/N, in any order."),
+    ],
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="FILE", help="Ends as the shards do.")
+    ],
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> int:
+    """Join the outputs of all shards of a run into one."""
+    from r2ncli.shards import merge as join
+
+    counts = join(shards, output, overwrite=overwrite)["counts"]
+    if not quiet:
+        failed = f" ({counts['failed']:,} failed)" if counts["failed"] else ""
+        say(f"{counts['inputs']:,} images{failed} of {len(shards)} shards -> {output}")
+    return 0
+
+
 # --- verify-weights -----------------------------------------------------------------------
 
 

@@ -10,14 +10,15 @@ import csv
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from os import PathLike as OsPathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from r2ncli.errors import OutputError, UsageError
+from r2ncli.errors import InputNotFoundError, OutputError, UsageError
 from r2ncli.formats import (
     ROW_FORMATS,
     STRINGS_AT_ONCE,
@@ -36,6 +37,23 @@ SLAB_ROWS, SLAB_BYTES = 64, 4_000_000  # features in memory at once: small, for 
 
 Cells = Sequence[Any]
 AnyRowFormat = CsvFormat | JsonlFormat  # and ParquetFormat, which is one
+
+
+def existing_result(output: str | OsPathLike[str]) -> Path:
+    """`output` as the path of a result that is there.
+
+    Raises
+    ------
+    InputNotFoundError
+        There is no such file.
+    UsageError
+        It has no suffix of a result, or one that needs a library which is not there.
+    """
+    path = Path(output)
+    is_features(path)
+    if not path.is_file():
+        raise InputNotFoundError(f"no such file: {path}")
+    return path
 
 
 def is_features(output: Path) -> bool:
@@ -76,12 +94,11 @@ def read_format(output: Path) -> Format:
     OutputError
         The output is damaged, or none of r2n's.
     """
-    with _damage_as_error(output):
-        if is_features(output):
-            with open_features(output) as features:
-                return Hdf5Format(features.shapes, features.dtype)
-        with _cells(output) as (format, _):
-            return format
+    if is_features(output):
+        with open_features(output) as features:
+            return Hdf5Format(features.shapes, features.dtype)
+    with _damage_as_error(output), _cells(output) as (format, _):
+        return format
 
 
 def read_names(output: Path) -> Iterator[tuple[str, bool]]:
@@ -92,13 +109,12 @@ def read_names(output: Path) -> Iterator[tuple[str, bool]]:
     OutputError
         The output is damaged, or none of r2n's.
     """
-    with _damage_as_error(output):
-        if is_features(output):
-            with open_features(output) as features:
-                yield from ((name, error is not None) for name, error in features.names())
-        else:
-            with _cells(output) as (_, rows):
-                yield from ((row[0], row[1] == "failed") for row in rows)
+    if is_features(output):
+        with open_features(output) as features:
+            yield from ((name, error is not None) for name, error in features.names())
+        return
+    with _damage_as_error(output), _cells(output) as (_, rows):
+        yield from ((row[0], row[1] == "failed") for row in rows)
 
 
 def read_rows(output: Path) -> Iterator[Any]:
@@ -133,7 +149,7 @@ def read_features(output: Path) -> Iterator[Features]:
     OutputError
         The output is damaged, or none of r2n's.
     """
-    with _damage_as_error(output), open_features(output) as features:
+    with open_features(output) as features:
         for number, (name, error) in enumerate(features.names()):
             yield Features(name, {} if error is not None else features[number], error)
 
@@ -276,19 +292,22 @@ class FeatureFile:
 
     def names(self) -> Iterator[tuple[str, str | None]]:
         """Name of each row, and its error if it failed."""
-        paths, statuses, errors = self._texts
-        for start in range(0, self._count, STRINGS_AT_ONCE):
-            some = slice(start, start + STRINGS_AT_ONCE)
-            for name, status, error in zip(paths[some], statuses[some], errors[some], strict=True):
-                yield name, error if status == "failed" else None
-        _check_count(self._output, self._count)
+        with _damage_as_error(self._output):
+            paths, statuses, errors = self._texts
+            for start in range(0, self._count, STRINGS_AT_ONCE):
+                some = slice(start, start + STRINGS_AT_ONCE)
+                rows = zip(paths[some], statuses[some], errors[some], strict=True)
+                for name, status, error in rows:
+                    yield name, error if status == "failed" else None
+            _check_count(self._output, self._count)
 
     def __getitem__(self, number: int) -> dict[str, npt.NDArray[Any]]:
         """The features of row `number` by layer; NaN where it failed."""
         start = number - number % self._slab_rows
         if start != self._slab_start:
             some = slice(start, start + self._slab_rows)
-            self._slab = {layer: dataset[some] for layer, dataset in self._datasets.items()}
+            with _damage_as_error(self._output):
+                self._slab = {layer: dataset[some] for layer, dataset in self._datasets.items()}
             self._slab_start = start
         return {layer: rows[number - start] for layer, rows in self._slab.items()}
 
@@ -299,13 +318,16 @@ def open_features(output: Path) -> Iterator[FeatureFile]:
 
     Raises
     ------
-    OSError, ValueError, LookupError
+    OutputError
         It is damaged, or none of r2n's.
     """
     import h5py
 
-    with h5py.File(output) as file:
-        yield FeatureFile(output, file)
+    with ExitStack() as stack:
+        with _damage_as_error(output):
+            file = stack.enter_context(h5py.File(output))
+            features = FeatureFile(output, file)
+        yield features
 
 
 def _from_attribute(value: Any) -> Any:

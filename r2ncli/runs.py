@@ -46,6 +46,7 @@ from r2ncli.writers import PartialOutput, partial_folder, record_path
 
 SCHEMA = 1
 DTYPES = ("float32", "float16")
+CHOICES = "--overwrite starts again, --resume goes on with it"
 
 OnProgress = Callable[[Progress], None]
 Warn = Callable[[str], None]
@@ -97,7 +98,13 @@ def classify_to(
         Before anything is written if an argument does not fit; later if the device or the
         disk fails: finished blocks are kept then.
     """
-    out = _checked_output(output, tuple(ROW_FORMATS), overwrite, resume, retry_failed)
+    out = checked_output(
+        output,
+        tuple(ROW_FORMATS),
+        overwrite=overwrite,
+        resume=resume,
+        retry_failed=retry_failed,
+    )
     sources, execution = split_options(options)
     walk = open_walk(paths, on_warning, **sources)
     pipeline = open_classifier(topk, **execution)
@@ -176,7 +183,9 @@ def extract_to(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    out = _checked_output(output, (".h5",), overwrite, resume, retry_failed)
+    out = checked_output(
+        output, (".h5",), overwrite=overwrite, resume=resume, retry_failed=retry_failed
+    )
     sources, execution = split_options(options)
     walk = open_walk(paths, on_warning, **sources)
     pipeline = open_pipeline(layers, pool, **execution)
@@ -321,12 +330,14 @@ def _now() -> str:
 # --- the run ----------------------------------------------------------------------------
 
 
-def _checked_output(
+def checked_output(
     output: str | OsPathLike[str],
     suffixes: tuple[str, ...],
+    *,
     overwrite: bool,
-    resume: bool,
-    retry_failed: bool,
+    resume: bool = False,
+    retry_failed: bool = False,
+    choices: str = CHOICES,
 ) -> Path:
     """`output` as a path that a run may begin with, before anything else runs."""
     out = Path(output)
@@ -349,14 +360,14 @@ def _checked_output(
         if retry_failed and not out.exists():
             raise OutputError(f"{out}: there is no finished output whose failed rows to try again")
         if not overwrite and not resume and not retry_failed:
-            _refuse_existing(out, began=partial_folder(out).exists())
+            refuse_existing(out, began=partial_folder(out).exists(), choices=choices)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise OutputError(f"{out}: cannot be written: {reason}") from error
     return out
 
 
-def _refuse_existing(out: Path, began: bool) -> None:
+def refuse_existing(out: Path, began: bool, choices: str = CHOICES) -> None:
     """Raise where an output or an unfinished run is there that a new one would replace."""
     for there, path, what in (
         (began, partial_folder(out), "an unfinished run"),
@@ -364,9 +375,7 @@ def _refuse_existing(out: Path, began: bool) -> None:
         (record_path(out).exists(), record_path(out), "a run record"),
     ):
         if there:
-            raise OutputError(
-                f"{path} exists, {what}. --overwrite starts again, --resume goes on with it"
-            )
+            raise OutputError(f"{path} exists, {what}. {choices}")
 
 
 def _run_to(
@@ -382,10 +391,11 @@ def _run_to(
     on_error: str,
     on_progress: OnProgress,
 ) -> dict[str, Any]:
-    with PartialOutput(out, format) as partial, walk:
+    again = "go on with --retry-failed" if retry_failed else "go on with --resume"
+    with PartialOutput(out, format, again) as partial, walk:
         inputs = iter(walk)
         if not overwrite and not resume and not retry_failed:
-            _refuse_existing(out, began=bool(partial.blocks()))  # now that no one else can write
+            refuse_existing(out, began=bool(partial.blocks()))  # now that no one else can write
         done = failed = 0
         begun = partial.record() if resume or retry_failed else None
         if retry_failed:

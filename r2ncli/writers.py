@@ -43,14 +43,17 @@ class PartialOutput:
 
     Attributes
     ----------
+    again : str
+        What an error tells the user to do afterwards.
     done : int
         Rows in finished blocks.
     """
 
-    def __init__(self, output: Path, format: Format) -> None:
+    def __init__(self, output: Path, format: Format, again: str = "go on with --resume") -> None:
         self.output = output
         self.folder = partial_folder(output)
         self.format = format
+        self.again = again
         self.done = 0
         self._rows: list[Any] = []
         self._bytes = 0
@@ -155,7 +158,7 @@ class PartialOutput:
         if needed > free:
             raise OutputError(
                 f"{self.output}: {needed:,} bytes are needed to join the finished blocks, "
-                f"{free:,} are free. Make room and go on with --resume"
+                f"{free:,} are free. Make room, and {self.again}"
             )
         joined = self.folder / ("joined" + self.format.suffix)
         try:
@@ -170,7 +173,7 @@ class PartialOutput:
             joined.unlink(missing_ok=True)
             raise OutputError(
                 f"{self.output}: cannot be written: {_reason(error)}. All results are kept in "
-                f"{self.folder}; go on with --resume"
+                f"{self.folder}; {self.again}"
             ) from error
         self._remove_folder()
         self._release()
@@ -203,9 +206,7 @@ class PartialOutput:
             temporary.unlink(missing_ok=True)
             kept = ""
             if self.done and self.folder.is_dir():
-                kept = (
-                    f". {self.done:,} finished rows are kept in {self.folder}; go on with --resume"
-                )
+                kept = f". {self.done:,} finished rows are kept in {self.folder}; {self.again}"
             raise OutputError(
                 f"{self.output}: cannot be written: {_reason(error)}{kept}"
             ) from error

@@ -27,6 +27,7 @@ ROOMS = [
     ),
     *("archives", "remote", "selection", "patterns", "sources"),
     *("images", "engine", "inference", "formats", "writers", "results", "runs"),
+    *("comparison", "shards"),
     *("bench", "terminal", "cli"),
     "__main__",
 ]
