@@ -392,6 +392,85 @@ def test_ctrl_c_at_a_terminal_leaves_no_traceback(tmp_path, make_pictures, tiny_
     assert "go on with --resume" in seen
 
 
+# --- diff and merge -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compared(r2n, tmp_path, pictures, tiny_weights):
+    """Two results: of the second a picture is broken, one more is there; and features."""
+    arguments = ("classify", pictures, "--weights", tiny_weights, "--precision", "fp32", "-q")
+    r2n(*arguments, "-o", tmp_path / "a.csv", check=0)
+    (pictures / "00003.jpg").write_bytes(b"")
+    os.link(pictures / "00004.jpg", pictures / "[new].jpg")
+    r2n(*arguments, "--topk", 3, "-o", tmp_path / "b.parquet", check=7)
+    r2n("extract", *arguments[1:], "-o", tmp_path / "f.h5", check=7)
+    return tmp_path
+
+
+def test_diff_says_what_differs_and_exits_8(r2n, compared):
+    ended = r2n("diff", "a.csv", "b.parquet", cwd=compared, env={"COLUMNS": "400"}, check=8)
+    said = " ".join(ended.stdout.split())
+    assert "a.csv and b.parquet: 19 rows compared" in said
+    assert re.search(r"only in B 1 \S*\[new\]\.jpg", said)
+    assert re.search(r"failed in one 1 \S*00003\.jpg", said)
+    assert re.search(r"settings that differ A B \S+ topk 5 3$", said)
+    assert "only in A" not in said  # calm: what is as it was is not told
+    assert ended.stderr == ""
+
+
+def test_diff_of_equal_results_is_one_line_and_exits_0(r2n, compared):
+    for name, count in (("a.csv", 20), ("f.h5", 20)):
+        ended = r2n("diff", name, name, cwd=compared, check=0)
+        assert ended.stdout == f"{name} and {name}: {count:,} rows compared, equal\n"
+
+
+def test_diff_as_json_has_a_stable_schema(r2n, compared):
+    document = json.loads(r2n("diff", "a.csv", "b.parquet", "--json", cwd=compared, check=8).stdout)
+    assert list(document) == [
+        "schema", "a", "b", "kind", "atol", "different", "rows", "only_in_a", "only_in_b",
+        "status_changed", "top1_changed", "beyond_atol", "largest", "settings",
+    ]  # fmt: skip
+    assert document["rows"] == {"a": 20, "b": 21, "compared": 19}
+    assert document["settings"] == {"topk": {"a": 5, "b": 3}}
+    document = json.loads(r2n("diff", "f.h5", "f.h5", "--json", cwd=compared, check=0).stdout)
+    assert document["largest"] == {"layer4": {"difference": 0.0, "path": None}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["diff", "a.csv", "f.h5"], 2, "f.h5 holds features and a.csv classes"),
+        (["diff", "a.csv", "nowhere.csv"], 3, "no such file: nowhere.csv"),
+        (["diff", "a.csv", "a.csv.run.json"], 2, "a result of r2n ends in .csv"),
+        (["diff", "a.csv", "a.csv", "--atol", "-1"], 2, "atol must be at least 0"),
+        (["merge", "a.csv", "-o", "x.csv"], 6, "expected the output of a run with --shard"),
+        (["merge", "a.csv", "-o", "x.h5"], 2, "ends in .csv"),
+        (["merge", "a.csv", "b.parquet", "-o", "x.csv"], 2, "in one format"),
+    ],
+)
+def test_results_that_do_not_fit_are_one_sentence(r2n, compared, arguments, code, says):
+    ended = r2n(*arguments, cwd=compared, check=code)
+    assert says in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    assert ended.stdout == ""
+    assert not (compared / "x.csv").exists()
+
+
+def test_shards_are_merged(r2n, tmp_path, pictures, tiny_weights):
+    for n in (1, 2):
+        arguments = ("--weights", tiny_weights, "--shard", f"{n}/2", "-o", tmp_path / f"{n}.csv")
+        r2n("classify", pictures, *arguments, check=0)
+    ended = r2n("merge", "2.csv", "1.csv", "-o", "all.csv", cwd=tmp_path, check=0)
+    assert ended.stderr == "20 images of 2 shards -> all.csv\n"
+    assert (
+        "--overwrite merges again"
+        in r2n("merge", "2.csv", "1.csv", "-o", "all.csv", check=6).stderr
+    )
+    r2n("merge", "2.csv", "1.csv", "-o", "all.csv", "--overwrite", check=0)
+    paths = [row["path"] for row in rows_of((tmp_path / "all.csv").read_text())]
+    assert sorted(paths) == [f"{pictures}/{n:05d}.jpg" for n in range(20)]
+
+
 # --- verify-weights and bench ---------------------------------------------------------------
 
 
@@ -429,7 +508,9 @@ def test_bench_prints_tables_and_json(r2n, pictures, tiny_weights):
 # --- help -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["classify", "extract", "verify-weights", "bench"])
+@pytest.mark.parametrize(
+    "command", ["classify", "extract", "diff", "merge", "verify-weights", "bench"]
+)
 def test_every_command_has_an_example_and_is_in_the_readme(r2n, command):
     ended = r2n(command, "--help", check=0)
     assert f"Example: r2n {command}" in " ".join(ended.stdout.split())

@@ -134,8 +134,8 @@ def test_nothing_waits_while_the_names_agree():
 
 def test_settings_that_differ_are_named(tmp_path):
     records = [
-        {"fingerprint": device, "device": {"model": device}, "topk": 5, "classes": 6}
-        for device in ("cpu", "card")
+        {"fingerprint": device, "device": {"model": device}, "topk": 5, "classes": 6, "versions": v}
+        for device, v in (("cpu", {"r2n": "1"}), ("card", {"r2n": "1", "pyarrow": "26"}))
     ]
     a = result(tmp_path / "a.csv", rows(9), records[0])
     found = diff(a, result(tmp_path / "b.csv", rows(9), records[1]))
