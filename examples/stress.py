@@ -162,9 +162,9 @@ def wait(child: int) -> int:
 
 def names(out: Path) -> list[str]:
     """The names in a finished output, in order."""
-    from r2ncli.writers import read_names
+    from r2ncli.results import read_names
 
-    return list(read_names(out))
+    return [name for name, _ in read_names(out)]
 
 
 def same_rows(one: Path, other: Path) -> bool:
