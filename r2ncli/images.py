@@ -2,6 +2,9 @@
 
 - EXIF orientation is applied; an animation gives its first frame.
 - Transparency is composited on white; palettes, greyscale and CMYK become RGB.
+- Colours are sRGB: an embedded ICC profile is applied to the resized pixels, in the
+  picture's own colour space (RGB, greyscale, CMYK). A profile that is damaged or of another
+  colour space is ignored, and so are colours declared without one (PNG's gAMA, EXIF's tags).
 - 16 bits: greyscale is v / 257, rounded; colour is the high byte, as Pillow reads it. The
   file's declared depth decides (a TIFF's may be 12 bits), never the values of the picture.
 - 32-bit integers and floats declare no range: the smallest of 1 (floats only), 255 and
@@ -18,7 +21,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from io import BytesIO
 from typing import Any
 
@@ -30,6 +33,7 @@ from PIL import (
     GifImagePlugin,
     IcoImagePlugin,
     Image,
+    ImageCms,
     Jpeg2KImagePlugin,
     JpegImagePlugin,
     PngImagePlugin,
@@ -105,15 +109,17 @@ def _decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) ->
         _load(image, content)
         orientation = _orientation(image)  # after loading: Pillow turns a TIFF by itself
         width, height = image.size
-        rgb = _rgb(image)
+        opaque = _opaque(image)
+        to_srgb = _conversion(image.info.get("icc_profile"), image.mode, opaque.mode)
+    if to_srgb is None and opaque.mode == "CMYK":
+        opaque = opaque.convert("RGB")
     size = (height, width) if orientation in _SIDEWAYS else (width, height)
     box = _crop_box(size, preprocessing)
+    transpose, to_stored = _UPRIGHT.get(orientation, (None, _as_it_is))
     square = (preprocessing.image_size, preprocessing.image_size)
-    if orientation in _UPRIGHT:
-        transpose, to_stored = _UPRIGHT[orientation]
-        resized = rgb.resize(square, Resampling.BILINEAR, box=to_stored(box, size))
-        return np.asarray(resized.transpose(transpose))
-    return np.asarray(rgb.resize(square, Resampling.BILINEAR, box=box))
+    resized = opaque.resize(square, Resampling.BILINEAR, box=to_stored(box, size))
+    rgb = resized.convert("RGB") if to_srgb is None else to_srgb.apply(resized)
+    return np.asarray(rgb if transpose is None else rgb.transpose(transpose))
 
 
 # --- open ---------------------------------------------------------------------------
@@ -223,22 +229,22 @@ def _silence_libtiff() -> None:
 # --- colour -------------------------------------------------------------------------
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """The loaded picture as RGB: eight bits, opaque."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
+def _opaque(image: Image.Image) -> Image.Image:
+    """The loaded picture in eight bits, without transparency, as RGB, L or CMYK."""
     if image.mode == "F" or image.mode.startswith("I"):
         return _greyscale(image)
+    grey = image.mode in ("1", "L", "LA")
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(rgba, mask=rgba.getchannel("A"))
+        colours = image.convert("LA" if grey else "RGBA")
+        white = Image.new("L" if grey else "RGB", image.size, "white")
+        white.paste(colours, mask=colours.getchannel("A"))
         return white
-    return image.convert("RGB")
+    mode = "L" if grey else "CMYK" if image.mode == "CMYK" else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _greyscale(image: Image.Image) -> Image.Image:
-    """Greyscale of more than eight bits as RGB."""
+    """Greyscale of more than eight bits in eight."""
     values = np.asarray(image)
     white = _range_of(values, _declared_white(image))
     if white == 65535:
@@ -251,7 +257,7 @@ def _greyscale(image: Image.Image) -> Image.Image:
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         eight_bits[values == transparent] = 255
-    return Image.fromarray(eight_bits).convert("RGB")
+    return Image.fromarray(eight_bits)
 
 
 _PHOTOMETRIC, _BITS = 262, 258  # tags of TIFF
@@ -276,6 +282,54 @@ def _range_of(values: npt.NDArray[Any], declared: float | None) -> float:
         if low >= 0 and high <= white:  # false for NaN
             return white
     raise ImageError(f"values from {low:g} to {high:g}: outside 0 to {candidates[-1]:g}")
+
+
+def _conversion(profile: object, stored: str, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """What brings resized pixels of `mode` to sRGB; None where there is nothing to do.
+
+    It is applied after resizing, to image_size x image_size pixels: converting a phone's
+    twelve million would take as long again as decoding them.
+    """
+    if stored == "LAB" or not isinstance(profile, bytes):  # LAB became RGB without a profile's help
+        return None
+    if profile[16:20] != _PROFILES_SPACE[mode] or len(profile) > _MAX_PROFILE_BYTES:
+        return None
+    return _transform(profile, mode)
+
+
+_PROFILES_SPACE = {"RGB": b"RGB ", "L": b"GRAY", "CMYK": b"CMYK"}
+_MAX_PROFILE_BYTES = 16_000_000  # several times a printing press's; what is cached is bounded
+
+
+@lru_cache(maxsize=16)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """LittleCMS's transform of a profile; None for a damaged one and for sRGB by any name.
+
+    Relative colorimetric with black point compensation, as photographers' tools convert for
+    the web: colours that sRGB has stay what they are, and ink's black is black. A perceptual
+    table would move them all, each maker's in another way. Profiles of a matrix and curves,
+    which cameras and phones embed, know no other intent. LittleCMS takes the perceptual
+    table where a profile has no colorimetric one.
+
+    A transform may be used from many threads: LittleCMS keeps nothing in it.
+    """
+    try:
+        transform = ImageCms.ImageCmsTransform(
+            ImageCms.ImageCmsProfile(BytesIO(profile)),
+            ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")),
+            mode,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (OSError, ValueError):
+        return None
+    if mode == "CMYK":
+        return transform
+    cube = np.indices((18, 18, 18), np.uint8).reshape(3, 18, -1) * np.uint8(15)
+    probe = Image.fromarray(cube.transpose(1, 2, 0).copy()).convert(mode)
+    moved = np.asarray(transform.apply(probe)).astype(int) - np.asarray(probe.convert("RGB"))
+    return transform if np.abs(moved).max() > 1 else None  # one grey level is rounding
 
 
 # --- geometry -----------------------------------------------------------------------
@@ -310,6 +364,10 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # a damaged EXIF block is no reason to refuse the pixels
         return 1
+
+
+def _as_it_is(box: Box, _size: tuple[int, int]) -> Box:
+    return box
 
 
 # For each EXIF orientation: what turns the stored picture upright, and a box of the upright
