@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from io import BytesIO
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,7 @@ from PIL import (
     _imaging,
 )
 from PIL.Image import Resampling, Transpose
+from PIL.ImageFile import ImageFile
 
 from r2ncli.architectures import Preprocessing
 from r2ncli.errors import ImageError
@@ -136,15 +137,17 @@ _PLUGINS = (
     IcoImagePlugin,
     PpmImagePlugin,
 )  # importing one registers its formats
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "HEIF", "AVIF", "JPEG2000", "ICO", "PPM")
 
 
 def _open(content: bytes) -> Image.Image:
     """As `Image.open`, for these formats and without its process-wide limit on pixels."""
-    head = content[:16].ljust(16, b"\0")  # formats look at it without asking how long it is
+    head = content[:128].ljust(16, b"\0")  # formats look at it without asking how long it is
     refused = None
     for name in _FORMATS:
-        factory, accept = Image.OPEN.get(name, (None, None))
+        factory, accept = (
+            (_heif_image, _is_heif) if name == "HEIF" else Image.OPEN.get(name, (None, None))
+        )
         if factory is None or accept is None or not (answer := accept(head)):
             continue
         if isinstance(answer, str):  # a format that this Pillow was built without
@@ -168,6 +171,31 @@ def _open(content: bytes) -> Image.Image:
     if head.lstrip()[:1] == b"<":
         raise ImageError("not an image: a web page or other markup")
     raise ImageError("not an image of a known format")
+
+
+def _is_heif(head: bytes) -> bool:
+    """Whether the brands of a file are HEIF's, and not those of AVIF, which is Pillow's."""
+    if head[4:8] != b"ftyp":
+        return False
+    end = min(int.from_bytes(head[:4]), len(head))
+    major, compatible = head[8:12], {head[at : at + 4] for at in range(16, end, 4)}
+    if major in _AVIF_BRANDS or (compatible & _AVIF_BRANDS and not compatible & _HEVC_BRANDS):
+        return False
+    return bool({major, *compatible} & (_HEVC_BRANDS | {b"mif1", b"msf1"}))
+
+
+_AVIF_BRANDS = {b"avif", b"avis"}
+_HEVC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
+
+
+def _heif_image(file: IO[bytes], name: str | bytes) -> ImageFile:
+    """The primary image, which libheif turns upright by itself."""
+    try:
+        from pillow_heif import HeifImageFile  # an extra, and slow to import: when first met
+    except ImportError as error:
+        raise ImageError("HEIC is read by an extra: pip install 'r2ncli[heic]'") from error
+    factory: Callable[[IO[bytes], str | bytes], ImageFile] = HeifImageFile
+    return factory(file, name)
 
 
 def _load(image: Image.Image, content: bytes) -> None:
@@ -292,18 +320,16 @@ def _conversion(profile: object, stored: str, mode: str) -> ImageCms.ImageCmsTra
     """
     if stored == "LAB" or not isinstance(profile, bytes):  # LAB became RGB without a profile's help
         return None
-    if profile[16:20] != _PROFILES_SPACE[mode] or len(profile) > _MAX_PROFILE_BYTES:
-        return None
-    return _transform(profile, mode)
+    return _transform(profile, mode) if len(profile) <= _MAX_PROFILE_BYTES else None
 
 
-_PROFILES_SPACE = {"RGB": b"RGB ", "L": b"GRAY", "CMYK": b"CMYK"}
 _MAX_PROFILE_BYTES = 16_000_000  # several times a printing press's; what is cached is bounded
 
 
 @lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """LittleCMS's transform of a profile; None for a damaged one and for sRGB by any name.
+    """LittleCMS's transform; None for sRGB by any name, and for a profile that is damaged or
+    of another colour space.
 
     Relative colorimetric with black point compensation, as photographers' tools convert for
     the web: colours that sRGB has stay what they are, and ink's black is black. A perceptual

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import pickle
 import re
 import struct
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pillow_heif
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,6 +86,12 @@ def error_of(content: bytes, rules: DecodeRules = RULES) -> str:
     with pytest.raises(images.ImageError) as raised:
         decode(content, AS_IT_IS, rules)
     return str(raised.value)
+
+
+def heic(image: Image.Image, **options: Any) -> bytes:
+    content = io.BytesIO()
+    pillow_heif.from_pillow(image.copy()).save(content, **options)
+    return content.getvalue()
 
 
 def tiff(values: Array, bits: int, *, photometric: int = 1, sample_format: int = 1) -> bytes:
@@ -157,6 +165,9 @@ def files_of_every_format() -> dict[str, bytes]:
         "pgm": encoded(grey, "PPM"),
         "pbm": encoded(picture(24, 20, "1"), "PPM"),
         "pgm 16": encoded(deep, "PPM"),
+        "heic": heic(rgb),
+        "heic alpha": heic(rgba),
+        "heic grey": heic(grey),
     }
     if features.check("libtiff"):
         for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"):
@@ -364,9 +375,8 @@ def test_pixels_are_those_that_were_stored(name: str) -> None:
 def test_every_suffix_that_is_tried_has_its_format_here() -> None:
     kinds = {".jpg .jpeg .jpe .jfif": "JPEG", ".tif .tiff": "TIFF", ".jp2 .j2k": "JPEG2000"}
     kinds |= {".ppm .pgm .pbm .pnm": "PPM", ".png": "PNG", ".webp": "WEBP", ".gif": "GIF"}
-    kinds |= {".bmp": "BMP", ".avif": "AVIF", ".ico": "ICO"}
-    read = {suffix for suffixes in kinds for suffix in suffixes.split()}
-    assert read == set(SUFFIXES) - {".heic", ".heif"}  # for an extra
+    kinds |= {".bmp": "BMP", ".avif": "AVIF", ".ico": "ICO", ".heic .heif": "HEIF"}
+    assert {suffix for suffixes in kinds for suffix in suffixes.split()} == set(SUFFIXES)
     assert set(kinds.values()) == set(images._FORMATS)
 
 
@@ -382,7 +392,7 @@ def test_every_format_gives_its_picture(name: str) -> None:
         image = Image.fromarray(on_white(picture(24, 20, "RGBA"))).resize((SIDE, SIDE), 2)
     reference = np.asarray(image).astype(int)
     ours = decoded(FILES[name])
-    if name in ("jpeg grey", "pgm", "j2k"):
+    if name in ("jpeg grey", "heic grey", "pgm", "j2k"):
         reference = np.asarray(image.convert("L").convert("RGB")).astype(int)
     elif name in ("png 16", "tiff 16", "pgm 16"):
         reference = reference[:, :, [0, 0, 0]]
@@ -760,6 +770,111 @@ def test_damaged_exif_is_harmless(kind: str, exif: bytes) -> None:
     lossless = {"lossless": True} if kind == "WEBP" else {}
     ours = decoded(encoded(image, kind, exif=exif, **lossless))
     assert np.abs(ours - decoded(encoded(image, kind, **lossless))).max() == 0
+
+
+# --- HEIC, an extra -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+def test_a_turned_heic_is_put_upright_once(value: int) -> None:
+    image = picture(72, 48)
+    content = heic(image, exif=orientation(value).tobytes(), quality=90)
+    image.info["exif"] = orientation(value).tobytes()
+    upright = ImageOps.exif_transpose(image)
+    assert upright.width == (48 if value > 4 else 72)
+    reference = torchvision_pixels(upright, SMALL.resize_size, SMALL.image_size)
+    ours = decoded(content, SMALL)
+    assert np.abs(ours - reference)[..., :2].mean() < 4  # a lossy codec, of blue most
+    assert np.abs(ours[::-1, ::-1] - reference)[..., :2].mean() > 40
+
+
+def test_the_container_of_a_heic_says_how_it_lies_and_its_exif_does_not() -> None:
+    content = heic(picture(72, 48), exif=orientation(6).tobytes())
+    turn = content.index(b"irot") + 4
+    lying = content[:turn] + b"\0" + content[turn + 1 :]  # EXIF still says 6
+    assert np.abs(decoded(lying) - decoded(heic(picture(72, 48)))).max() <= 2
+
+
+def test_a_heic_of_several_pictures_gives_its_primary_one() -> None:
+    several = pillow_heif.HeifFile()
+    for colour in ("red", "green", "blue"):
+        several.add_from_pillow(Image.new("RGB", (64, 64), colour))
+    content = io.BytesIO()
+    several.save(content, primary_index=2)
+    assert np.abs(decoded(content.getvalue()) - [0, 0, 255]).max() <= 4
+
+
+def test_a_heic_of_a_phone_keeps_its_colours() -> None:
+    stored = decoded(heic(picture(), quality=95))
+    ours = decoded(heic(picture(), quality=95, icc_profile=PROFILES["display p3"]))
+    assert np.abs(ours - in_srgb(stored, "display p3")).max() <= 1
+
+
+def test_a_heic_of_ten_bits_of_grey_is_read_by_its_depth() -> None:
+    deep = Image.fromarray(EVERY_16_BITS.repeat(2, 0).repeat(2, 1).astype(np.uint16))
+    assert np.abs(decoded(heic(deep, quality=100))[..., 0] - EVERY_16_BITS / 257).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("major", "compatible", "is_heif"),
+    [
+        (b"heic", [b"mif1", b"heic"], True),
+        (b"heix", [], True),
+        (b"mif1", [b"mif1", b"heic"], True),
+        (b"mif1", [b"mif1"], True),
+        (b"msf1", [b"hevc"], True),
+        (b"mif1", [b"avif", b"heic"], True),
+        (b"mif1", [b"mif1", b"avif", b"miaf"], False),
+        (b"avif", [b"mif1", b"heic"], False),
+        (b"avis", [b"msf1"], False),
+        (b"mp42", [b"isom", b"mp42"], False),
+        (b"qt  ", [], False),
+    ],
+)
+def test_the_brands_tell_heic_from_avif(
+    major: bytes, compatible: list[bytes], is_heif: bool
+) -> None:
+    brands = b"".join(compatible)
+    head = struct.pack(">I4s4sI", 16 + len(brands), b"ftyp", major, 0) + brands + b"heic"
+    assert images._is_heif(head) == is_heif
+
+
+def test_the_content_of_a_file_decides_between_heic_and_avif() -> None:
+    generic = FILES["heic"].replace(b"ftypheic", b"ftypmif1", 1)
+    assert (decoded(generic) == decoded(FILES["heic"])).all()
+    if features.check("avif"):
+        generic = FILES["avif"].replace(b"ftypavif", b"ftypmif1", 1)
+        assert (decoded(generic) == decoded(FILES["avif"])).all()
+
+
+def test_without_the_extra_a_heic_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    assert error_of(FILES["heic"]) == "HEIC is read by an extra: pip install 'r2ncli[heic]'"
+    assert decoded(FILES["png"]).shape == (SIDE, SIDE, 3)
+
+
+def test_the_extra_is_imported_when_first_met_and_leaves_pillow_as_it_was() -> None:
+    program = (
+        "import pickle, sys; from concurrent.futures import ThreadPoolExecutor\n"
+        "from PIL import Image\n"
+        "from r2ncli.architectures import Preprocessing\n"
+        "from r2ncli.images import DecodeRules, decode\n"
+        "png, heic = pickle.load(sys.stdin.buffer)\n"
+        "read = lambda content: decode(content, Preprocessing(), DecodeRules()).mean()\n"
+        "read(png); assert 'pillow_heif' not in sys.modules\n"
+        "known = dict(Image.OPEN), dict(Image.SAVE), dict(Image.EXTENSION)\n"
+        "with ThreadPoolExecutor(8) as threads: print(*set(threads.map(read, [heic] * 32)))\n"
+        "assert 'pillow_heif' in sys.modules\n"
+        "assert known == (Image.OPEN, Image.SAVE, Image.EXTENSION)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=pickle.dumps([FILES["png"], FILES["heic"]]),
+        capture_output=True,
+        check=True,
+    )
+    assert float(done.stdout) == decode(FILES["heic"], IMAGENET, RULES).mean()
+    assert done.stderr == b""
 
 
 # --- what is no picture, or only a part of one --------------------------------------------
