@@ -20,7 +20,7 @@ import ctypes
 import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from io import BytesIO
 from typing import IO, Any
@@ -64,11 +64,26 @@ class DecodeRules:
         ``exact``: every pixel as Pillow decodes it at full size.
     max_pixels, max_bytes : int
         A picture, or a file, beyond it is a failed row.
+    frame, orientation, alpha, profile, depth, resize : str
+        What this module does, in words: a text changes when its rule does, so that a run
+        under another rule is not taken for the same.
     """
 
     decode: str = "exact"
     max_pixels: int = MAX_PIXELS
     max_bytes: int = MAX_BYTES
+    frame: str = field(default="first; HEIF primary", init=False)
+    orientation: str = field(default="EXIF; HEIF container", init=False)
+    alpha: str = field(default="on white", init=False)
+    profile: str = field(
+        default="ICC to sRGB after resize; relative colorimetric; black point compensation",
+        init=False,
+    )
+    depth: str = field(
+        default="16 bits: grey v/257, colour v//256; 32 bits: 1 (float), 255 or 65535 is white",
+        init=False,
+    )
+    resize: str = field(default="bilinear, antialiased, of the crop", init=False)
 
 
 def decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) -> Pixels:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
 from os import PathLike as OsPathLike
 from pathlib import Path
@@ -239,6 +239,8 @@ def run_record(
             "engine": description.library,
             "pillow": version("pillow"),
             "libjpeg": pillow_features.version("libjpeg_turbo") or pillow_features.version("jpg"),
+            "littlecms2": pillow_features.version("littlecms2"),
+            "pillow-heif": _version_if_installed("pillow-heif"),
             "numpy": version("numpy"),
             "h5py": version("h5py"),
             "python": ".".join(map(str, sys.version_info[:3])),
@@ -291,7 +293,10 @@ def deciding_settings(record: dict[str, Any]) -> dict[str, Any]:
     kept = {
         "checkpoint": ("sha256", "variant"),
         "device": ("kind", "model"),
-        "versions": ("r2n", "engine", "pillow", "libjpeg", "pyarrow"),  # Parquet names its writer
+        "versions": (
+            *("r2n", "engine", "pillow", "libjpeg", "littlecms2", "pillow-heif"),
+            "pyarrow",  # Parquet names its writer
+        ),
     }
     groups = ("checkpoint", "device", "versions", "inputs", "preprocessing", "decode_rules")
     for group in groups:
@@ -321,6 +326,13 @@ def _labels_digest(labels: Labels | None) -> str | None:
     if labels is None:
         return None
     return hashlib.sha256(json.dumps([labels.labels, labels.wnids]).encode()).hexdigest()
+
+
+def _version_if_installed(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def _now() -> str:

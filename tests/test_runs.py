@@ -11,16 +11,20 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from PIL import features
 
 import r2ncli
 from r2ncli import runs
 from r2ncli.errors import InputNotFoundError, OutputError, UsageError
+from r2ncli.images import DecodeRules
 from r2ncli.inference import Classification
 from r2ncli.results import read_record
 from r2ncli.writers import BLOCK_ROWS
@@ -95,6 +99,26 @@ def test_the_record_says_what_ran(tmp_path, pictures, tiny_weights):
     assert record["versions"]["r2n"] == r2ncli.__version__
     assert record["start"] <= record["end"]
     assert set(record["device"]) == {"name", "kind", "model"}
+
+
+def test_the_rules_of_decoding_and_the_decoders_decide_the_fingerprint(
+    tmp_path, pictures, tiny_weights
+):
+    record = r2ncli.classify_to(tmp_path / "a.csv", pictures, weights=tiny_weights)
+    rules = record["decode_rules"]
+    assert rules == asdict(DecodeRules())
+    assert {"orientation", "profile", "alpha", "depth", "frame", "resize"} <= rules.keys()
+    assert record["versions"]["littlecms2"] == features.version("littlecms2")
+    assert record["versions"]["pillow-heif"] == version("pillow-heif")
+    deciding = [("decode_rules", rule) for rule in rules]
+    deciding += [("versions", name) for name in ("pillow", "libjpeg", "littlecms2", "pillow-heif")]
+    for group, name in deciding:
+        other = {**record, group: {**record[group], name: "another"}}
+        assert runs.fingerprint(other) != record["fingerprint"], name
+
+
+def test_a_decoder_that_is_not_installed_is_none_in_the_record():
+    assert runs._version_if_installed("no-such-distribution-of-anything") is None
 
 
 def runs_sha256(path):
