@@ -179,6 +179,10 @@ def _open(content: bytes) -> Image.Image:
                 with _without_pillows_limit:
                     return factory(BytesIO(content), "")
         except (SyntaxError, IndexError, TypeError, KeyError, EOFError) as error:
+            if str(error) == "unknown pixel mode" and name == "TIFF":
+                raise ImageError(
+                    f"cannot be decoded: a TIFF of {_layout(content)}, which Pillow cannot open"
+                ) from error
             reason = str(error) or type(error).__name__
             raise ImageError(f"cannot be decoded: a damaged {name} ({reason})") from error
     if refused:
@@ -186,6 +190,17 @@ def _open(content: bytes) -> Image.Image:
     if head.lstrip()[:1] == b"<":
         raise ImageError("not an image: a web page or other markup")
     raise ImageError("not an image of a known format")
+
+
+def _layout(content: bytes) -> str:
+    """The samples of a TIFF's pixel, of which Pillow knows no such mode."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2(content[: 16 if content[2] == 43 else 8])
+    file = BytesIO(content)
+    file.seek(tags.next)
+    tags.load(file)
+    samples, bits = tags.get(_SAMPLES, 1), tags.get(_BITS, (1,))
+    numbers = "floats" if 3 in tags.get(_SAMPLE_FORMAT, (1,)) else "integers"
+    return f"{samples} x {max(bits)} bits ({numbers})"
 
 
 def _is_heif(head: bytes) -> bool:
@@ -303,7 +318,7 @@ def _greyscale(image: Image.Image) -> Image.Image:
     return Image.fromarray(eight_bits)
 
 
-_PHOTOMETRIC, _BITS = 262, 258  # tags of TIFF
+_BITS, _PHOTOMETRIC, _SAMPLES, _SAMPLE_FORMAT = 258, 262, 277, 339  # tags of TIFF
 
 
 def _declared_white(image: Image.Image) -> float | None:

@@ -95,15 +95,16 @@ def heic(image: Image.Image, **options: Any) -> bytes:
 
 
 def tiff(values: Array, bits: int, *, photometric: int = 1, sample_format: int = 1) -> bytes:
-    """An uncompressed greyscale TIFF in the byte order of `values`; 12 bits are packed."""
+    """An uncompressed TIFF in the byte order of `values`; 12 bits are packed."""
     order = ">" if values.dtype.byteorder == ">" else "<"
-    height, width = values.shape
+    height, width = values.shape[:2]
     pixels = values.tobytes()
     if bits == 12:
         pairs = values.reshape(-1, 2).astype(np.uint32)
         words = pairs[:, 0] << 12 | pairs[:, 1]
         pixels = np.stack([words >> 16, words >> 8 & 255, words & 255], -1).astype("u1").tobytes()
-    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1}
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8}
+    tags[277] = values.size // (width * height)
     tags |= {278: height, 279: len(pixels), 339: sample_format}
     entries = b"".join(struct.pack(order + "HHII", *(tag, 4, 1, tags[tag])) for tag in sorted(tags))
     mark = b"II*\0" if order == "<" else b"MM\0*"
@@ -535,6 +536,64 @@ def test_numbers_without_a_known_range_are_an_error(value: float) -> None:
     values = np.full((SIDE, SIDE), 0.5, dtype="<f4")
     values[3, 3] = value
     assert "outside 0 to 65535" in error_of(tiff(values, 32, sample_format=3))
+
+
+@pytest.mark.parametrize("white", [1.0, 255.0])
+def test_colour_of_32_bits_is_an_error_that_says_so(white: float) -> None:
+    floats = (pattern() / 255 * white).astype("<f4")
+    reason = error_of(tiff(floats, 32, photometric=2, sample_format=3))
+    assert reason == "cannot be decoded: a TIFF of 3 x 32 bits (floats), which Pillow cannot open"
+    reason = error_of(tiff(floats.astype("<i4"), 32, photometric=2, sample_format=2))
+    assert reason == "cannot be decoded: a TIFF of 3 x 32 bits (integers), which Pillow cannot open"
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_greyscale_of_fewer_than_eight_bits_is_stretched_to_eight(depth: int) -> None:
+    values = np.tile(np.arange(SIDE) % 2**depth, (SIDE, 1))
+    bits = values[..., None] >> np.arange(depth)[::-1] & 1
+    packed = np.packbits(bits.reshape(SIDE, -1).astype(np.uint8), axis=1)
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, depth, 0, 0, 0, 0)
+    content = png(packed, depth, 0)
+    start = content.index(b"IDAT") - 4
+    content = content[:8] + png_chunk(b"IHDR", header) + content[start:]
+    assert (decoded(content) == (values * 255 // (2**depth - 1))[..., None]).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_palettes_of_every_depth_give_their_colours(bits: int) -> None:
+    image = picture().quantize(2**bits)
+    expected = np.asarray(image.convert("RGB"))
+    content = encoded(image, "PNG", bits=bits)
+    assert content[24:26] == bytes([bits, 3])
+    assert (decoded(content) == expected).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_an_interlaced_png_is_the_same_picture(channels: int) -> None:
+    image = picture(23, 21, {1: "L", 3: "RGB", 4: "RGBA"}[channels])
+    values = np.asarray(image)
+    rows = []
+    steps = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2)]
+    for top, left, down, right in [*steps, (1, 0, 2, 1)]:  # Adam7
+        rows += [b"\0" + row.tobytes() for row in values[top::down, left::right]]
+    header = struct.pack(">IIBBBBB", 23, 21, 8, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 1)
+    body = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(b"".join(rows)))
+    content = b"\x89PNG\r\n\x1a\n" + body + png_chunk(b"IEND", b"")
+    assert (decoded(content) == decoded(encoded(image, "PNG"))).all()
+    assert "truncated" in error_of(content[: len(content) // 2])
+
+
+def test_a_jpeg_of_ycck_is_the_same_picture_as_one_of_cmyk() -> None:
+    image = picture(mode="CMYK")
+    ink = Image.merge("RGB", image.split()[:3]).convert("YCbCr")
+    given = Image.merge("CMYK", [*map(ImageOps.invert, ink.split()), image.getchannel("K")])
+    content = encoded(given, "JPEG", quality=98, subsampling=0)
+    transform = content.index(b"Adobe") + 11
+    assert content[transform] == 0  # CMYK
+    ycck = content[:transform] + b"\2" + content[transform + 1 :]
+    cmyk = encoded(image, "JPEG", quality=98, subsampling=0)
+    assert np.abs(decoded(ycck) - decoded(cmyk)).max() <= 8
+    assert np.abs(decoded(ycck) - decoded(encoded(image, "TIFF"))).mean() < 2
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "AVIF", "TIFF"])
