@@ -38,7 +38,7 @@ from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, features
 from r2ncli import images
 from r2ncli.architectures import Preprocessing
 from r2ncli.images import DecodeRules, decode
-from r2ncli.sources import SUFFIXES
+from r2ncli.selection import SUFFIXES
 
 Array = npt.NDArray[Any]
 
