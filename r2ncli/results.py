@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache, partial
 from os import PathLike as OsPathLike
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,8 @@ from r2ncli.inference import Classification, Features, Prediction
 from r2ncli.writers import DAMAGE, record_path
 
 SUFFIXES = (*ROW_FORMATS, ".h5")
-SLAB_ROWS, SLAB_BYTES = 64, 4_000_000  # features in memory at once: small, for rows by number
+# features in memory at once: a few rows each of a few places, for rows that come in another order
+SLAB_ROWS, SLAB_BYTES, SLABS = 64, 4_000_000, 16
 
 Cells = Sequence[Any]
 AnyRowFormat = CsvFormat | JsonlFormat  # and ParquetFormat, which is one
@@ -273,22 +276,22 @@ class FeatureFile:
     def __init__(self, output: Path, file: Any) -> None:
         self._output = output
         layers = read_record(output).get("layers", sorted(file["features"]))
-        self._datasets = {layer: file["features"][layer] for layer in layers}
+        datasets = {layer: file["features"][layer] for layer in layers}
         self._texts = [file[name].asstr() for name in ("paths", "status", "error")]
         self._count = len(file["paths"])
         if not layers:
             raise ValueError("it has no layer")
-        for dataset in (*self._datasets.values(), *self._texts):
+        for dataset in (*datasets.values(), *self._texts):
             if len(dataset) != self._count:
                 raise ValueError(f"{len(dataset):,} rows of one thing, {self._count:,} of another")
-        self.shapes = {layer: dataset.shape[1:] for layer, dataset in self._datasets.items()}
-        self.dtype = str(next(iter(self._datasets.values())).dtype)
-        row_bytes = max(
-            int(np.prod(shape)) * np.dtype(self.dtype).itemsize for shape in self.shapes.values()
+        self.shapes = {layer: dataset.shape[1:] for layer, dataset in datasets.items()}
+        self.dtype = str(next(iter(datasets.values())).dtype)
+        row_bytes = np.dtype(self.dtype).itemsize * sum(
+            math.prod(shape) for shape in self.shapes.values()
         )
         self._slab_rows = max(1, min(SLAB_ROWS, SLAB_BYTES // row_bytes))
-        self._slab_start = -1
-        self._slab: dict[str, npt.NDArray[Any]] = {}
+        slabs = max(1, SLABS * SLAB_BYTES // max(SLAB_BYTES, row_bytes))
+        self._slab = lru_cache(slabs)(partial(_slab, output, datasets, self._slab_rows))
 
     def names(self) -> Iterator[tuple[str, str | None]]:
         """Name of each row, and its error if it failed."""
@@ -303,13 +306,16 @@ class FeatureFile:
 
     def __getitem__(self, number: int) -> dict[str, npt.NDArray[Any]]:
         """The features of row `number` by layer; NaN where it failed."""
-        start = number - number % self._slab_rows
-        if start != self._slab_start:
-            some = slice(start, start + self._slab_rows)
-            with _damage_as_error(self._output):
-                self._slab = {layer: dataset[some] for layer, dataset in self._datasets.items()}
-            self._slab_start = start
-        return {layer: rows[number - start] for layer, rows in self._slab.items()}
+        slab, row = divmod(number, self._slab_rows)
+        return {layer: rows[row] for layer, rows in self._slab(slab).items()}
+
+
+def _slab(
+    output: Path, datasets: dict[str, Any], slab_rows: int, number: int
+) -> dict[str, npt.NDArray[Any]]:
+    with _damage_as_error(output):
+        some = slice(number * slab_rows, (number + 1) * slab_rows)
+        return {layer: dataset[some] for layer, dataset in datasets.items()}
 
 
 @contextmanager
