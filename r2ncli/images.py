@@ -61,7 +61,8 @@ class DecodeRules:
     Attributes
     ----------
     decode : str
-        ``exact``: every pixel as Pillow decodes it at full size.
+        ``exact``: every pixel as Pillow decodes it at full size; ``auto``: a JPEG that is much
+        larger than what the network sees is decoded at 1/2, 1/4 or 1/8 of its size.
     max_pixels, max_bytes : int
         A picture, or a file, beyond it is a failed row.
     frame, orientation, alpha, profile, depth, resize : str
@@ -122,18 +123,22 @@ def _decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) ->
             raise ImageError(
                 f"{width} x {height} pixels, more than --max-pixels {rules.max_pixels:,}"
             )
+        scale = 1 if rules.decode == "exact" else _reduce(image, preprocessing)
         _load(image, content)
         orientation = _orientation(image)  # after loading: Pillow turns a TIFF by itself
-        width, height = image.size
+        if scale == 1:
+            width, height = image.size
         opaque = _opaque(image)
         to_srgb = _conversion(image.info.get("icc_profile"), image.mode, opaque.mode)
     if to_srgb is None and opaque.mode == "CMYK":
         opaque = opaque.convert("RGB")
     size = (height, width) if orientation in _SIDEWAYS else (width, height)
-    box = _crop_box(size, preprocessing)
     transpose, to_stored = _UPRIGHT.get(orientation, (None, _as_it_is))
+    # of the full size, then scaled: a box of the reduced one, which is rounded up, would be off
+    box = to_stored(_crop_box(size, preprocessing), size)
+    left, top, right, bottom = (edge / scale for edge in box)
     square = (preprocessing.image_size, preprocessing.image_size)
-    resized = opaque.resize(square, Resampling.BILINEAR, box=to_stored(box, size))
+    resized = opaque.resize(square, Resampling.BILINEAR, box=(left, top, right, bottom))
     rgb = resized.convert("RGB") if to_srgb is None else to_srgb.apply(resized)
     return np.asarray(rgb if transpose is None else rgb.transpose(transpose))
 
@@ -244,6 +249,24 @@ def _load(image: Image.Image, content: bytes) -> None:
     else:
         with _without_pillows_limit:
             image.load()
+
+
+def _reduce(image: Image.Image, preprocessing: Preprocessing) -> int:
+    """Have an opened JPEG decoded at 1/2, 1/4 or 1/8 of its size, if that is enough; the divisor.
+
+    libjpeg does so in its inverse cosine transform, at a fraction of the work. Enough is a
+    short side of twice what it is resized to: the antialiased resize still has two pixels
+    for each of its own.
+    """
+    if not isinstance(image, JpegImagePlugin.JpegImageFile):
+        return 1
+    width, height = image.size
+    least = 2 * max(preprocessing.resize_size, preprocessing.image_size)
+    for scale in (8, 4, 2):
+        if min(width, height) >= scale * least:
+            image.draft(None, (width // scale, height // scale))
+            return scale
+    return 1
 
 
 class _PillowsLimit:

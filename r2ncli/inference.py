@@ -231,7 +231,8 @@ def assemble_pipeline(
     workers : int or None
         Decode threads; None means one a core.
     decode : str
-        ``exact``: every pixel decoded at full size; ``auto`` means the same at present.
+        ``exact``: every pixel decoded at full size; ``auto``: JPEGs of more than twice the
+        resize target reduced while they are decoded, within a grey level in the mean.
     image_size : int or None
         The network's input in pixels; the resize target keeps the checkpoint's ratio.
     no_crop : bool
@@ -278,7 +279,7 @@ def assemble_pipeline(
     return Pipeline(
         engine=engine,
         preprocessing=preprocessing,
-        rules=DecodeRules("exact", max_pixels, max_bytes),
+        rules=DecodeRules(decode, max_pixels, max_bytes),
         workers=min(workers or _cores(), MAX_WORKERS),
         checkpoint=checkpoint.path,
         sha256=checkpoint.sha256,

@@ -936,6 +936,77 @@ def test_the_extra_is_imported_when_first_met_and_leaves_pillow_as_it_was() -> N
     assert done.stderr == b""
 
 
+# --- large JPEGs, reduced while they are decoded ---------------------------------------------
+
+AUTO = DecodeRules("auto")
+
+
+def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Coarse shapes with fine grain, as a camera gives them."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(float)
+    grain = random.normal(0, 6, smooth.shape)
+    return Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", [(144, 200), (145, 171), (301, 288), (577, 611), (700, 149)])
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 2, "progressive": True}])
+def test_a_reduced_jpeg_differs_by_less_than_a_grey_level_in_the_mean(
+    size: tuple[int, int], orientation: int, options: dict[str, Any]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(photograph(*size), "JPEG", quality=95, exif=exif, **options)
+    for preprocessing in (SMALL, Preprocessing(SIDE, 36, crop="none")):
+        whole = decode(content, preprocessing, RULES).astype(int)
+        reduced = decode(content, preprocessing, AUTO).astype(int)
+        difference = reduced - whole
+        assert np.abs(difference).mean() < 1
+        assert np.abs(difference.mean((0, 1))).max() < 0.5  # nothing has moved or changed colour
+        assert np.abs(difference).max() <= 16
+
+
+@pytest.mark.parametrize(("short", "decoded_at"), [(143, 143), (144, 72), (288, 72), (576, 72)])
+def test_a_jpeg_is_reduced_while_its_short_side_is_twice_what_it_is_resized_to(
+    monkeypatch: pytest.MonkeyPatch, short: int, decoded_at: int
+) -> None:
+    loaded: list[int] = []
+    load = images._load
+
+    def watched(image: Image.Image, content: bytes) -> None:
+        load(image, content)
+        loaded.append(min(image.size))
+
+    monkeypatch.setattr(images, "_load", watched)
+    content = encoded(photograph(short + 50, short), "JPEG")
+    decode(content, SMALL, AUTO)
+    decode(content, SMALL, RULES)
+    assert loaded == [decoded_at, short]
+
+
+def test_only_jpegs_are_reduced() -> None:
+    image = photograph(400, 300)
+    for kind in ("PNG", "WEBP", "TIFF"):
+        content = encoded(image, kind)
+        assert (decode(content, SMALL, AUTO) == decode(content, SMALL, RULES)).all()
+
+
+def test_a_reduced_jpeg_that_ends_early_or_is_too_large_is_a_failed_row() -> None:
+    content = encoded(photograph(600, 600), "JPEG")
+    assert "truncated" in error_of(content[: len(content) // 2], AUTO)
+    limited = DecodeRules("auto", max_pixels=600 * 600 - 1)
+    assert "600 x 600 pixels" in error_of(content, limited)
+
+
+def test_a_cmyk_and_a_grey_jpeg_are_reduced_too() -> None:
+    for mode in ("CMYK", "L"):
+        content = encoded(photograph(600, 500).convert(mode), "JPEG", quality=95)
+        whole, reduced = (decode(content, SMALL, r).astype(int) for r in (RULES, AUTO))
+        assert np.abs(whole - reduced).mean() < 1
+
+
 # --- what is no picture, or only a part of one --------------------------------------------
 
 
