@@ -31,12 +31,12 @@ from r2ncli.checkpoints import (
 from r2ncli.downloads import OnProgress
 from r2ncli.errors import CheckpointError
 from r2ncli.model import Res2Net
+from r2ncli.naming import read_naming
 
 StateDict = dict[str, Tensor]
 Weights = str | os.PathLike[str] | None
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
-MARK = "layer1.0.conv1.weight"  # every Res2Net has it: it tells the prefix
 COUNTER = "num_batches_tracked"  # absent from old checkpoints, and without any effect
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -110,7 +110,7 @@ def load_model(path_or_name: str | os.PathLike[str]) -> Res2Net:
 
 
 def load_state_dict(path: Path) -> StateDict:
-    """The tensors of a checkpoint file by the published names, wrappers and prefixes taken off.
+    """The tensors of a checkpoint file by the published names, whatever library's it has.
 
     Raises
     ------
@@ -121,7 +121,7 @@ def load_state_dict(path: Path) -> StateDict:
 
 
 def unwrap(loaded: object, source: Path) -> StateDict:
-    """The state dict inside `loaded`: out of its wrapper, its keys without a common prefix."""
+    """The state dict inside `loaded`, out of its wrapper and by the published names."""
     for _ in WRAPPERS:  # one around the other; no further, for a dict can hold itself
         if isinstance(loaded, Mapping):
             inner = (loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), Mapping))
@@ -134,9 +134,8 @@ def unwrap(loaded: object, source: Path) -> StateDict:
     if not tensors:
         keys = ", ".join(repr(key) for key in list(loaded)[:5])
         raise CheckpointError(f"{source}: holds no state dict (its keys: {keys or 'none'})")
-    marks = [key for key in tensors if key == MARK or key.endswith("." + MARK)]
-    prefix = min(marks, key=len).removesuffix(MARK) if marks else ""
-    return {key.removeprefix(prefix): value for key, value in tensors.items()}
+    official = read_naming(tensors).official
+    return {official[key]: value for key, value in tensors.items()}
 
 
 def identify(state_dict: StateDict, source: Path) -> Architecture:

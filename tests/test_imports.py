@@ -22,6 +22,7 @@ ROOMS = [
         "model",
         "downloads",
         "checkpoints",
+        "naming",
         "weights",
         "verification",
     ),

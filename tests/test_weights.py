@@ -22,6 +22,7 @@ from r2ncli.architectures import DEMO, PUBLISHED, Architecture, Preprocessing
 from r2ncli.checkpoints import imagenet_labels
 from r2ncli.errors import CheckpointError
 from r2ncli.model import Res2Net
+from r2ncli.naming import names_for
 from r2ncli.weights import (
     expected_shapes,
     guess_architecture,
@@ -148,6 +149,15 @@ def test_wrappers_are_taken_off(wrap, state_dict, tmp_path):
 def test_prefixes_are_taken_off(prefix, wrap, state_dict, tmp_path):
     prefixed = {prefix + name: tensor for name, tensor in state_dict.items()}
     path = saved({wrap: prefixed} if wrap else prefixed, tmp_path / "prefixed.pth")
+    assert same_weights(load_model(path), state_dict)
+
+
+@pytest.mark.parametrize("library", ["timm", "mmpretrain", "mmdetection"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_another_librarys_names_load(library, prefix, state_dict, tmp_path):
+    names = names_for(library, state_dict)
+    theirs = {prefix + names[name]: tensor for name, tensor in state_dict.items()}
+    path = saved({"meta": {"epoch": 1}, "state_dict": theirs}, tmp_path / "theirs.pth")
     assert same_weights(load_model(path), state_dict)
 
 
