@@ -12,13 +12,8 @@ import hashlib
 import json
 import math
 import os
-import stat
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -31,10 +26,9 @@ from r2ncli.architectures import (
     Preprocessing,
     PublishedNetwork,
 )
+from r2ncli.containers import HEADER_LIMIT, SUFFIXES, reading
 from r2ncli.downloads import OnProgress, digits_in_name, download_file
 from r2ncli.errors import CheckpointError
-
-SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -143,43 +137,9 @@ def published_file(name: str) -> PublishedNetwork | None:
     return None
 
 
-def container(path: Path) -> str:
-    """How a checkpoint is packed: ``zip``, ``pickle`` (torch before 1.6) or ``safetensors``.
-
-    Raises
-    ------
-    CheckpointError
-        The file is no checkpoint; the message says what it seems to be.
-    """
-    if os.path.isdir(path):
-        raise CheckpointError(f"{path}: is a folder, not a checkpoint file")
-    with _reading(path) as file:
-        head = file.read(512)
-        whole = zipfile.is_zipfile(file) if head.startswith(b"PK\x03\x04") else True
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
-        return "safetensors"
-    if head.startswith(b"PK\x03\x04") and whole:
-        return "zip"
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return "pickle"
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    found = "not a checkpoint (its first bytes are of no known kind)"
-    if not head:
-        found = "empty"
-    elif not whole:
-        found = "truncated: a zip container without its end. Download it again"
-    elif text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        found = "a web page (HTML), not a checkpoint: what a server says in place of a file"
-    elif text.startswith(b"version https://git-lfs"):
-        found = "a Git LFS pointer, not the file itself: run git lfs pull"
-    elif head.startswith(b"\x1f\x8b"):
-        found = "gzip-compressed: unpack it first"
-    raise CheckpointError(f"{path}: {found}")
-
-
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, as 64 hex digits."""
-    with _reading(path) as file:
+    with reading(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -209,15 +169,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
     checkpoint that says nothing gives an empty dict.
     """
     if path.suffix == ".safetensors":
-        with _reading(path) as file:
+        with reading(path) as file:
             length = int.from_bytes(file.read(8), "little")
-            header = _json_object(path, file.read(length)) if length < 100_000_000 else {}
+            header = _json_object(path, file.read(length)) if length < HEADER_LIMIT else {}
         metadata = header.get("__metadata__", {})
         if isinstance(metadata, dict) and "r2n" in metadata:
             return _json_object(path, metadata["r2n"])
     for beside in (path.with_name(path.name + ".json"), path.with_suffix(".json")):
         if beside.is_file():
-            with _reading(beside) as file:
+            with reading(beside) as file:
                 return _json_object(beside, file.read())
     return {}
 
@@ -266,20 +226,6 @@ def imagenet_labels() -> Labels:
     with files("r2ncli").joinpath("imagenet_classes.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return Labels(tuple(row["label"] for row in rows), tuple(row["wnid"] for row in rows))
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[BufferedReader]:
-    def open_at_once(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NONBLOCK)  # a pipe would wait for ever
-
-    try:
-        with open(path, "rb", opener=open_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise CheckpointError(f"{path}: is no regular file")
-            yield file
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _json_object(source: Path, text: bytes | str) -> dict[str, Any]:

@@ -14,12 +14,12 @@ import torch
 
 from r2ncli.architectures import PUBLISHED, Architecture
 from r2ncli.checkpoints import (
-    container,
     existing_file,
     hub_folder,
     published_file,
     sha256,
 )
+from r2ncli.containers import container
 from r2ncli.downloads import digits_in_name
 from r2ncli.errors import CheckpointError
 from r2ncli.weights import (

@@ -1,16 +1,17 @@
 """A checkpoint as tensors: load it safely, unwrap it, identify it, build the network.
 
-Every load is ``weights_only=True``: nothing in a file is executed. What a network is, is
+A pickle's opcodes are looked at before anything is loaded, and every load is
+``weights_only=True``: nothing in a file is executed. What a network is, is
 read from its tensors and never from its file's name.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,16 +23,17 @@ from r2ncli.architectures import DEMO, EXPANSION, PUBLISHED, Architecture, Prepr
 from r2ncli.checkpoints import (
     Labels,
     checked_sha256,
-    container,
     find_checkpoint,
     labels_of,
     preprocessing_of,
     read_metadata,
 )
+from r2ncli.containers import container
 from r2ncli.downloads import OnProgress
 from r2ncli.errors import CheckpointError
 from r2ncli.model import Res2Net
 from r2ncli.naming import read_naming
+from r2ncli.pickles import check_pickles
 
 StateDict = dict[str, Tensor]
 Weights = str | os.PathLike[str] | None
@@ -289,18 +291,19 @@ def build(architecture: Architecture, state_dict: StateDict) -> Res2Net:
 
 def _load(path: Path) -> object:
     kind = container(path)
+    check_pickles(path, kind)
     try:
         if kind == "safetensors":
             from safetensors.torch import load
 
             return load(path.read_bytes())  # by its bytes: a name may be no UTF-8
-        if kind == "zip":
-            _check_members(path)
-        with open(path, "rb") as file, warnings.catch_warnings():  # by a path torch minds suffixes
+        with (
+            open(path, "rb") as file,  # by a path torch minds suffixes
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals([argparse.Namespace]),
+        ):
             warnings.simplefilter("ignore")  # torch's, on what it then refuses
             return torch.load(file, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused, nothing of it was executed: {_refusal(str(error))}"
@@ -312,21 +315,8 @@ def _load(path: Path) -> object:
         raise CheckpointError(f"{path}: damaged, cannot be loaded: {first_sentence}") from error
 
 
-def _check_members(path: Path) -> None:
-    """A zip archive that is no checkpoint gets a sentence of its own."""
-    with zipfile.ZipFile(path) as archive:
-        members = {name.rpartition("/")[2] for name in archive.namelist()}
-    if "constants.pkl" in members:
-        raise CheckpointError(f"{path}: a TorchScript program, expected a state dict of tensors")
-    if "data.pkl" not in members:
-        raise CheckpointError(f"{path}: a zip archive, but not one that torch.save writes")
-
-
 def _refusal(message: str) -> str:
     """What torch's safe loader would not have, from its long message."""
-    named = re.search(r"GLOBAL ([\w.]+)", message)
-    if named:
-        return f"it asks for {named[1]}, which a state dict never needs"
     reason = message.partition("WeightsUnpickler error:")[2] or message
     return f"torch cannot read its pickle safely ({reason.strip().partition(chr(10))[0]})"
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import hashlib
-import io
 import json
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +14,10 @@ from typing import Any
 
 import pytest
 
-from r2ncli import checkpoints
+from r2ncli import checkpoints, containers
 from r2ncli.architectures import DEFAULT_NETWORK, PUBLISHED, Preprocessing
 from r2ncli.checkpoints import (
     checked_sha256,
-    container,
     existing_file,
     find_checkpoint,
     hub_folder,
@@ -31,6 +26,7 @@ from r2ncli.checkpoints import (
     published_file,
     read_metadata,
 )
+from r2ncli.containers import container
 from r2ncli.downloads import digits_in_name
 from r2ncli.errors import CheckpointError
 
@@ -230,71 +226,12 @@ def test_a_file_under_a_published_name_must_be_the_published_one(tmp_path: Path)
     assert checked_sha256(tmp_path / "mine-00000000.pth") == digest
 
 
-# --- what a file is -----------------------------------------------------------------------
-
-
-def zipped() -> bytes:
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        archive.writestr("archive/data.pkl", bytes(2000))
-    return content.getvalue()
+# --- what a file says of itself -----------------------------------------------------------
 
 
 def safetensors(metadata: dict[str, str] | None = None) -> bytes:
     header = json.dumps({"__metadata__": metadata} if metadata else {}).encode()
     return len(header).to_bytes(8, "little") + header
-
-
-@pytest.mark.parametrize(
-    ("content", "kind"),
-    [
-        (zipped(), "zip"),
-        (pickle.dumps({"a": [1]}, protocol=2), "pickle"),
-        (pickle.dumps({"a": [1]}, protocol=4), "pickle"),
-        (safetensors(), "safetensors"),
-    ],
-)
-def test_containers_are_told_by_their_content(tmp_path: Path, content: bytes, kind: str) -> None:
-    for name in ("a.pth", "a.safetensors", "a"):
-        (tmp_path / name).write_bytes(content)
-        assert container(tmp_path / name) == kind
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", "empty"),
-        (b"<!DOCTYPE html>\n<html>504</html>", "a web page"),
-        (b"\xef\xbb\xbf\n <HTML><head>", "a web page"),
-        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-        (gzip.compress(zipped()), "unpack it first"),
-        (zipped()[:1000], "truncated"),
-        (zipped()[:-30], "truncated"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(100), "not a checkpoint"),
-        (bytes(1000), "not a checkpoint"),
-        (b"{}", "not a checkpoint"),
-        (b"\x80", "not a checkpoint"),
-    ],
-)
-def test_what_is_no_checkpoint_says_what_it_seems_to_be(
-    tmp_path: Path, content: bytes, reason: str
-) -> None:
-    path = tmp_path / "a.pth"
-    path.write_bytes(content)
-    text = error_of(container, path)
-    assert text.startswith(f"{path}: ")
-    assert reason in text
-
-
-def test_a_folder_or_a_missing_file_is_no_checkpoint(tmp_path: Path) -> None:
-    assert error_of(container, tmp_path) == f"{tmp_path}: is a folder, not a checkpoint file"
-    for read in (container, checkpoints.sha256):
-        text = error_of(read, tmp_path / "a.pth")
-        assert text == f"{tmp_path}/a.pth: cannot be read: No such file or directory"
-
-
-# --- what a file says of itself -----------------------------------------------------------
 
 
 def test_metadata_is_in_the_header_of_safetensors(tmp_path: Path) -> None:
@@ -361,7 +298,7 @@ def test_metadata_that_cannot_be_read_is_an_error(
     def refusing(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", path)
 
-    monkeypatch.setattr(checkpoints, "open", refusing, raising=False)
+    monkeypatch.setattr(containers, "open", refusing, raising=False)
     text = error_of(read_metadata, tmp_path / "net.pth")
     assert text == f"{tmp_path}/net.json: cannot be read: Permission denied"
 

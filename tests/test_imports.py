@@ -21,6 +21,8 @@ ROOMS = [
         "architectures",
         "model",
         "downloads",
+        "containers",
+        "pickles",
         "checkpoints",
         "naming",
         "weights",

@@ -94,7 +94,7 @@ def refusal(path):
     assert message.startswith(f"{path}: ")
     reason = message.removeprefix(f"{path}: ")
     assert "\n" not in reason
-    assert len(reason) < 200
+    assert len(reason) < 300
     return reason
 
 
@@ -450,7 +450,7 @@ class Payload:
     ("function", "arguments", "name"),
     [
         (os.mkdir, lambda mark: (mark,), "posix.mkdir"),
-        (exec, lambda mark: (f"import os; os.mkdir({mark!r})",), "exec"),
+        (exec, lambda mark: (f"import os; os.mkdir({mark!r})",), "builtins.exec"),
         (shutil.copyfile, lambda mark: (__file__, mark), "shutil.copyfile"),
     ],
     ids=["system call", "code", "library"],
@@ -488,7 +488,11 @@ def test_a_bare_pickle_that_asks_to_run_something_is_refused_and_nothing_has_run
 
 def test_a_whole_pickled_network_is_refused_by_the_name_of_its_class(network, tmp_path):
     reason = refusal(saved(network, tmp_path / "whole.pth"))
-    assert "it asks for r2ncli.model.Res2Net, which a state dict never needs" in reason
+    assert "it asks for r2ncli.model.Res2Net, " in reason
+    assert reason.endswith(
+        "which a state dict never needs; it holds a whole network, not its state dict: where you "
+        "trust it, save its state dict alone"
+    )
 
 
 # --- files that are no checkpoint -----------------------------------------------------
@@ -513,7 +517,7 @@ NO_CHECKPOINTS = {
     "half a zip container": (packed(hollow(TINY["v1"]))[:4096], "truncated: a zip"),
     "a picture in a zip": (zipped("photo.jpg"), "a zip archive, but not one that torch.save"),
     "TorchScript": (zipped("a/data.pkl", "a/constants.pkl"), "a TorchScript program"),
-    "a hollow zip container": (zipped("a/data.pkl", "a/version"), "damaged"),
+    "a hollow zip container": (zipped("a/data.pkl", "a/version"), "truncated"),
     "a broken safetensors": (b"\x10\0\0\0\0\0\0\0{" + NOISE, "damaged"),
     "a list": (packed([torch.zeros(1)]), "holds a list, expected a state dict"),
     "a tensor": (packed(torch.zeros(1)), "holds a Tensor, expected a state dict"),

@@ -1,0 +1,190 @@
+"""How a file is packed, told from its bytes: a checkpoint's container, or what else it is.
+
+Nothing is unpickled or executed here, and torch is not needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+
+from r2ncli.errors import CheckpointError
+
+SUFFIXES = (".pth", ".pt", ".safetensors")
+HEADER_LIMIT = 100_000_000  # of a safetensors header, as the format itself has it
+
+_UNPACK = "unpack it first"
+_SERVER = "what a server says in place of a file. Download it again"
+
+# where in the file, which bytes, what it is then
+_SIGNATURES = (
+    (0, b"\x1f\x8b", f"gzip-compressed: {_UNPACK}"),
+    (0, b"BZh", f"bzip2-compressed: {_UNPACK}"),
+    (0, b"\xfd7zXZ\0", f"xz-compressed: {_UNPACK}"),
+    (0, b"\x28\xb5\x2f\xfd", f"zstd-compressed: {_UNPACK}"),
+    (0, b"7z\xbc\xaf\x27\x1c", f"a 7z archive: {_UNPACK}"),
+    (0, b"Rar!\x1a\x07", f"a RAR archive: {_UNPACK}"),
+    (257, b"ustar", f"a tar archive, not a checkpoint: {_UNPACK}"),
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file, not a PyTorch checkpoint (Keras saves weights so)"),
+    (4, b"TFL3", "a TensorFlow Lite model, not a PyTorch checkpoint"),
+    (0, b"GGUF", "a GGUF file, not a PyTorch checkpoint (llama.cpp's)"),
+    (0, b"\x93NUMPY", "a NumPy array, not a checkpoint"),
+    (0, b"\x89PNG\r\n\x1a\n", "a PNG picture, not a checkpoint"),
+    (0, b"\xff\xd8\xff", "a JPEG picture, not a checkpoint"),
+    (0, b"%PDF-", "a PDF document, not a checkpoint"),
+    (0, b"\x7fELF", "a program or library (ELF), not a checkpoint"),
+    (0, b"MZ", "a Windows program, not a checkpoint"),
+    (0, b"model_checkpoint_path:", "a TensorFlow checkpoint's index, not a PyTorch checkpoint"),
+    (0, b"version https://git-lfs", "a Git LFS pointer, not the file itself: run git lfs pull"),
+)
+_TENSORFLOW_TABLE = bytes.fromhex("57fb808b247547db")  # at the end of a .index file
+
+
+def container(path: Path) -> str:
+    """How a checkpoint is packed: ``zip``, ``pickle`` (torch before 1.6) or ``safetensors``.
+
+    Raises
+    ------
+    CheckpointError
+        The file is no checkpoint; the message says what it seems to be.
+    """
+    if os.path.isdir(path):
+        raise CheckpointError(f"{path}: is a folder, not a checkpoint file{_inside(path)}")
+    with reading(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(4096)
+        file.seek(max(0, size - 8))
+        tail = file.read(8)
+        if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+            found = _zip_archive(file)
+            if found is None:
+                return "zip"
+        elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") < HEADER_LIMIT:
+            found = _short_safetensors(file, size)
+            if found is None:
+                return "safetensors"
+        elif looks_pickled(head):
+            return "pickle"
+        else:
+            found = _foreign(head, tail)
+    raise CheckpointError(f"{path}: {found}")
+
+
+def looks_pickled(head: bytes) -> bool:
+    """Whether bytes that start so are a pickle; of protocols 0 and 1 one that asks for a name."""
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return True
+    return (
+        re.match(rb"[(\[\]}]*[ci][A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n[(pqSVX\]}]", head) is not None
+    )
+
+
+def _zip_archive(file: BufferedReader) -> str | None:
+    """What a zip archive is if it is no checkpoint."""
+    if not zipfile.is_zipfile(file):
+        return "truncated: a zip container without its end. Download it again"
+    try:
+        with zipfile.ZipFile(file) as archive:
+            paths = archive.namelist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        return f"damaged: a zip container that cannot be listed ({error}). Download it again"
+    names = {path.rpartition("/")[2] for path in paths}
+    if "constants.pkl" in names:
+        return "a TorchScript program, expected a state dict of tensors"
+    if "extern_modules" in names:
+        return "a torch.package archive, expected a state dict of tensors"
+    if "archive_format" in names:
+        return "a torch.export program, expected a state dict of tensors"
+    if "data.pkl" in names:
+        return None
+    if "model.weights.h5" in names:
+        return "a Keras model, not a PyTorch checkpoint"
+    if names and all(name.endswith(".npy") for name in names):
+        return "a zip archive of NumPy arrays (.npz), not a PyTorch checkpoint"
+    inside = [name for name in paths if name.endswith((*SUFFIXES, ".tar"))]
+    if inside:
+        return f"a zip archive with {inside[0]} inside: {_UNPACK}"
+    return "a zip archive, but not one that torch.save writes"
+
+
+def _short_safetensors(file: BufferedReader, size: int) -> str | None:
+    """What is said of a safetensors file that ends before its tensors do."""
+    file.seek(0)
+    start = 8 + int.from_bytes(file.read(8), "little")
+    needed = start
+    if start <= size:
+        try:
+            header = json.loads(file.read(start - 8))
+            ends = [tensor["data_offsets"][1] for key, tensor in header.items() if key[:2] != "__"]
+            needed = start + max(ends, default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            return None  # damaged otherwise: the library that reads it says how
+    if needed <= size:
+        return None
+    return f"truncated: {size:,} of a safetensors file's {needed:,} bytes. Download it again"
+
+
+def _foreign(head: bytes, tail: bytes) -> str:
+    if not head:
+        return "empty"
+    for offset, mark, found in _SIGNATURES:
+        if head[offset : offset + len(mark)] == mark:
+            return found
+    if tail == _TENSORFLOW_TABLE:
+        return "a TensorFlow checkpoint's index, not a PyTorch checkpoint"
+    if not head.strip(b"\0"):
+        return "not a checkpoint: it starts with nothing but zeros, as a download that broke off"
+    # protocol buffers: a first field of a small number, then a producer's name or a graph
+    if head[0] == 8 and 3 <= head[1] <= 30 and head[2:3] in (b"\x12", b"\x3a", b"\x42"):
+        return "an ONNX model, expected a PyTorch checkpoint"
+    if head.startswith(b"\x08\x01\x12") or b"Placeholder" in head or b"\x12\x05Const" in head:
+        return "a TensorFlow graph or SavedModel, not a PyTorch checkpoint"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<body")):
+        return f"a web page (HTML), not a checkpoint: {_SERVER}"
+    if text.startswith(b"<?xml"):
+        found = "an XML document, not a checkpoint: "
+        return found + ("an OpenVINO network" if b"<net" in text else _SERVER)
+    if text.startswith((b"{", b"[")) and b"\0" not in text:
+        return f"a JSON document, not a checkpoint: {_SERVER}"
+    try:
+        shown = head[:2048].decode()
+    except UnicodeDecodeError:
+        shown = "\0"
+    if all(character.isprintable() or character.isspace() for character in shown):
+        return f"text, not a checkpoint: it starts {' '.join(shown.split())[:40]!r}"
+    return "not a checkpoint (its first bytes are of no known kind)"
+
+
+def _inside(folder: Path) -> str:
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return ""
+    if "data.pkl" in names:
+        return ", but an unpacked one: download the file again and leave it packed"
+    inside = [name for name in names if name.endswith(SUFFIXES)]
+    return f"; in it is {inside[0]}" if inside else ""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[BufferedReader]:
+    """A regular file, open for reading; a pipe or a device is an error at once."""
+
+    def open_at_once(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK)  # a pipe would wait for ever
+
+    try:
+        with open(path, "rb", opener=open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise CheckpointError(f"{path}: is no regular file")
+            yield file
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
