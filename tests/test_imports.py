@@ -25,6 +25,7 @@ ROOMS = [
         "pickles",
         "checkpoints",
         "naming",
+        "recognition",
         "weights",
         "verification",
     ),
