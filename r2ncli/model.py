@@ -104,7 +104,8 @@ class Res2Net(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels[4], architecture.classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            # on the meta device it would do nothing, but import torch's compiler for it
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
