@@ -200,3 +200,8 @@ PUBLISHED: dict[str, PublishedNetwork] = {
         ),
     )
 }
+
+DECLINED = {  # published too, but with the body of a DLA, which r2n does not have
+    "res2net_dla60": "res2net_dla60_4s-d88db7f9.pth",
+    "res2next_dla60": "res2next_dla60_4s-d327927b.pth",
+}

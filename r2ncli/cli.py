@@ -36,8 +36,10 @@ from r2ncli.terminal import (
 
 if TYPE_CHECKING:
     from r2ncli.inference import RunOptions
+    from r2ncli.verification import Verification
 
 P = ParamSpec("P")
+TENSORS_SHOWN = 10
 
 app = typer.Typer(
     name="r2n",
@@ -586,27 +588,104 @@ def merge(
 )
 @_boundary
 def verify(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A checkpoint file.")],
+    file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="FILE",
+            help="A checkpoint file, also by its name in torch.hub's folder.",
+            show_default="the one that classify would load",
+        ),
+    ] = None,
+    sha256: Annotated[
+        str | None,
+        typer.Option("--sha256", metavar="HEX", help="The whole digest that it must have."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against", metavar="FILE", help="Compare the two, tensor by tensor, instead."
+        ),
+    ] = None,
     json: Json = False,
 ) -> int:
     """Whether a checkpoint file is what it should be; nothing in it is executed."""
-    from r2ncli.verification import FAILED, WARNING, verify_weights
+    from r2ncli.tensors import Comparison
+    from r2ncli.verification import Verification, verify_weights
 
-    verification = verify_weights(file)
+    try:
+        if against is not None:
+            return _compare(file, against, sha256, json)
+        verification = verify_weights(file, sha256=sha256)
+    except R2NError as error:
+        if json:
+            failed = Verification(file or "", error=str(error))
+            unlike = Comparison(file or "", against or "", error=str(error))
+            print_json((failed if against is None else unlike).as_dict())
+        raise
     if json:
         print_json(verification.as_dict())
     else:
-        rows = [
-            (check.name, check.status, check.found, check.expected) for check in verification.checks
-        ]
-        title = f"{verification.file}\nSHA-256 {verification.sha256}"
-        colours = {FAILED: "red", WARNING: "yellow"}
-        print_table(title, ("check", "result", "found", "expected"), rows, colours=colours)
-    failed = [check for check in verification.checks if check.status == FAILED]
-    for check in failed:
+        _print_checks(verification)
+    failures = [check for check in verification.checks if check.status == "failed"]
+    for check in failures:
         expected = f", expected {check.expected}" if check.expected else ""
         say(f"r2n: {verification.file}: {check.name}: {check.found}{expected}")
-    return 4 if failed else 0
+    return 4 if failures else 0
+
+
+def _print_checks(verification: Verification) -> None:
+    rows = []
+    for check in verification.checks:
+        wanted = check.expected if check.status in ("failed", "warning") else ""
+        found = f"{check.found} (expected {wanted})" if wanted else check.found
+        rows.append((check.name, check.status, found))
+    title = f"{verification.file}\nSHA-256 {verification.sha256}"
+    if verification.tensors_sha256 is not None:
+        title += f"\nof the tensors alone {verification.tensors_sha256}"
+    colours = {"failed": "red", "warning": "yellow"}
+    print_table(title, ("check", "result", "found"), rows, colours=colours)
+
+
+def _compare(file: str | None, against: str, sha256: str | None, json: bool) -> int:
+    from r2ncli.recognition import by_block
+    from r2ncli.tensors import compare_weights
+
+    if sha256 is not None:
+        raise UsageError("--sha256 is for the checks of one file: leave --against out")
+    comparison = compare_weights(file, against)
+    if json:
+        print_json(comparison.as_dict())
+        return 0 if comparison.ok else 4
+    counts = [("equal, bit by bit", str(comparison.equal), "")]
+    if comparison.different:
+        names = by_block(tensor.name for tensor in comparison.different)
+        counts.append(("different", str(len(comparison.different)), names))
+    for path, only in (
+        (comparison.file, comparison.only_in_file),
+        (comparison.against, comparison.only_in_against),
+    ):
+        if only:
+            counts.append((f"only in {path}", str(len(only)), by_block(only)))
+    title = f"{comparison.file}\nagainst {comparison.against}"
+    print_table(title, ("tensors", "count", "which"), counts)
+    if comparison.different:
+        rows = [
+            (
+                tensor.name,
+                "none in numbers"
+                if tensor.max_difference is None
+                else f"{tensor.max_difference:.3g}",
+                tensor.file,
+                tensor.against if tensor.against != tensor.file else "",
+            )
+            for tensor in comparison.different[:TENSORS_SHOWN]
+        ]
+        left = len(comparison.different) - len(rows)
+        title = "the largest differences" if left else "the differences"
+        print_table(title, ("tensor", "max |Δ|", "here", "there, if another"), rows)
+    if not comparison.ok:
+        say(f"r2n: {comparison.file}: not the same tensors as {comparison.against}")
+    return 0 if comparison.ok else 4
 
 
 # --- bench --------------------------------------------------------------------------------

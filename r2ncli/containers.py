@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -112,6 +113,26 @@ def _zip_archive(file: BufferedReader) -> str | None:
     if inside:
         return f"a zip archive with {inside[0]} inside: {_UNPACK}"
     return "a zip archive, but not one that torch.save writes"
+
+
+def broken_members(path: Path) -> tuple[int, list[str]]:
+    """How many members of a zip archive carry a CRC-32, and which of them do not fit theirs.
+
+    torch can be told to write none (``set_crc32_options``); 0 stands for that.
+    """
+    broken: list[str] = []
+    count = 0
+    with reading(path) as file, zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.CRC:
+                count += 1
+                try:
+                    with archive.open(member) as content:
+                        while content.read(1 << 20):
+                            pass
+                except (zipfile.BadZipFile, zlib.error, EOFError):
+                    broken.append(member.filename)
+    return count, broken
 
 
 def _short_safetensors(file: BufferedReader, size: int) -> str | None:

@@ -8,6 +8,8 @@ read from its tensors and never from its file's name.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import pickle
 import re
@@ -19,7 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from r2ncli.architectures import DEMO, EXPANSION, PUBLISHED, Architecture, Preprocessing
+from r2ncli.architectures import (
+    DEMO,
+    EXPANSION,
+    PUBLISHED,
+    Architecture,
+    Preprocessing,
+    PublishedNetwork,
+)
 from r2ncli.checkpoints import (
     Labels,
     checked_sha256,
@@ -34,6 +43,7 @@ from r2ncli.errors import CheckpointError
 from r2ncli.model import Res2Net
 from r2ncli.naming import read_naming
 from r2ncli.pickles import check_pickles
+from r2ncli.recognition import seems_to_be
 
 StateDict = dict[str, Tensor]
 Weights = str | os.PathLike[str] | None
@@ -119,25 +129,53 @@ def load_state_dict(path: Path) -> StateDict:
     CheckpointError
         The file cannot be read, asks to execute something, or holds no state dict.
     """
-    return unwrap(_load(path), path)
+    tensors = load_tensors(path)
+    official = read_naming(tensors).official
+    return {official[name]: tensor for name, tensor in tensors.items()}
 
 
-def unwrap(loaded: object, source: Path) -> StateDict:
-    """The state dict inside `loaded`, out of its wrapper and by the published names."""
+def load_tensors(path: Path) -> StateDict:
+    """The tensors of a checkpoint file by the names they have there, out of their wrapper.
+
+    Raises
+    ------
+    CheckpointError
+        As `load_state_dict`.
+    """
+    loaded = _load(path)
     for _ in WRAPPERS:  # one around the other; no further, for a dict can hold itself
         if isinstance(loaded, Mapping):
             inner = (loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), Mapping))
             loaded = next(inner, loaded)
     if not isinstance(loaded, Mapping):
         raise CheckpointError(
-            f"{source}: holds a {type(loaded).__name__}, expected a state dict of tensors"
+            f"{path}: holds a {type(loaded).__name__}, expected a state dict of tensors"
         )
     tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
     if not tensors:
         keys = ", ".join(repr(key) for key in list(loaded)[:5])
-        raise CheckpointError(f"{source}: holds no state dict (its keys: {keys or 'none'})")
-    official = read_naming(tensors).official
-    return {official[key]: value for key, value in tensors.items()}
+        raise CheckpointError(f"{path}: holds no state dict (its keys: {keys or 'none'})")
+    return tensors
+
+
+def tensors_sha256(state_dict: StateDict) -> str:
+    """A SHA-256 over the tensors alone: the same however and wherever they are packed.
+
+    It takes in the tensors in the order of their names' UTF-8 bytes (containers keep
+    different orders): of each a JSON line ``["name", "dtype", [shape]]``, then its values'
+    bytes, little-endian, in C order. Sparse tensors count as dense ones; of one without
+    values (meta) the line alone counts.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state_dict, key=lambda name: name.encode("utf-8", "surrogatepass")):
+        tensor = state_dict[name].detach()
+        line = json.dumps([name, kind_of(tensor), list(tensor.shape)])
+        digest.update(f"{line}\n".encode())
+        if not tensor.is_meta:
+            tensor = tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
+            flat = tensor.contiguous().view(-1) if tensor.dim() else tensor.reshape(1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def identify(state_dict: StateDict, source: Path) -> Architecture:
@@ -150,8 +188,11 @@ def identify(state_dict: StateDict, source: Path) -> Architecture:
     """
     architecture = guess_architecture(state_dict)
     if architecture is None:
-        found = ", ".join(list(state_dict)[:3]) or "none"
-        raise CheckpointError(f"{source}: these tensors are no Res2Net's (names such as {found})")
+        other = seems_to_be(shapes_of(state_dict))
+        found = f"names such as {', '.join(list(state_dict)[:3]) or 'none'}"
+        raise CheckpointError(
+            f"{source}: these tensors are no Res2Net's ({f'but {other}' if other else found})"
+        )
     differences = compare(architecture, state_dict)
     if differences:
         raise CheckpointError(
@@ -256,6 +297,10 @@ def compare(architecture: Architecture, state_dict: StateDict) -> Differences:
     )
 
 
+def shapes_of(state_dict: StateDict) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+
+
 def kind_of(tensor: Tensor) -> str:
     """Its dtype, after what else is unusual in it: ``sparse_coo float32``, ``meta int8``."""
     kind = str(tensor.dtype).removeprefix("torch.")
@@ -271,6 +316,20 @@ def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
+def nearest_published(state_dict: StateDict) -> tuple[PublishedNetwork, int] | None:
+    """The published network most of whose tensors these are, and how many; at least half."""
+    found = shapes_of(state_dict)
+    if not any(".convs." in name for name in found):
+        return None
+    best: tuple[PublishedNetwork, int] | None = None
+    for network in PUBLISHED.values():
+        expected = expected_shapes(network.architecture)
+        count = sum(found.get(name) == shape for name, shape in expected.items())
+        if 2 * count >= len(expected) and (best is None or count > best[1]):
+            best = network, count
+    return best
+
+
 def variant_name(architecture: Architecture) -> str:
     """The published network's name, or the architecture in words."""
     for network in PUBLISHED.values():
@@ -282,10 +341,12 @@ def variant_name(architecture: Architecture) -> str:
 def build(architecture: Architecture, state_dict: StateDict) -> Res2Net:
     """The network with these weights: in eval mode, float32, on the CPU."""
     with torch.device("meta"):
-        network = Res2Net(architecture).float()
-    network.to_empty(device="cpu")
-    counters = {name: torch.tensor(0) for name in network.state_dict() if name.endswith(COUNTER)}
-    network.load_state_dict(counters | state_dict, strict=True)  # copies: half becomes float32
+        network = Res2Net(architecture)
+    weights = {name: torch.tensor(0) for name in network.state_dict() if name.endswith(COUNTER)}
+    for name, tensor in state_dict.items():
+        whole = tensor.detach().contiguous()
+        weights[name] = whole if name.endswith(COUNTER) else whole.float()
+    network.load_state_dict(weights, strict=True, assign=True)  # without copying float32
     return network.eval()
 
 

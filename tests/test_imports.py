@@ -28,6 +28,7 @@ ROOMS = [
         "recognition",
         "weights",
         "verification",
+        "tensors",
     ),
     *("archives", "remote", "selection", "patterns", "sources"),
     *("images", "engine", "inference", "formats", "writers", "results", "runs"),
@@ -35,7 +36,7 @@ ROOMS = [
     *("bench", "terminal", "cli"),
     "__main__",
 ]
-WITH_TORCH = {"model", "weights", "verification", "engine/pytorch"}
+WITH_TORCH = {"model", "weights", "verification", "tensors", "engine/pytorch"}
 WITH_TERMINAL = {"terminal", "cli"}
 
 FILES = {
