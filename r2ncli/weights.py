@@ -357,7 +357,8 @@ def _load(path: Path) -> object:
         if kind == "safetensors":
             from safetensors.torch import load
 
-            return load(path.read_bytes())  # by its bytes: a name may be no UTF-8
+            # by its bytes, for a name may be no UTF-8; sorted, for its order changes by run
+            return dict(sorted(load(path.read_bytes()).items()))
         with (
             open(path, "rb") as file,  # by a path torch minds suffixes
             warnings.catch_warnings(),
