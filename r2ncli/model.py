@@ -15,6 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from r2ncli.architectures import EXPANSION, Architecture
+from r2ncli.errors import UsageError
+
+# the dilations of layer3 and layer4 with each output stride
+DILATIONS = {32: (1, 1), 16: (1, 2), 8: (2, 4)}
 
 
 class Bottle2neck(nn.Module):
@@ -26,7 +30,7 @@ class Bottle2neck(nn.Module):
         Channels of the input [N, in_channels, H, W].
     planes : int
         The output is [N, 4 * planes, H / stride, W / stride].
-    stride : int
+    stride, dilation : int
         Of the 3x3 convolutions.
     downsample : nn.Sequential or None
         The shortcut where the input's shape is not the output's.
@@ -42,6 +46,7 @@ class Bottle2neck(nn.Module):
         planes: int,
         architecture: Architecture,
         stride: int = 1,
+        dilation: int = 1,
         downsample: nn.Sequential | None = None,
         first: bool = False,
     ) -> None:
@@ -53,7 +58,7 @@ class Bottle2neck(nn.Module):
             self.pool = nn.AvgPool2d(3, stride, padding=1)
         groups = architecture.cardinality
         self.convs = nn.ModuleList(
-            nn.Conv2d(width, width, 3, stride, padding=1, groups=groups, bias=False)
+            nn.Conv2d(width, width, 3, stride, dilation, dilation, groups, bias=False)
             for _ in range(scale - 1)
         )
         self.bns = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(scale - 1))
@@ -87,20 +92,33 @@ class Res2Net(nn.Module):
     ----------
     architecture : Architecture
         The network's shape. Weights start as He initialisation (fan-out), classifier aside.
+    output_stride : int
+        How much smaller than the input layer4's output is: 32 as published, 16 or 8. Below
+        32 the last stages dilate their convolutions instead of striding. The state dict is
+        the same, so published weights load.
+
+    Raises
+    ------
+    UsageError
+        Another `output_stride`.
     """
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, output_stride: int = 32) -> None:
         super().__init__()
+        if output_stride not in DILATIONS:
+            raise UsageError(f"output stride {output_stride!r}: expected 32, 16 or 8")
         self.architecture = architecture
+        self.output_stride = output_stride
         self.conv1 = _stem(architecture.stem)
         self.bn1 = nn.BatchNorm2d(architecture.stem[-1])
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         channels = [architecture.stem[-1], *(EXPANSION * p for p in architecture.stage_planes)]
-        self.layer1 = _stage(architecture, 0, channels[0], stride=1)
-        self.layer2 = _stage(architecture, 1, channels[1], stride=2)
-        self.layer3 = _stage(architecture, 2, channels[2], stride=2)
-        self.layer4 = _stage(architecture, 3, channels[3], stride=2)
+        dilation3, dilation4 = DILATIONS[output_stride]
+        self.layer1 = _stage(architecture, 0, channels[0])
+        self.layer2 = _stage(architecture, 1, channels[1])
+        self.layer3 = _stage(architecture, 2, channels[2], (1, dilation3))
+        self.layer4 = _stage(architecture, 3, channels[3], (dilation3, dilation4))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels[4], architecture.classes)
         for module in self.modules():
@@ -113,6 +131,19 @@ class Res2Net(nn.Module):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
         return logits
+
+    def forward_features(self, x: Tensor) -> list[Tensor]:
+        """The four stages' feature maps: what detectors call [C2, C3, C4, C5].
+
+        Each is [N, channels, H / stride, W / stride], with strides 4, 8, 16 and 32, none of
+        them beyond `output_stride`.
+        """
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        features = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            features.append(x)
+        return features
 
 
 def conv_bn_pairs(network: Res2Net) -> Iterator[tuple[str, str]]:
@@ -173,21 +204,40 @@ def _stem(channels: tuple[int, ...]) -> nn.Module:
     )
 
 
-def _stage(architecture: Architecture, number: int, in_channels: int, stride: int) -> nn.Sequential:
-    """One stage's blocks, the first of which strides and changes the number of channels."""
+def _stage(
+    architecture: Architecture, number: int, in_channels: int, dilations: tuple[int, int] = (1, 1)
+) -> nn.Sequential:
+    """One stage's blocks, the first of which strides and changes the number of channels.
+
+    `dilations` are the stage before's and its own. Where they differ, the stage dilates in
+    place of striding, and its first block still has the dilation of the stage before.
+    """
     planes, blocks = architecture.stage_planes[number], architecture.layers[number]
     out_channels = planes * EXPANSION
+    first_dilation, dilation = dilations
+    stride = 2 if number > 0 and dilation == first_dilation else 1
     downsample = None
-    if stride != 1 or in_channels != out_channels:
+    if number > 0 or in_channels != out_channels:
         projection_stride = 1 if architecture.average_pool_shortcut else stride
         shortcut: list[nn.Module] = [
             nn.Conv2d(in_channels, out_channels, 1, projection_stride, bias=False),
             nn.BatchNorm2d(out_channels),
         ]
         if architecture.average_pool_shortcut:
-            pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
-            shortcut.insert(0, pool)
+            shortcut.insert(0, _shortcut_pool(stride, dilation))
         downsample = nn.Sequential(*shortcut)
-    first = Bottle2neck(in_channels, planes, architecture, stride, downsample, first=True)
-    rest = [Bottle2neck(out_channels, planes, architecture) for _ in range(blocks - 1)]
+    first = Bottle2neck(
+        in_channels, planes, architecture, stride, first_dilation, downsample, first=True
+    )
+    rest = [
+        Bottle2neck(out_channels, planes, architecture, dilation=dilation)
+        for _ in range(blocks - 1)
+    ]
     return nn.Sequential(first, *rest)
+
+
+def _shortcut_pool(stride: int, dilation: int) -> nn.Module:
+    """The average before a shortcut's convolution, of 2x2 positions where the stage dilates."""
+    if dilation > 1:  # as timm: the zeros beyond the right and lower edges count
+        return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.AvgPool2d(2, stride=1))
+    return nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)

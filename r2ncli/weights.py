@@ -73,8 +73,9 @@ def load_checkpoint(
     *,
     download: bool = True,
     on_progress: OnProgress | None = None,
+    output_stride: int = 32,
 ) -> Checkpoint:
-    """Find, check and load what `weights` means (see `find_checkpoint`).
+    """Find, check and load what `weights` means (see `find_checkpoint` and `Res2Net`).
 
     Raises
     ------
@@ -92,13 +93,13 @@ def load_checkpoint(
         sha256=digest,
         # a file may call itself demo; only its tensors can make it a published network
         variant=DEMO if metadata.get("variant") == DEMO else variant_name(architecture),
-        network=build(architecture, state_dict),
+        network=build(architecture, state_dict, output_stride),
         labels=labels_of(metadata, architecture.classes, path),
         preprocessing=preprocessing_of(metadata, path),
     )
 
 
-def load_model(path_or_name: str | os.PathLike[str]) -> Res2Net:
+def load_model(path_or_name: str | os.PathLike[str], *, output_stride: int = 32) -> Res2Net:
     """The plain network of a checkpoint: in eval mode, float32, on the CPU.
 
     Parameters
@@ -106,6 +107,8 @@ def load_model(path_or_name: str | os.PathLike[str]) -> Res2Net:
     path_or_name : str or path
         A checkpoint file, a published network's name (downloaded if it must be), or
         ``demo``.
+    output_stride : int
+        32, 16 or 8 (see `Res2Net`).
 
     Returns
     -------
@@ -118,7 +121,7 @@ def load_model(path_or_name: str | os.PathLike[str]) -> Res2Net:
     CheckpointError
         The checkpoint is absent, altered, or no Res2Net.
     """
-    return load_checkpoint(path_or_name).network
+    return load_checkpoint(path_or_name, output_stride=output_stride).network
 
 
 def load_state_dict(path: Path) -> StateDict:
@@ -338,10 +341,10 @@ def variant_name(architecture: Architecture) -> str:
     return architecture.describe()
 
 
-def build(architecture: Architecture, state_dict: StateDict) -> Res2Net:
+def build(architecture: Architecture, state_dict: StateDict, output_stride: int = 32) -> Res2Net:
     """The network with these weights: in eval mode, float32, on the CPU."""
     with torch.device("meta"):
-        network = Res2Net(architecture)
+        network = Res2Net(architecture, output_stride)
     weights = {name: torch.tensor(0) for name in network.state_dict() if name.endswith(COUNTER)}
     for name, tensor in state_dict.items():
         whole = tensor.detach().contiguous()
@@ -386,7 +389,7 @@ def _refusal(message: str) -> str:
 # --- the published networks, by name --------------------------------------------------
 
 
-def published_network(name: str, weights: Weights = None) -> Res2Net:
+def published_network(name: str, weights: Weights = None, output_stride: int = 32) -> Res2Net:
     """The published network `name` in eval mode: with these weights, or untrained (None).
 
     Raises
@@ -396,54 +399,54 @@ def published_network(name: str, weights: Weights = None) -> Res2Net:
     """
     architecture = PUBLISHED[name].architecture
     if weights is None:
-        return Res2Net(architecture).eval()
-    checkpoint = load_checkpoint(weights)
+        return Res2Net(architecture, output_stride).eval()
+    checkpoint = load_checkpoint(weights, output_stride=output_stride)
     found = checkpoint.network.architecture
     if replace(found, classes=architecture.classes) != architecture:
         raise CheckpointError(f"{checkpoint.path}: holds {found.describe()}, expected {name}")
     return checkpoint.network
 
 
-def res2net50_v1b_26w_4s(weights: Weights = None) -> Res2Net:
+def res2net50_v1b_26w_4s(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
     """Res2Net50-v1b 26w-4s, 1000 classes."""
-    return published_network("res2net50_v1b_26w_4s", weights)
+    return published_network("res2net50_v1b_26w_4s", weights, output_stride)
 
 
-def res2net101_v1b_26w_4s(weights: Weights = None) -> Res2Net:
+def res2net101_v1b_26w_4s(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
     """Res2Net101-v1b 26w-4s, 1000 classes."""
-    return published_network("res2net101_v1b_26w_4s", weights)
+    return published_network("res2net101_v1b_26w_4s", weights, output_stride)
 
 
-def res2net50_26w_4s(weights: Weights = None) -> Res2Net:
+def res2net50_26w_4s(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
     """Res2Net50 26w-4s, 1000 classes."""
-    return published_network("res2net50_26w_4s", weights)
+    return published_network("res2net50_26w_4s", weights, output_stride)
 
 
-def res2net50_48w_2s(weights: Weights = None) -> Res2Net:
+def res2net50_48w_2s(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
     """Res2Net50 48w-2s, 1000 classes."""
-    return published_network("res2net50_48w_2s", weights)
+    return published_network("res2net50_48w_2s", weights, output_stride)
 
 
-def res2net50_14w_8s(weights: Weights = None) -> Res2Net:
+def res2net50_14w_8s(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
     """Res2Net50 14w-8s, 1000 classes."""
-    return published_network("res2net50_14w_8s", weights)
+    return published_network("res2net50_14w_8s", weights, output_stride)
 
 
-def res2net50_26w_6s(weights: Weights = None) -> Res2Net:
+def res2net50_26w_6s(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
     """Res2Net50 26w-6s, 1000 classes."""
-    return published_network("res2net50_26w_6s", weights)
+    return published_network("res2net50_26w_6s", weights, output_stride)
 
 
-def res2net50_26w_8s(weights: Weights = None) -> Res2Net:
+def res2net50_26w_8s(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
     """Res2Net50 26w-8s, 1000 classes."""
-    return published_network("res2net50_26w_8s", weights)
+    return published_network("res2net50_26w_8s", weights, output_stride)
 
 
-def res2net101_26w_4s(weights: Weights = None) -> Res2Net:
+def res2net101_26w_4s(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
     """Res2Net101 26w-4s, 1000 classes."""
-    return published_network("res2net101_26w_4s", weights)
+    return published_network("res2net101_26w_4s", weights, output_stride)
 
 
-def res2next50(weights: Weights = None) -> Res2Net:
+def res2next50(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
     """Res2NeXt50 4w-4s, 1000 classes."""
-    return published_network("res2next50", weights)
+    return published_network("res2next50", weights, output_stride)

@@ -106,12 +106,12 @@ def reference_state_dict(variant: str) -> dict[str, Tensor]:
     return {name: reference_tensor(name, shape) for name, shape in pairs}
 
 
-def reference_network(architecture: Architecture | str) -> Res2Net:
+def reference_network(architecture: Architecture | str, output_stride: int = 32) -> Res2Net:
     """The network, or the published one of this name, with the rule's weights."""
     if isinstance(architecture, str):
         architecture = PUBLISHED[architecture].architecture
     with torch.device("meta"):
-        network = Res2Net(architecture)
+        network = Res2Net(architecture, output_stride)
     weights = {
         name: reference_tensor(name, tensor.shape) for name, tensor in network.state_dict().items()
     }

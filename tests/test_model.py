@@ -20,6 +20,7 @@ from reference_weights import (
 from torch import nn
 
 from r2ncli.architectures import PUBLISHED
+from r2ncli.errors import UsageError
 from r2ncli.model import Bottle2neck, Res2Net, conv_bn_pairs, layer_shapes
 
 STAGES = ["layer1", "layer2", "layer3", "layer4"]
@@ -129,6 +130,77 @@ def test_logits_are_timms_where_timm_has_the_network(variant):
         assert relative_error(ours(x), theirs(x)) < 1e-5
 
 
+# --- output stride --------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output_stride", [16, 8])
+@pytest.mark.parametrize(
+    ("variant", "timms"),
+    [
+        ("res2net50_v1b_26w_4s", "res2net50d"),
+        ("res2net50_26w_4s", "res2net50_26w_4s"),
+        ("res2next50", "res2next50"),
+    ],
+)
+def test_dilated_features_are_timms_for_the_same_weights(variant, timms, output_stride):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # timm's own
+        timm = pytest.importorskip("timm")
+    ours = reference_network(variant, output_stride)
+    theirs = timm.create_model(timms, features_only=True, output_stride=output_stride).eval()
+    weights = ours.state_dict()
+    del weights["fc.weight"], weights["fc.bias"]
+    theirs.load_state_dict(weights, strict=True)
+    x = reference_input()[:1, :, :, :190]  # neither square nor a multiple of 32
+    with torch.no_grad():
+        features = theirs(x)[1:]  # without the stem's
+        for feature, expected in zip(ours.forward_features(x), features, strict=True):
+            assert relative_error(feature, expected) < 1e-4
+
+
+@tiny
+@pytest.mark.parametrize(
+    ("output_stride", "sizes"), [(32, [16, 8, 4, 2]), (16, [16, 8, 4, 4]), (8, [16, 8, 8, 8])]
+)
+def test_features_are_no_smaller_than_the_output_stride_has_them(
+    architecture, output_stride, sizes
+):
+    network = reference_network(architecture, output_stride)
+    assert network.output_stride == output_stride
+    with torch.no_grad():
+        features = network.forward_features(pixels(64))
+    planes = architecture.stage_planes
+    assert [list(feature.shape) for feature in features] == [
+        [2, 4 * channels, size, size] for channels, size in zip(planes, sizes, strict=True)
+    ]
+
+
+@tiny
+@pytest.mark.parametrize("output_stride", [16, 8])
+def test_a_dilated_network_has_the_published_state_dict(architecture, output_stride):
+    dilated = reference_network(architecture, output_stride).state_dict()
+    published = reference_network(architecture).state_dict()
+    assert list(dilated) == list(published)
+    assert all(torch.equal(dilated[name], published[name]) for name in published)
+
+
+@pytest.mark.parametrize(("output_stride", "expected"), [(16, [1, 2, 2]), (8, [2, 4, 4])])
+def test_the_first_block_of_a_dilated_stage_keeps_the_dilation_before_it(output_stride, expected):
+    with torch.device("meta"):
+        network = Res2Net(PUBLISHED["res2net50_v1b_26w_4s"].architecture, output_stride)
+    for block, dilation in zip(network.layer4, expected, strict=True):
+        for conv in block.convs:
+            assert (conv.dilation, conv.padding) == ((dilation, dilation),) * 2
+            assert conv.stride == (1, 1)
+    assert network.layer2[0].convs[0].stride == (2, 2)
+
+
+def test_an_output_stride_that_cannot_be_is_refused():
+    with pytest.raises(UsageError, match=r"^output stride 4: expected 32, 16 or 8$"):
+        Res2Net(TINY["v1"], output_stride=4)
+
+
 # --- the published class's habits -----------------------------------------------------
 
 
@@ -208,17 +280,30 @@ def test_torchvisions_layer_getter_gives_the_stages():
     assert torch.equal(got["high"], outputs["layer4"][0])
 
 
-@pytest.mark.parametrize("name", ["v1", "no shortcut in layer1"])
-def test_torchvisions_feature_extractor_can_trace_it(name):
+@pytest.mark.parametrize(
+    ("name", "output_stride"), [("v1", 32), ("no shortcut in layer1", 32), ("v1b", 8)]
+)
+def test_torchvisions_feature_extractor_can_trace_it(name, output_stride):
     from torchvision.models.feature_extraction import create_feature_extractor
 
-    network, x = reference_network(TINY[name]), pixels(64)
+    network, x = reference_network(TINY[name], output_stride), pixels(64)
     outputs, _ = seen_by_hooks(network, x)
     extractor = create_feature_extractor(network, ["layer2.0.bn3", "layer3", "fc"])
     with torch.no_grad():
         got = extractor(x)
     assert list(got) == ["layer2.0.bn3", "layer3", "fc"]
     assert all(torch.equal(output, outputs[name][0]) for name, output in got.items())
+
+
+@tiny
+def test_forward_features_gives_what_the_four_stages_give(architecture):
+    network, x = reference_network(architecture), pixels(64)
+    outputs, _ = seen_by_hooks(network, x)
+    with torch.no_grad():
+        features = network.forward_features(x)
+    assert isinstance(features, list)
+    for feature, stage in zip(features, STAGES, strict=True):
+        assert torch.equal(feature, outputs[stage][0])
 
 
 @tiny

@@ -621,3 +621,17 @@ def test_a_published_network_refuses_another_variants_weights(tmp_path):
     assert str(caught.value) == (
         f"{path}: holds Res2Net50 26w-4s, 1000 classes, expected res2net50_v1b_26w_4s"
     )
+
+
+def test_a_checkpoint_is_loaded_with_another_output_stride(tmp_path):
+    published = hollow(PUBLISHED["res2net50_26w_4s"].architecture)
+    published["fc.bias"] = torch.arange(1000.0)
+    path = saved(published, tmp_path / "mine.pth")
+    for network in (
+        load_model(path, output_stride=8),
+        r2ncli.res2net50_26w_4s(path, output_stride=8),
+    ):
+        assert network.output_stride == 8
+        assert torch.equal(network.fc.bias, torch.arange(1000.0))
+    assert load_model(path).output_stride == 32
+    assert r2ncli.res2net50_26w_4s(output_stride=16).output_stride == 16
