@@ -27,6 +27,8 @@ ROOMS = [
         "naming",
         "recognition",
         "weights",
+        "hubconf",
+        "torchvision_models",
         "verification",
         "tensors",
     ),
@@ -36,7 +38,10 @@ ROOMS = [
     *("bench", "terminal", "cli"),
     "__main__",
 ]
-WITH_TORCH = {"model", "weights", "verification", "tensors", "engine/pytorch"}
+WITH_TORCH = {
+    *("model", "weights", "torchvision_models", "verification", "tensors", "engine/pytorch")
+}
+WITH_TORCHVISION = {"torchvision_models"}  # the one file that is for its users
 WITH_TERMINAL = {"terminal", "cli"}
 
 FILES = {
@@ -116,7 +121,14 @@ def test_only_the_command_line_imports_the_terminals_libraries(file: str) -> Non
 
 @pytest.mark.parametrize("file", list(FILES))
 def test_torchvision_and_timm_are_never_needed(file: str) -> None:
-    assert not {module.split(".")[0] for module in imports(file)} & {"torchvision", "timm"}
+    libraries = {module.split(".")[0] for module in imports(file)}
+    assert "timm" not in libraries
+    assert ("torchvision" in libraries) == (file in WITH_TORCHVISION)
+
+
+@pytest.mark.parametrize("file", list(FILES))
+def test_what_is_for_another_librarys_users_is_imported_by_them_alone(file: str) -> None:
+    assert not rooms_of(imports(file)) & {"hubconf", "torchvision_models"}
 
 
 @pytest.mark.parametrize("statement", ["import r2ncli", "import r2ncli.cli", "dir(r2ncli)"])
