@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from r2ncli.architectures import Preprocessing as Preprocessing
     from r2ncli.comparison import Difference as Difference
     from r2ncli.comparison import diff as diff
+    from r2ncli.conversion import Conversion as Conversion
+    from r2ncli.conversion import convert as convert
     from r2ncli.errors import CheckpointError as CheckpointError
     from r2ncli.errors import DeviceError as DeviceError
     from r2ncli.errors import FailedInputError as FailedInputError
@@ -74,6 +76,7 @@ _ROOMS = {
         "res2next50",
     ),
     "verification": ("verify_weights",),
+    "conversion": ("convert", "Conversion"),
     "inference": ("classify", "extract", "Classification", "Prediction", "Features", "Progress"),
     "runs": ("classify_to", "extract_to"),
     "comparison": ("diff", "Difference"),

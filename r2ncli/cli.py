@@ -688,6 +688,41 @@ def _compare(file: str | None, against: str, sha256: str | None, json: bool) -> 
     return 0 if comparison.ok else 4
 
 
+# --- convert ------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example:  r2n convert res2net50_v1b_26w_4s mine.onnx")
+@_boundary
+def convert(
+    weights: Annotated[
+        str, typer.Argument(metavar="IN", help="A checkpoint file, a published name, or demo.")
+    ],
+    output: Annotated[
+        str, typer.Argument(metavar="OUT", help="A .pth, .safetensors, .onnx or .xml (OpenVINO).")
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            help="Whose names: official, timm, mmpretrain or torchvision-backbone.",
+            show_default="official",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """A checkpoint as another library loads it, with equal logits."""
+    from r2ncli.conversion import convert as write
+
+    with Report("convert", quiet) as report:
+        done = write(
+            weights, output, overwrite=overwrite, on_download=report.download, **_given(to=to)
+        )
+    if not quiet:
+        equal = f"to {done.difference:.1g} of the largest" if done.difference else "bit by bit"
+        say(f"{done.variant}, {done.naming} names, the same logits {equal} -> {done.output}")
+
+
 # --- bench --------------------------------------------------------------------------------
 
 

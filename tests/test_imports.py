@@ -31,6 +31,7 @@ ROOMS = [
         "torchvision_models",
         "verification",
         "tensors",
+        "conversion",
     ),
     *("archives", "remote", "selection", "patterns", "sources"),
     *("images", "engine", "inference", "formats", "writers", "results", "runs"),
@@ -39,7 +40,8 @@ ROOMS = [
     "__main__",
 ]
 WITH_TORCH = {
-    *("model", "weights", "torchvision_models", "verification", "tensors", "engine/pytorch")
+    *("model", "weights", "torchvision_models", "verification", "tensors", "conversion"),
+    "engine/pytorch",
 }
 WITH_TORCHVISION = {"torchvision_models"}  # the one file that is for its users
 WITH_TERMINAL = {"terminal", "cli"}
