@@ -1,0 +1,238 @@
+"""The network at home in other systems: each example loads the weights strictly, and runs."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+from reference_weights import reference_state_dict
+from test_examples import EXAMPLES, example
+from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+from typer.testing import CliRunner
+
+import r2ncli
+from r2ncli.cli import app
+from r2ncli.weights import load_model
+
+NAME = "res2net50_v1b_26w_4s"
+
+
+@pytest.fixture(scope="module")
+def reference_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published network's reference weights in a file."""
+    path = tmp_path_factory.mktemp("reference") / "reference.pth"
+    torch.save(reference_state_dict(NAME), path)
+    return path
+
+
+def has_all_of(part: nn.Module, weights: str | Path) -> bool:
+    """Whether `part` is the whole of these weights but the classifier, under the same names."""
+    expected = load_model(weights).state_dict()
+    del expected["fc.weight"], expected["fc.bias"]
+    own = part.state_dict()
+    return list(own) == list(expected) and all(torch.equal(own[n], expected[n]) for n in own)
+
+
+def losses(printed: str) -> list[float]:
+    found = [float(text) for text in re.findall(r"loss (\S+)", printed)]
+    assert found
+    assert all(math.isfinite(loss) for loss in found)
+    return found
+
+
+def needs(library: str) -> None:
+    """Skip, and say why, where a library of the extra is absent; a broken one fails."""
+    if find_spec(library) is None:
+        pytest.skip(f"{library} is not installed: pip install '.[interop]'")
+
+
+# --- torchvision --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_faster_rcnn_with_a_pyramid_trains(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faster_rcnn = example("faster_rcnn", monkeypatch)
+    model = faster_rcnn.detector("demo", classes=2, size=64)
+    assert has_all_of(model.backbone.body, "demo")
+    pyramid = model.backbone(torch.zeros(1, 3, 64, 64))
+    assert [level.shape[-1] for level in pyramid.values()] == [16, 8, 4, 2, 1]
+
+    assert faster_rcnn.main(["--weights", "demo", "--steps", "2", "--size", "64"]) == 0
+    assert len(losses(capsys.readouterr().out)) == 2
+
+
+def test_deeplabv3_with_output_stride_8_learns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deeplabv3 = example("deeplabv3", monkeypatch)
+    model = deeplabv3.segmenter("demo", classes=2)
+    assert has_all_of(model.backbone, "demo")
+    maps = model.backbone(torch.zeros(1, 3, 64, 64))
+    assert maps["out"].shape[-2:] == maps["aux"].shape[-2:] == (8, 8)
+
+    assert deeplabv3.main(["--weights", "demo", "--steps", "4", "--size", "64"]) == 0
+    first, *_, last = losses(capsys.readouterr().out)
+    assert last < first
+
+
+def test_a_converted_backbone_loads_strictly_into_what_torchvision_keeps_of_a_network(
+    tiny_weights: Path, tmp_path: Path
+) -> None:
+    r2ncli.convert(tiny_weights, tmp_path / "backbone.pth", to="torchvision-backbone")
+    kept = IntermediateLayerGetter(r2ncli.Res2Net(TINY), {"layer4": "out"})
+    kept.load_state_dict(torch.load(tmp_path / "backbone.pth", weights_only=True), strict=True)
+    assert has_all_of(kept, tiny_weights)
+
+
+# --- code that walks the network, and fine-tuning -----------------------------------------
+
+
+def test_stem_and_layers_called_one_by_one_give_what_forward_gives(
+    reference_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = example("polyp_segmentation", monkeypatch).PolypSegmenter(str(reference_file))
+    seen: list[Tensor] = []
+    for layer in (1, 2, 3, 4):
+        model.resnet.get_submodule(f"layer{layer}").register_forward_hook(
+            lambda _module, _inputs, output: seen.append(output)
+        )
+    pixels = torch.randn(1, 3, 352, 352, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.resnet(pixels)
+        forwards_own = seen.copy()
+        one_by_one = model.layers(pixels)
+    assert [list(x.shape) for x in one_by_one] == [
+        [1, 256, 88, 88],
+        [1, 512, 44, 44],
+        [1, 1024, 22, 22],
+        [1, 2048, 11, 11],
+    ]
+    assert all(torch.equal(x, y) for x, y in zip(one_by_one, forwards_own, strict=True))
+
+
+def test_a_polyp_segmenter_learns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    polyps = example("polyp_segmentation", monkeypatch)
+    assert polyps.main(["--weights", "demo", "--steps", "4", "--size", "96"]) == 0
+    first, *_, last = losses(capsys.readouterr().out)
+    assert last < first
+
+
+def test_a_fine_tuned_network_is_what_r2n_classifies_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(0)
+    for label, colour in (("blue", (40, 60, 200)), ("red", (200, 50, 40))):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number in range(6):
+            pixels = np.array(colour) + random.integers(-30, 31, (40, 40, 3))
+            picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            picture.save(tmp_path / "photos" / label / f"{number}.png")
+    photos, mine = str(tmp_path / "photos"), str(tmp_path / "mine.safetensors")
+
+    arguments = [photos, "--weights", "demo", "--epochs", "6", "--batch-size", "4", "-o", mine]
+    assert example("fine_tune", monkeypatch).main(arguments) == 0
+
+    done = CliRunner().invoke(app, ["classify", photos, "--weights", mine, "--topk", "1"])
+    assert done.exit_code == 0
+    _, *rows = done.stdout.splitlines()
+    assert len(rows) == 12
+    for row in rows:
+        path, status, _, _, label, _ = row.split(",")
+        assert (status, label) == ("ok", Path(path).parent.name)
+
+
+# --- other libraries ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # timm's own
+def test_timm_gives_the_same_logits(
+    reference_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("timm")
+    assert example("timm_res2net50d", monkeypatch).main([str(reference_file)]) == 0
+    assert "of the largest" in capsys.readouterr().out
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")  # mmcv's own
+def test_mmpretrain_gives_the_same_logits_with_the_deep_stem_and_no_other(
+    reference_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("mmpretrain")
+    mmpretrain = example("mmpretrain_classifier", monkeypatch)
+    assert mmpretrain.main([str(reference_file)]) == 0
+
+    r2ncli.convert(reference_file, tmp_path / "mmpretrain.pth", to="mmpretrain")
+    converted = torch.load(tmp_path / "mmpretrain.pth", weights_only=True)
+    widespread = {**mmpretrain.BACKBONE, "deep_stem": False, "avg_down": False}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        mmpretrain.classifier(widespread).load_state_dict(converted, strict=True)
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")  # the library's own
+def test_a_unet_with_a_registered_encoder_trains(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs("segmentation_models_pytorch")
+    unet = example("unet", monkeypatch)
+    model = unet.segmenter("demo")
+    assert has_all_of(model.encoder.network, "demo")
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 1, 64, 64)
+
+    assert unet.main(["--weights", "demo", "--steps", "4", "--size", "64"]) == 0
+    first, *_, last = losses(capsys.readouterr().out)
+    assert last < first
+
+
+# in a process of its own: importing ultralytics replaces functions of torch and OpenCV
+YOLO = """
+import sys
+from pathlib import Path
+import torch, yaml, yolo
+from r2ncli.weights import load_model
+
+weights, folder = sys.argv[1:]
+Path(folder, "yolo.yaml").write_text(yaml.safe_dump(yolo.configuration(weights, classes=1)))
+model = yolo.YOLO(Path(folder, "yolo.yaml"), task="detect").model
+yolo.keep_eps(model)
+network = load_model(weights)
+pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    outputs = model.eval().model[0](pixels)
+    expected = network.forward_features(pixels)[1:]
+for output, feature in zip(outputs[12:15], expected, strict=True):
+    assert torch.equal(output, feature)
+assert len(outputs) == 15
+assert yolo.main(["--weights", weights, "--pictures", "4", "--size", "64"]) == 0
+print("trained")
+"""
+
+
+@pytest.mark.interop
+def test_yolo_has_the_layers_outputs_and_trains(
+    reference_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("ultralytics")
+    monkeypatch.setenv("YOLO_OFFLINE", "1")
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{EXAMPLES}:{EXAMPLES.parent}")
+    command = [sys.executable, "-c", YOLO, str(reference_file), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("trained\n")
