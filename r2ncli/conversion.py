@@ -24,12 +24,12 @@ from torch import Tensor
 from r2ncli.architectures import Architecture
 from r2ncli.checkpoints import (
     checked_sha256,
-    container,
     find_checkpoint,
     labels_of,
     preprocessing_of,
     read_metadata,
 )
+from r2ncli.containers import container
 from r2ncli.downloads import OnProgress
 from r2ncli.errors import CheckpointError, OutputError, UsageError
 from r2ncli.model import Res2Net
