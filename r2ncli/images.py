@@ -1,10 +1,11 @@
 """The bytes of a picture become the network's input pixels. Every decode rule is here.
 
-- EXIF orientation is applied; an animation gives its first frame.
+- EXIF orientation is applied, in a HEIC its container's; an animation gives its first frame.
 - Transparency is composited on white; palettes, greyscale and CMYK become RGB.
 - Colours are sRGB: an embedded ICC profile is applied to the resized pixels, in the
-  picture's own colour space (RGB, greyscale, CMYK). A profile that is damaged or of another
-  colour space is ignored, and so are colours declared without one (PNG's gAMA, EXIF's tags).
+  picture's own colour space (RGB, greyscale, CMYK) and in eight bits, whatever the depth was.
+  A profile that is damaged or of another colour space is ignored, and so are colours that are
+  declared without one (PNG's gAMA, EXIF's tags).
 - 16 bits: greyscale is v / 257, rounded; colour is the high byte, as Pillow reads it. The
   file's declared depth decides (a TIFF's may be 12 bits), never the values of the picture.
 - 32-bit integers and floats declare no range: the smallest of 1 (floats only), 255 and
@@ -213,10 +214,10 @@ def _is_heif(head: bytes) -> bool:
     if head[4:8] != b"ftyp":
         return False
     end = min(int.from_bytes(head[:4]), len(head))
-    major, compatible = head[8:12], {head[at : at + 4] for at in range(16, end, 4)}
-    if major in _AVIF_BRANDS or (compatible & _AVIF_BRANDS and not compatible & _HEVC_BRANDS):
+    brands = {head[at : at + 4] for at in (8, *range(16, end, 4))}
+    if head[8:12] in _AVIF_BRANDS or (brands & _AVIF_BRANDS and not brands & _HEVC_BRANDS):
         return False
-    return bool({major, *compatible} & (_HEVC_BRANDS | {b"mif1", b"msf1"}))
+    return bool(brands & (_HEVC_BRANDS | {b"mif1", b"msf1"}))
 
 
 _AVIF_BRANDS = {b"avif", b"avis"}

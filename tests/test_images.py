@@ -879,6 +879,7 @@ def test_a_heic_of_ten_bits_of_grey_is_read_by_its_depth() -> None:
     [
         (b"heic", [b"mif1", b"heic"], True),
         (b"heix", [], True),
+        (b"heic", [b"mif1", b"avif"], True),
         (b"mif1", [b"mif1", b"heic"], True),
         (b"mif1", [b"mif1"], True),
         (b"msf1", [b"hevc"], True),
