@@ -18,6 +18,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -289,15 +290,23 @@ def decode_files(numbers: range, corruption: Corruption, sender: Connection) -> 
         sender.send((kind, outcome, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
+DATE = re.compile(rb"((?:mvhd|tkhd|mdhd).{4}).{16}", re.DOTALL)  # of an AVIF of several pictures
+
+
 def pictures_of_every_kind() -> list[tuple[str, bytes]]:
-    """A small picture in every format and layout that Pillow writes, the format's name first."""
+    """A small picture in every format and layout that Pillow writes, the format's name first.
+
+    Without dates: a seed and a number say the same file tomorrow.
+    """
     rgb = Image.effect_mandelbrot((61, 47), (-2, -1, 1, 1), 50).convert("RGB")
     rgb = Image.merge("RGB", [rgb.getchannel(0), *rgb.rotate(90).split()[:2]])
     rgba = rgb.copy()
     rgba.putalpha(Image.linear_gradient("L").resize(rgb.size))
     by_mode = {mode: rgb.convert(mode) for mode in ("1", "L", "P", "CMYK", "I;16", "F", "LAB")}
     by_mode |= {"RGB": rgb, "RGBA": rgba, "LA": rgba.convert("LA")}
+    by_mode["LAB"].info.clear()  # a profile, which has a date
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    srgb = srgb[:24] + bytes(12) + srgb[36:]
     swapped = srgb.replace(b"rXYZ", b"xxxx").replace(b"gXYZ", b"rXYZ").replace(b"xxxx", b"gXYZ")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -334,7 +343,7 @@ def pictures_of_every_kind() -> list[tuple[str, bytes]]:
         content = BytesIO()
         more = {"append_images": [rgb.rotate(180)]} if "save_all" in extra else {}
         by_mode[mode].copy().save(content, kind, **extra, **more)  # copies: saving leaves traces
-        encoded.append((kind, content.getvalue()))
+        encoded.append((kind, re.sub(DATE, lambda date: date[1] + bytes(16), content.getvalue())))
     return encoded
 
 
