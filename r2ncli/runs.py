@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain, islice
+from itertools import islice
 from os import PathLike as OsPathLike
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
@@ -461,7 +461,14 @@ def _begun(inputs: Iterator[Input], walk: Walk) -> Iterator[Input]:
     first = next(inputs, None)
     if first is None and not walk.any_found:
         raise no_image_found()
-    return chain([] if first is None else [first], inputs)
+
+    def onwards(found: Input | None) -> Iterator[Input]:
+        while found is not None:
+            yield found
+            found = None  # it may hold its bytes, and an archive the next until these are free
+            found = next(inputs, None)
+
+    return onwards(first)
 
 
 def _check_resumable(
@@ -521,6 +528,7 @@ def _skip_done(partial: PartialOutput, inputs: Iterator[Input]) -> tuple[int, in
         found = next(inputs, None)
         if found is None or found.name != done_name:
             raise OutputError(_differing_name(partial.folder, done_name, found))
+        del found  # it may hold its bytes, and an archive the next until these are free
         partial.done += 1
         failed += was_failed
     return partial.done, failed

@@ -197,6 +197,7 @@ class Walk:
             if isinstance(found, BaseException):
                 raise found
             yield found
+            del found  # what it holds is free before the next is waited for
 
     def _run(self) -> None:
         try:
@@ -357,6 +358,7 @@ class _Search:
         try:
             for member, read in found:
                 yield Input(f"{archive}!{printable(member)}", read)
+                del read  # what it holds is free before the next is read
         except ImageError as error:
             yield _failed(archive, str(error))
 

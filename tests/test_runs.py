@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -537,6 +538,29 @@ def test_few_rows_wait_however_far_apart_the_failed_ones_are(monkeypatch):
     tried = iter([Classification("9999", ())])
     for n, row in enumerate(runs._with_failed_replaced(Path("x"), 0, tried)):
         assert (row.path, row.error, len(read)) == (str(n), None, n + 1)
+
+
+@pytest.mark.parametrize("then", ["resume", "retry_failed"])
+def test_a_compressed_archive_is_walked_to_its_end_with_room_for_one_picture(
+    tmp_path, pictures, tiny_weights, monkeypatch, then
+):
+    """Who still holds the picture before would wait for ever: the next is read once it is gone."""
+    smallest = min(path.stat().st_size for path in pictures.iterdir())
+    monkeypatch.setattr("r2ncli.sources.BYTES_AHEAD", smallest * 3 // 2)
+    archive, out = tmp_path / "a.tar.gz", tmp_path / "x.csv"
+    whole = (pictures / "00007.jpg").read_bytes()
+    options = {"weights": tiny_weights, "batch_size": 2, "workers": 1}
+    for content, more in ((bytes(len(whole)), {}), (whole, {then: True})):
+        (pictures / "00007.jpg").write_bytes(content)
+        with tarfile.open(archive, "w:gz") as file:
+            file.add(pictures, "p")
+        if then == "resume" and not more:
+            with pytest.raises(StopAfterError):
+                r2ncli.classify_to(out, archive, on_progress=stop_after(9), **options)
+        else:
+            counts = r2ncli.classify_to(out, archive, **more, **options)["counts"]
+    assert counts == {"inputs": 20, "ok": 20 - (then == "resume"), "failed": then == "resume"}
+    assert r2ncli.classify_to(out, archive, resume=True, **options)["counts"] == counts
 
 
 @pytest.mark.slow
