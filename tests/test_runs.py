@@ -517,6 +517,12 @@ def test_a_retry_may_follow_a_decoder_that_was_added(mended, tiny_weights):
                 r2ncli.classify_to(out, folder, **retry)
 
 
+def test_what_changes_colours_is_no_decoder_that_was_added():
+    assert runs._keeps_ok_rows("versions pillow-heif", None, "1.0")
+    assert not runs._keeps_ok_rows("versions littlecms2", None, "2.16")
+    assert not runs._keeps_ok_rows("versions pillow-heif", "1.0", "1.1")
+
+
 def test_a_retry_needs_a_finished_output(tmp_path, pictures, tiny_weights):
     with pytest.raises(OutputError, match="there is no finished output"):
         r2ncli.classify_to(tmp_path / "x.csv", pictures, weights=tiny_weights, retry_failed=True)
