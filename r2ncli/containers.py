@@ -9,6 +9,7 @@ import json
 import os
 import re
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -20,6 +21,12 @@ from r2ncli.errors import CheckpointError
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 HEADER_LIMIT = 100_000_000  # of a safetensors header, as the format itself has it
+
+# what a damaged archive can raise: zipfile's own, its decompressors', and those of wrong numbers
+ZIP_ERRORS = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, OSError),
+    *(RuntimeError, ValueError, OverflowError, struct.error),
+)
 
 _UNPACK = "unpack it first"
 _SERVER = "what a server says in place of a file. Download it again"
@@ -89,12 +96,12 @@ def looks_pickled(head: bytes) -> bool:
 
 def _zip_archive(file: BufferedReader) -> str | None:
     """What a zip archive is if it is no checkpoint."""
-    if not zipfile.is_zipfile(file):
-        return "truncated: a zip container without its end. Download it again"
     try:
+        if not zipfile.is_zipfile(file):
+            return "truncated: a zip container without its end. Download it again"
         with zipfile.ZipFile(file) as archive:
             paths = archive.namelist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except ZIP_ERRORS as error:
         return f"damaged: a zip container that cannot be listed ({error}). Download it again"
     names = {path.rpartition("/")[2] for path in paths}
     if "constants.pkl" in names:
@@ -130,7 +137,7 @@ def broken_members(path: Path) -> tuple[int, list[str]]:
                     with archive.open(member) as content:
                         while content.read(1 << 20):
                             pass
-                except (zipfile.BadZipFile, zlib.error, EOFError):
+                except ZIP_ERRORS:
                     broken.append(member.filename)
     return count, broken
 

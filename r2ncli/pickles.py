@@ -8,18 +8,18 @@ own safe loader comes after this look, not in place of it.
 from __future__ import annotations
 
 import io
+import mmap
 import pickletools
 import re
 import zipfile
-import zlib
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
-from r2ncli.containers import looks_pickled, reading
+from r2ncli.containers import ZIP_ERRORS, looks_pickled, reading
 from r2ncli.errors import CheckpointError
 
 _STORAGES = (
@@ -81,7 +81,7 @@ _LIMIT = 256_000_000  # bytes of a pickle; a state dict of 500 tensors takes 80,
 _COMPUTED = "a name that it computes"
 _ENDS_EARLY = "it ends too early"
 _MARK = object()
-_MALFORMED = (ValueError, IndexError, KeyError, UnicodeError, EOFError, TypeError)
+_MALFORMED = (ValueError, IndexError, KeyError, EOFError, TypeError, OverflowError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,14 @@ def _pickles(path: Path, container: str) -> Iterator[tuple[str, Requests]]:
         if container == "zip":
             yield from _zipped(path, file)
         elif container == "pickle":
-            head = file.read(16)
-            file.seek(0)
-            legacy = head[2:].startswith(_MAGIC)
-            for _ in range(_LEGACY_PICKLES if legacy else 1):
-                found = requests(file)
-                yield "", found
-                if found.broken is not None or found.refused:
-                    return  # where the next one begins is unknown, or no longer matters
+            # mapped, for a string may claim any length: memory for it is never set aside
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                legacy = content[2:14] == _MAGIC
+                for _ in range(_LEGACY_PICKLES if legacy else 1):
+                    found = requests(cast(IO[bytes], content))
+                    yield "", found
+                    if found.broken is not None or found.refused:
+                        return  # where the next one begins is unknown, or no longer matters
             if not legacy:
                 raise CheckpointError(f"{path}: a pickle, but not one that torch.save writes")
 
@@ -177,7 +177,7 @@ def _zipped(path: Path, file: BufferedReader) -> Iterator[tuple[str, Requests]]:
                 # bytes of a tensor can start like a pickle, but do not go on like one
                 if named or found.broken is None or found.refused:
                     yield where, found
-    except (RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except ZIP_ERRORS as error:
         raise CheckpointError(f"{path}: damaged, cannot be loaded: {error}") from error
 
 

@@ -48,7 +48,10 @@ from r2ncli.recognition import seems_to_be
 StateDict = dict[str, Tensor]
 Weights = str | os.PathLike[str] | None
 
-WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
+WRAPPERS = (
+    *("state_dict", "model", "model_state_dict", "net", "network", "module", "weights", "params"),
+    *("state_dict_ema", "model_ema"),  # where an average of the weights is all there is
+)
 COUNTER = "num_batches_tracked"  # absent from old checkpoints, and without any effect
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 

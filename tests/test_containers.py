@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from r2ncli.containers import container, reading
+from r2ncli.containers import broken_members, container, reading
 from r2ncli.errors import CheckpointError
 
 
@@ -146,3 +146,42 @@ def test_a_zip_archive_whose_list_is_damaged_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     path.write_bytes(whole)
     assert "damaged: a zip container that cannot be listed" in error_of(path)
+
+
+def test_members_that_do_not_fit_their_checksum_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(zipped("a/data.pkl", "a/data/0"))
+    assert broken_members(path) == (2, [])
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"a/data/0", 0, content.index(b"PK\x01\x02")) + 100] ^= 1
+    path.write_bytes(content)
+    assert broken_members(path) == (2, ["a/data/0"])
+
+
+def test_an_archive_without_checksums_has_none_that_could_break(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    content = bytearray(zipped("a/data.pkl"))
+    for start in (14, content.index(b"PK\x01\x02") + 16):
+        content[start : start + 4] = bytes(4)
+    path.write_bytes(content)
+    assert broken_members(path) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("mark", "offset", "byte"),
+    [
+        (b"PK\x01\x02", 8, 1),  # encrypted
+        (b"PK\x01\x02", 10, 99),  # a compression that does not exist
+        (b"PK\x01\x02", 42, 200),  # not where the list says
+        (b"PK\x03\x04", 30, 0xFF),  # another name in its place
+    ],
+)
+def test_a_member_that_cannot_be_read_is_broken_and_no_bug(
+    tmp_path: Path, mark: bytes, offset: int, byte: int
+) -> None:
+    content = bytearray(zipped("a/data.pkl"))
+    content[content.index(mark) + offset] = byte
+    path = tmp_path / "a.pth"
+    path.write_bytes(content)
+    assert container(path) == "zip"
+    assert broken_members(path) == (1, ["a/data.pkl"])

@@ -249,6 +249,13 @@ def test_tensors_whose_bytes_start_like_a_pickle_are_tensors(tmp_path):
     assert "posix.system" in refusal(path)  # a whole pickle is one, wherever it is
 
 
+@pytest.mark.parametrize("opcode", [b"\x8d", b"\x8e"])
+def test_a_string_that_claims_any_length_takes_no_memory(opcode, tmp_path):
+    path = tmp_path / "mine.pth"
+    path.write_bytes(b"\x80\x04" + opcode + (1 << 62).to_bytes(8, "little") + b"x.")
+    assert refusal(path) == "truncated: it ends too early. Download it again"
+
+
 def test_a_pickle_too_large_to_be_a_checkpoints_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("r2ncli.pickles._LIMIT", 50)
     path = tmp_path / "weights.pth"

@@ -132,6 +132,8 @@ WRAPPINGS = {
     "model": lambda weights: {"model": weights},
     "model_state_dict": lambda weights: {"model_state_dict": weights},
     "net": lambda weights: {"net": weights},
+    "an average alone": lambda weights: {"epoch": 3, "model_ema": {"module": weights}},
+    "an average beside": lambda weights: {"model_ema": {"x": torch.ones(1)}, "model": weights},
     "one in another": lambda weights: {"model": {"state_dict": weights}},
     "beside other entries": lambda weights: {"epoch": 3, "arch": "r", "state_dict": weights},
     "beside a tensor": lambda weights: {"best_acc1": torch.tensor(78.0), "state_dict": weights},
