@@ -9,15 +9,18 @@ engine busy, however many pictures there are.
 from __future__ import annotations
 
 import os
+import queue
 import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from r2ncli.weights import Checkpoint
 
 Array = npt.NDArray[np.float32]
+T = TypeVar("T")
 
 LOGITS = "fc"  # the module whose output the logits are
 DECODES = ("auto", "exact")
@@ -523,8 +527,14 @@ def run(inputs: Iterable[Input], pipeline: Pipeline) -> Iterator[Row]:
             return str(error)
         return None
 
+    def outcome(decoded: Future[str | None]) -> str | None:
+        while not stopped.is_set():
+            with suppress(TimeoutError):
+                return decoded.result(0.2)
+        return "interrupted"
+
     def finish(names: list[str], pixels: Pixels, decodes: list[Future[str | None]]) -> list[Row]:
-        errors = [decoded.result() for decoded in decodes]
+        errors = [outcome(decoded) for decoded in decodes]
         if stopped.is_set():
             return []
         pixels[len(names) :] = 0
@@ -535,10 +545,9 @@ def run(inputs: Iterable[Input], pipeline: Pipeline) -> Iterator[Row]:
             for i, (name, error) in enumerate(zip(names, errors, strict=True))
         ]
 
-    decoders = ThreadPoolExecutor(workers, "r2n-decode")
-    fetchers = ThreadPoolExecutor(FETCHERS, "r2n-fetch")  # a thread is made when it is needed
+    decoders = _Threads(workers, "r2n-decode")
+    fetchers = _Threads(FETCHERS, "r2n-fetch")
     runner = ThreadPoolExecutor(1, "r2n-engine")
-    pools = (runner, decoders, fetchers)
     try:
         remaining = iter(inputs)
         ended = False
@@ -559,11 +568,50 @@ def run(inputs: Iterable[Input], pipeline: Pipeline) -> Iterator[Row]:
                 yield from pending.popleft().result()
     except BaseException:
         stopped.set()
-        for pool in pools:  # nobody who interrupts waits for a batch, or for a server
-            pool.shutdown(wait=False, cancel_futures=True)
+        # nobody who interrupts waits for a batch, or for a server
+        runner.shutdown(wait=False, cancel_futures=True)
         raise
-    for pool in pools:
-        pool.shutdown()
+    else:
+        runner.shutdown()
+    finally:
+        decoders.end()
+        fetchers.end()
+
+
+class _Threads:
+    """At most so many threads, for which nobody waits at the end of the program.
+
+    It waits for an executor's, and a dead server or network drive may hold them for long.
+    """
+
+    def __init__(self, most: int, name: str) -> None:
+        self._most = most
+        self._name = name
+        self._count = 0
+        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+        self._work = queue.SimpleQueue()
+
+    def submit(self, action: Callable[..., T], *arguments: Any) -> Future[T]:
+        future: Future[T] = Future()
+        self._work.put((future, partial(action, *arguments)))
+        if self._count < self._most:
+            self._count += 1
+            threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        return future
+
+    def end(self) -> None:
+        """Let every thread end once there is no more work."""
+        for _ in range(self._count):
+            self._work.put(None)
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            future, action = work
+            try:
+                future.set_result(action())
+            except BaseException as error:  # raised where the result is used
+                future.set_exception(error)
+            del work, action, future  # what an input holds is free as soon as it was used
 
 
 def _empty_batch(batch_size: int, side: int) -> Pixels:
