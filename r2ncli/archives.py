@@ -1,35 +1,37 @@
 """Pictures inside archives, read in place: tar (plain or compressed) and zip.
 
-A plain tar and a zip are read member by member from any thread. A compressed tar can only
-be read from its beginning to its end: its members' bytes are held until they are used, and
-no more than `Budget` allows at a time.
+Members of a plain tar and of a zip are read by opening the archive anew, from any thread:
+no file stays open however many names wait. A compressed tar can only be read from its
+beginning to its end: its members' bytes are held until they are used, and no more than
+`Budget` allows at a time.
 """
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import lzma
 import os
+import stat
 import struct
 import tarfile
 import threading
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import IO, Self
+from typing import IO, Self, cast
 
 from r2ncli.errors import ImageError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 ZIP_SUFFIXES = (".zip",)
+EXTENDED_HEADER_BYTES = 1 << 20  # a long name, or pax records: read whole before they are used
+PIECE_BYTES = 1 << 16
 
 Read = Callable[[int], bytes]  # the bytes of one input, of which there may be so many
-
-# what the standard library's readers make of damage
-_DAMAGE = (
-    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
-    *(OSError, EOFError, ValueError, RuntimeError, NotImplementedError),
-)
+OpenAgain = Callable[[], AbstractContextManager[IO[bytes]]]
 
 
 class Budget:
@@ -64,35 +66,54 @@ class Budget:
 class _StrictTarInfo(tarfile.TarInfo):
     """A header of a tar, where a damaged or missing one is an error and no end.
 
-    Python's reader ends quietly at either, and whatever follows would be lost.
+    Python's reader ends quietly at either, and whatever follows would be lost. It also
+    follows a negative size backwards, for ever, and holds a long name of any length.
     """
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
         try:
-            return super().fromtarfile(archive)
+            member = super().fromtarfile(archive)
         except tarfile.HeaderError as error:
             if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
-                raise  # two blocks of zeros: the end as it should be
+                raise  # a block of zeros: the end as it should be
             cut = str(error) in ("empty header", "truncated header")
             raise tarfile.ReadError("it is cut off" if cut else "a damaged header") from error
+        if member.size < 0:  # by a pax record
+            raise tarfile.ReadError("a damaged header")
+        return member
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        too_long = header.type in _EXTENDED_HEADERS and header.size > EXTENDED_HEADER_BYTES
+        if header.size < 0 or too_long:
+            raise tarfile.ReadError("a damaged header")
+        return header
+
+
+_EXTENDED_HEADERS = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
 
 
 class _Held:
     """The bytes of a member that cannot be read again; they count until nobody needs them."""
 
-    def __init__(self, content: bytes, budget: Budget) -> None:
-        self._content = content
+    def __init__(self, file: IO[bytes], size: int, budget: Budget) -> None:
+        budget.take(size)
+        self._size = size
         self._budget = budget
-        budget.take(len(content))
+        self._content = file.read()
 
     def read(self, max_bytes: int) -> bytes:
-        if len(self._content) > max_bytes:
-            raise too_large(max_bytes)
+        if self._size > max_bytes:
+            raise too_large(max_bytes, self._size)
         return self._content
 
     def __del__(self) -> None:
-        self._budget.free(len(self._content))
+        self._budget.free(self._size)
 
 
 def is_archive(name: str) -> bool:
@@ -121,17 +142,15 @@ def members(
     ImageError
         The file is no archive, or cannot be read on.
     """
-    if path.lower().endswith(ZIP_SUFFIXES):
-        yield from zip_members(path, wanted)
-        return
     try:
-        with open(path, "rb") as file:
-            head = file.read(6)
-            file.seek(0)
-            if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")):
+        with open(path, "rb", opener=_open_regular) as file:
+            open_again = partial(_open_unchanged, path, _identity(file))
+            if path.lower().endswith(ZIP_SUFFIXES):
+                yield from zip_members(file, open_again, wanted)
+            elif _decompressor(file):
                 yield from tar_stream_members(file, wanted, max_bytes, budget)
             else:
-                yield from _tar_members(path, file, wanted)
+                yield from _tar_members(file, "r:", wanted, partial(_range_reader, open_again))
     except OSError as error:
         raise ImageError(f"cannot be read: {_words(error)}") from error
 
@@ -142,91 +161,40 @@ def too_large(max_bytes: int, size: int | None = None) -> ImageError:
     return ImageError(f"{found} than --max-bytes {max_bytes:,}")
 
 
-# --- tar ------------------------------------------------------------------------------
-
-
-def tar_stream_members(
-    stream: IO[bytes], wanted: Callable[[str], bool], max_bytes: int, budget: Budget
-) -> Iterator[tuple[str, Read]]:
-    """Members of a tar, compressed or not, that can only be read onwards (see `members`)."""
-    for archive, member in _entries(stream, "r|*", wanted):
-        refused = _refused(member)
-        if refused:
-            yield _plain_name(member.name), refused
-        elif member.size > max_bytes:
-            yield _plain_name(member.name), partial(_fail, str(too_large(max_bytes, member.size)))
-        else:
-            content = archive.extractfile(member)
-            assert content is not None  # it is a regular file
-            yield _plain_name(member.name), _Held(content.read(), budget).read
-
-
-def _tar_members(
-    path: str, file: IO[bytes], wanted: Callable[[str], bool]
-) -> Iterator[tuple[str, Read]]:
-    status = os.fstat(file.fileno())
-    for _, member in _entries(file, "r:", wanted):
-        read = _refused(member) or partial(
-            _read_range, path, _identity(status), member.offset_data, member.size
-        )
-        yield _plain_name(member.name), read
-
-
-def _entries(
-    file: IO[bytes], mode: str, wanted: Callable[[str], bool]
-) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Every wanted file and link of a tar, and the archive to read it from."""
-    count = 0
-    try:
-        with tarfile.open(fileobj=file, mode=mode, tarinfo=_StrictTarInfo) as archive:  # type: ignore[call-overload]
-            while (member := archive.next()) is not None:
-                count += 1
-                archive.members.clear()  # which would grow with the archive
-                if not member.isdir() and wanted(_plain_name(member.name)):
-                    yield archive, member
-    except _DAMAGE as error:
-        if not count:
-            raise ImageError("not a tar archive, or its beginning is damaged") from error
-        after = f"after {count:,} member{'s' if count > 1 else ''}"
-        raise ImageError(f"cannot be read on {after}: {_words(error)}") from error
-
-
-def _refused(member: tarfile.TarInfo) -> Read | None:
-    """What says why a member has no bytes of its own; None where it has."""
-    if member.islnk() or member.issym():
-        return partial(_fail, f"a link inside the archive, to {member.linkname}: not followed")
-    if not member.isreg() or member.issparse():
-        return partial(_fail, "not a regular file")
-    return None
-
-
-def _fail(reason: str, _max_bytes: int) -> bytes:
+def fail(reason: str, _max_bytes: int) -> bytes:
+    """Stand in for what reads an input that cannot be read, for this `reason`."""
     raise ImageError(reason)
 
 
-def _read_range(
-    path: str, identity: tuple[int, ...], offset: int, size: int, max_bytes: int
-) -> bytes:
-    """Bytes of a plain tar, opened anew: no file stays open however many names wait."""
-    if size > max_bytes:
-        raise too_large(max_bytes, size)
+def open_at_once(path: str, flags: int) -> int:
+    """Open without waiting, as for a pipe that is named like a picture, for ever."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    descriptor = open_at_once(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ImageError("not a regular file")
+    return descriptor
+
+
+@contextmanager
+def _open_unchanged(path: str, identity: tuple[int, ...]) -> Iterator[IO[bytes]]:
+    changed = ImageError("the archive changed while it was read")
     try:
-        with open(path, "rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            if _identity(status) != identity:
-                raise ImageError("the archive changed while it was read")
-            if offset + size > status.st_size:  # before so much memory is asked for
-                raise ImageError("the archive ends before this member does")
-            file.seek(offset)
-            content = file.read(size)
+        with open(path, "rb", opener=_open_regular) as file:
+            if _identity(file) != identity:
+                raise changed
+            yield file
+            if _identity(file) != identity:
+                raise changed
     except OSError as error:
         raise ImageError(f"cannot be read: {_words(error)}") from error
-    if len(content) < size:
-        raise ImageError("the archive ends before this member does")
-    return content
 
 
-def _identity(status: os.stat_result) -> tuple[int, ...]:
+def _identity(file: IO[bytes]) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -236,51 +204,154 @@ def _plain_name(name: str) -> str:
     return name
 
 
+def _words(error: Exception) -> str:
+    """What a reader of the standard library says of damage, in words that name no file."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    text = str(error).lower()
+    if isinstance(error, EOFError) or text == "unexpected end of data":
+        return "it is cut off"
+    if "crc" in text:
+        return "its checksum does not fit"
+    return text or type(error).__name__
+
+
+# --- tar ------------------------------------------------------------------------------
+
+
+def tar_stream_members(
+    stream: IO[bytes], wanted: Callable[[str], bool], max_bytes: int, budget: Budget
+) -> Iterator[tuple[str, Read]]:
+    """Members of a tar, compressed or not, that can only be read onwards (see `members`)."""
+
+    def held(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Read:
+        if member.size > max_bytes:
+            return partial(fail, str(too_large(max_bytes, member.size)))
+        file = archive.extractfile(member)
+        assert file is not None  # it is a regular file
+        return _Held(file, member.size, budget).read
+
+    with io.BufferedReader(cast(io.RawIOBase, stream), PIECE_BYTES) as buffered:
+        # not by tarfile itself: it looks at no checksum, and holds whatever a piece grows to
+        decompressor = _decompressor(buffered)
+        with decompressor(buffered) if decompressor else buffered as plain:
+            yield from _tar_members(plain, "r|", wanted, held)
+
+
+def _decompressor(file: io.BufferedReader | IO[bytes]) -> Callable[[IO[bytes]], IO[bytes]] | None:
+    head = cast(io.BufferedReader, file).peek(6)
+    if head.startswith(b"\x1f\x8b"):
+        return lambda file: cast(IO[bytes], gzip.GzipFile(fileobj=file))
+    if head.startswith(b"BZh"):
+        return lambda file: cast(IO[bytes], bz2.BZ2File(file))
+    if head.startswith(b"\xfd7zXZ\0"):
+        return lambda file: cast(IO[bytes], lzma.LZMAFile(file))
+    return None
+
+
+def _range_reader(
+    open_again: OpenAgain, _archive: tarfile.TarFile, member: tarfile.TarInfo
+) -> Read:
+    return partial(_read_range, open_again, member.offset_data, member.size)
+
+
+def _read_range(open_again: OpenAgain, offset: int, size: int, max_bytes: int) -> bytes:
+    if size > max_bytes:
+        raise too_large(max_bytes, size)
+    with open_again() as file:
+        if offset + size > file.seek(0, os.SEEK_END):  # before so much memory is asked for
+            raise ImageError("the archive ends before this member does")
+        file.seek(offset)
+        return file.read(size)
+
+
+def _tar_members(
+    file: IO[bytes],
+    mode: str,
+    wanted: Callable[[str], bool],
+    reader: Callable[[tarfile.TarFile, tarfile.TarInfo], Read],
+) -> Iterator[tuple[str, Read]]:
+    count = 0
+    try:
+        with tarfile.open(  # type: ignore[call-overload]
+            fileobj=file, mode=mode, tarinfo=_StrictTarInfo, encoding="utf-8"
+        ) as archive:
+            while (member := archive.next()) is not None:
+                count += 1
+                archive.members.clear()  # which would grow with the archive
+                name = _plain_name(member.name)
+                if not member.isdir() and wanted(name):
+                    yield name, _refused(member) or reader(archive, member)
+            _read_to_end(archive.fileobj)
+    except Exception as error:  # whatever a damaged archive, or a server, makes its reader raise
+        if not count:
+            raise ImageError("not a tar archive, or its beginning is damaged") from error
+        raise ImageError(f"cannot be read beyond member {count:,}: {_words(error)}") from error
+
+
+def _read_to_end(file: IO[bytes]) -> None:
+    """Make sure that nothing follows, and that a checksum at the end is looked at."""
+    while piece := file.read(PIECE_BYTES):
+        if piece.strip(b"\0"):
+            raise tarfile.ReadError("more follows after its end mark")
+
+
+def _refused(member: tarfile.TarInfo) -> Read | None:
+    """What says why a member has no bytes of its own; None where it has."""
+    if member.islnk() or member.issym():
+        return partial(fail, "a link inside the archive: not followed")
+    if not member.isreg() or member.issparse():
+        return partial(fail, "not a regular file")
+    return None
+
+
 # --- zip ------------------------------------------------------------------------------
 
 
-def zip_members(file: str | IO[bytes], wanted: Callable[[str], bool]) -> Iterator[tuple[str, Read]]:
-    """Members of a zip (see `members`); `file` is a path, or can be read at any place."""
+def zip_members(
+    file: IO[bytes], open_again: OpenAgain, wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, Read]]:
+    """Members of a zip (see `members`): listed from `file`, read from it opened anew."""
     try:
-        archive = zipfile.ZipFile(file)
-    except _DAMAGE as error:
-        missing = isinstance(error, OSError) and error.strerror
-        reason = f"cannot be read: {_words(error)}" if missing else "not a zip archive, or cut off"
+        with zipfile.ZipFile(file) as archive:
+            listed = archive.infolist()
+    except Exception as error:  # whatever damage, or a server, makes its reader raise
+        failed = isinstance(error, OSError) and error.strerror
+        reason = f"cannot be read: {_words(error)}" if failed else "not a zip archive, or cut off"
         raise ImageError(reason) from error
-    lock = threading.Lock()
-    for member in archive.infolist():
-        name = _plain_name(member.filename)
+    for member in listed:
+        name = _plain_name(_name_as_stored(member))
         if not member.is_dir() and wanted(name):
-            yield name, partial(_read_zip_member, archive, lock, member)
+            yield name, partial(_read_zip_member, open_again, member)
 
 
-def _read_zip_member(
-    archive: zipfile.ZipFile, lock: threading.Lock, member: zipfile.ZipInfo, max_bytes: int
-) -> bytes:
-    try:
-        with lock:  # the archive counts its open members
-            file = archive.open(member)
+def _name_as_stored(member: zipfile.ZipInfo) -> str:
+    """A member's name: UTF-8, also where its maker, as macOS is, forgot to say so."""
+    if member.flag_bits & 0x800 or member.filename != member.orig_filename:
+        return member.filename
+    return member.filename.encode("cp437").decode("utf-8", "surrogateescape")
+
+
+def _read_zip_member(open_again: OpenAgain, member: zipfile.ZipInfo, max_bytes: int) -> bytes:
+    if member.flag_bits & 1:
+        raise ImageError("encrypted inside the archive")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # bzip2 and LZMA cannot be read piece by piece here, and grow a millionfold
+        method = zipfile.compressor_names.get(member.compress_type, str(member.compress_type))  # type: ignore[attr-defined]
+        raise ImageError(f"compressed by {method} inside the archive: only deflate is read")
+    with open_again() as file:
         try:
-            content = file.read(max_bytes + 1)  # counted: its header may lie
-            if len(content) <= max_bytes:
-                content += file.read()  # nothing, and the checksum is looked at
-        finally:
-            with lock:
-                file.close()
-    except _DAMAGE as error:
-        raise ImageError(f"cannot be read from the archive: {_zip_words(error)}") from error
+            file.seek(member.header_offset)
+            signature, name_bytes, extra_bytes = struct.unpack("<4s22xHH", file.read(30))
+            if signature != b"PK\3\4":
+                raise zipfile.BadZipFile("a damaged header")
+            file.seek(name_bytes + extra_bytes, os.SEEK_CUR)
+            with zipfile.ZipExtFile(file, "r", member) as plain:
+                content = plain.read(max_bytes + 1)  # counted: its header may lie
+        except Exception as error:  # whatever damage, or a server, makes its reader raise
+            cut = isinstance(error, struct.error)
+            reason = "it is cut off" if cut else _words(error)
+            raise ImageError(f"cannot be read from the archive: {reason}") from error
     if len(content) > max_bytes:
         raise too_large(max_bytes)
     return content
-
-
-def _zip_words(error: Exception) -> str:
-    text = _words(error)
-    if "encrypted" in text:
-        return "it is encrypted"
-    return "its checksum does not fit" if text.startswith("bad crc") else text
-
-
-def _words(error: Exception) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return text.lower() or type(error).__name__

@@ -15,30 +15,38 @@ def has_pattern(text: str) -> bool:
 
 
 def matching_paths(pattern: str) -> Iterator[str]:
-    """Paths that a pattern matches, in the order of a walk; ``**`` stands for any folders."""
+    """Paths that a pattern matches, in the order of a walk; ``**`` stands for any folders.
+
+    A folder that matches is walked by whoever asked: ``**`` finds nothing more in it.
+    """
+    root = "/" if pattern.startswith("/") else ""
     parts = [part for part in pattern.split("/") if part]
-    if parts and parts[-1] == "**":
+    while parts and parts[-1] == "**":
         parts.pop()  # the folder itself, which is walked
-        return _expanded("/" if pattern.startswith("/") else "", parts, ())
-    paths = _expanded("/" if pattern.startswith("/") else "", parts, ())
-    # below `**` every folder's pictures match for themselves: once is enough
-    return (path for path in paths if "**" not in parts or not os.path.isdir(path))
+        pattern = "/".join((*parts, ""))
+    paths = _expanded(root, parts, (), set())
+    if parts.count("**") > 1:
+        paths = iter(dict.fromkeys(paths))  # several of them find a path in several ways
+    return (path for path in paths if not pattern.endswith("/") or os.path.isdir(path))
 
 
 def _expanded(
-    base: str, parts: Sequence[str], above: tuple[tuple[int, int] | None, ...]
+    base: str,
+    parts: Sequence[str],
+    above: tuple[tuple[int, int] | None, ...],
+    matched: set[str],
 ) -> Iterator[str]:
     if not parts:
-        yield base
+        yield base or os.curdir
         return
     part, rest = parts[0], parts[1:]
     if not has_pattern(part):
         path = os.path.join(base, part)
         if os.path.lexists(path):
-            yield from _expanded(path, rest, ())
+            yield from _expanded(path, rest, (), matched)
         return
     try:
-        listed = sorted(os.listdir(base or "."), key=os.fsencode)
+        listed = sorted(os.listdir(base or os.curdir), key=os.fsencode)
     except OSError:
         return  # as a shell: what cannot be listed matches nothing
     if part != "**":
@@ -46,16 +54,19 @@ def _expanded(
             hidden = name.startswith(".") and not part.startswith(".")
             path = os.path.join(base, name)
             if not hidden and fnmatchcase(name, part) and (not rest or os.path.isdir(path)):
-                yield from _expanded(path, rest, ())
+                yield from _expanded(path, rest, (), matched)
         return
-    yield from _expanded(base, rest, ())
-    identity = device_and_inode(base or ".")
+    for path in _expanded(base, rest, (), matched):
+        if os.path.isdir(path):
+            matched.add(path)
+        yield path
+    identity = device_and_inode(base or os.curdir)
     if identity in above:
         return  # a link back to a folder above it
     for name in filter(is_visible, listed):
         path = os.path.join(base, name)
-        if os.path.isdir(path):
-            yield from _expanded(path, parts, (*above, identity))
+        if path not in matched and os.path.isdir(path):
+            yield from _expanded(path, parts, (*above, identity), matched)
 
 
 def device_and_inode(path: str) -> tuple[int, int] | None:

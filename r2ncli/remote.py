@@ -14,13 +14,14 @@ import urllib.request
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead, InvalidURL
 from itertools import count
 from typing import IO, Any, TypeVar
 from urllib.parse import quote, unquote
 
 from r2ncli.archives import too_large
 from r2ncli.errors import ImageError, InputNotFoundError, UsageError
+from r2ncli.selection import is_visible
 
 ATTEMPTS = 4
 ANSWER_SECONDS = 10.0  # how long one connection may say nothing
@@ -152,6 +153,10 @@ def _what_failed(error: Exception) -> tuple[str, bool]:
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
         return f"cannot be read: {_words(error)}", False
     reason = getattr(error, "reason", error)  # of an URLError
+    if isinstance(reason, InvalidURL):
+        return f"not an address: {_words(reason)}", False
+    if isinstance(reason, IncompleteRead):
+        return "the connection failed (it closed before the end)", True
     if isinstance(reason, TimeoutError):
         return "the server does not answer", True
     if isinstance(error, (OSError, HTTPException)):
@@ -179,7 +184,7 @@ def is_remote_folder(address: str) -> bool:
         if system.isdir(path):
             return True
         exists = system.exists(path)
-    except OSError:
+    except Exception:  # whatever a file system of fsspec raises
         return False  # reading it will say why
     if not exists:
         raise InputNotFoundError(f"no such file or folder: {without_secrets(address)}")
@@ -201,18 +206,35 @@ def list_folder(address: str) -> tuple[list[str], list[str]]:
         inside = system._strip_protocol(entry["name"]).rstrip("/")
         if inside == path.rstrip("/"):
             continue  # object stores list the folder itself
-        found = address.rstrip("/") + "/" + inside.rpartition("/")[2]
+        found = address + "/" * (not address.endswith("/")) + inside.rpartition("/")[2]
         (folders if entry["type"] == "directory" else files).append(found)
     return files, folders
 
 
 def match_remote(pattern: str) -> Iterator[str]:
-    """Addresses that a pattern with ``*``, ``?`` or ``[…]`` matches, in order."""
+    """Addresses that a pattern with ``*``, ``?`` or ``[…]`` matches, in order.
+
+    Raises
+    ------
+    InputNotFoundError
+        It cannot be looked for.
+    """
     system, path = _system(pattern)
-    above, slash, _ = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")
+    above, slash, below = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")
     above_path = system._strip_protocol(above + slash)
-    for found in sorted(system.glob(path), key=os.fsencode):
-        yield above + slash + str(found).removeprefix(above_path).lstrip("/")
+    try:
+        matches = system.glob(path, detail=True)
+    except Exception as error:  # whatever a file system of fsspec raises
+        name = without_secrets(pattern)
+        raise InputNotFoundError(f"{name}: cannot be looked for: {_words(error)}") from error
+    folders = {found for found, entry in matches.items() if entry["type"] == "directory"}
+    for found in sorted(matches, key=os.fsencode):
+        parts = found.removeprefix(above_path).lstrip("/").split("/")
+        beyond = found.split("/")
+        # a folder that matches is walked: nothing more in it is a match
+        walked = any("/".join(beyond[:count]) in folders for count in range(1, len(beyond)))
+        if not walked and (below.startswith(".") or all(map(is_visible, parts))):
+            yield above + slash + "/".join(parts)
 
 
 def _system(address: str) -> tuple[Any, str]:

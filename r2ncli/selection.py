@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -52,19 +51,18 @@ class Selection:
             return True
         if self.leaves_out(name):
             return False
-        last = _parts(name)[-1]
+        last = _BORDER.split(name)[-1]
         return not self.include or any(
             fnmatchcase(name if "/" in pattern else last, pattern) for pattern in self.include
         )
 
     def leaves_out(self, name: str) -> bool:
         """Whether a picture or a folder is excluded, or a folder above it."""
-        parts = _parts(name)
+        parts = _BORDER.split(name)
+        beginnings = [*(name[: border.start()] for border in _BORDER.finditer(name)), name]
         for pattern in self.exclude:
             wanted = pattern.rstrip("/")
-            candidates: Iterable[str] = parts
-            if "/" in wanted:
-                candidates = ("/".join(parts[: n + 1]) for n in range(len(parts)))
+            candidates = beginnings if "/" in wanted else parts
             if any(fnmatchcase(candidate, wanted) for candidate in candidates):
                 return True
         return False
@@ -87,9 +85,8 @@ def is_tried(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def _parts(name: str) -> list[str]:
-    """The folders, archive and last part of a name."""
-    return _ARCHIVE_BORDER.sub(r"\1/", name).split("/")
-
-
-_ARCHIVE_BORDER = re.compile(r"(\.(?:tar(?:\.\w+)?|tgz|tbz2|txz|zip))!", re.IGNORECASE)
+# between the folders, archive and last part of a name
+_BORDER = re.compile(
+    r"/|(?:(?<=\.tar|\.tgz|\.txz|\.zip)|(?<=\.tbz2)|(?<=\.tar\.gz|\.tar\.xz)|(?<=\.tar\.bz2))!",
+    re.IGNORECASE,
+)

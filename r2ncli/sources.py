@@ -27,8 +27,10 @@ from r2ncli.archives import (
     TAR_SUFFIXES,
     Budget,
     Read,
+    fail,
     is_archive,
     members,
+    open_at_once,
     tar_stream_members,
     too_large,
     zip_members,
@@ -118,7 +120,7 @@ def read_file(path: str, max_bytes: int) -> bytes:
         It cannot be read, is no regular file, is empty, or is larger than `max_bytes`.
     """
     try:
-        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+        with open(path, "rb", buffering=0, opener=open_at_once) as file:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode):
                 raise ImageError("not a regular file")
@@ -139,11 +141,6 @@ def read_file(path: str, max_bytes: int) -> bytes:
     if not content:
         raise ImageError("empty file")
     return content
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Open without waiting, as for a pipe that is named like a picture, for ever."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def printable(name: str) -> str:
@@ -197,7 +194,7 @@ class Walk:
             if isinstance(found, BaseException):
                 raise found
             yield found
-            del found  # what it holds is free before the next is waited for
+            del found  # what it holds is free as soon as it was used
 
     def _run(self) -> None:
         try:
@@ -274,10 +271,7 @@ class _Search:
         if not is_url(entry):
             # what is named like a picture is taken for one: a million are not looked at twice
             return self._file(entry) if is_tried(entry) else self._of_path(entry)
-        try:
-            return self._of_address(entry, tried=is_tried(without_secrets(entry)))
-        except (InputNotFoundError, UsageError) as error:
-            return iter([_failed(printable(without_secrets(entry)), str(error))])
+        return self._of_remote_entry(entry)
 
     def _of_path(self, path: str) -> Iterator[Input]:
         if os.path.isdir(path):
@@ -292,17 +286,26 @@ class _Search:
         if self.selection.takes(name):
             yield file_input(path, name)
 
-    def _of_address(self, address: str, tried: bool = False) -> Iterator[Input]:
-        name = without_secrets(address)
-        if is_archive(name):
-            return self._remote_archive(address)
-        if tried or is_web(address):
+    def _of_address(self, address: str) -> Iterator[Input]:
+        if is_web(address):
             return self._remote_file(address)
-        if has_pattern(address):
-            return self._remote_matches(address)
-        if is_remote_folder(address):
-            return self._remote_walk(address)
-        return self._remote_file(address)
+        try:
+            folder = is_remote_folder(address)
+        except InputNotFoundError:
+            if has_pattern(address):
+                return self._remote_matches(address)
+            raise
+        return self._remote_walk(address) if folder else self._remote_file(address)
+
+    def _of_remote_entry(self, address: str) -> Iterator[Input]:
+        """The inputs of an address in a list, or one that a pattern matches."""
+        name = without_secrets(address)
+        if is_web(address) or is_tried(name) or is_archive(name):  # not looked at, as above
+            return self._remote_file(address)
+        try:
+            return self._of_address(address)
+        except (InputNotFoundError, UsageError) as error:
+            return iter([_failed(printable(name), str(error))])
 
     # --- folders -----------------------------------------------------------------------
 
@@ -345,7 +348,7 @@ class _Search:
 
     def _wanted(self, archive: str) -> Callable[[str], bool]:
         def wanted(member: str) -> bool:
-            visible = all(map(is_visible, member.split("/")))
+            visible = all(part in (".", "..") or is_visible(part) for part in member.split("/"))
             return (
                 visible
                 and is_tried(member)
@@ -354,11 +357,13 @@ class _Search:
 
         return wanted
 
-    def _members(self, archive: str, found: Iterator[tuple[str, Read]]) -> Iterator[Input]:
+    def _members(
+        self, archive: str, found: Iterator[tuple[str, Read]], remote: bool = False
+    ) -> Iterator[Input]:
         try:
             for member, read in found:
-                yield Input(f"{archive}!{printable(member)}", read)
-                del read  # what it holds is free before the next is read
+                yield Input(f"{archive}!{printable(member)}", read, remote)
+                del read  # what it holds is free as soon as it was used
         except ImageError as error:
             yield _failed(archive, str(error))
 
@@ -366,7 +371,9 @@ class _Search:
 
     def _remote_file(self, address: str) -> Iterator[Input]:
         name = printable(without_secrets(address))
-        if self.selection.takes(name):
+        if is_archive(name):
+            yield from self._remote_archive(address, name)
+        elif self.selection.takes(name):
             yield Input(name, partial(read_url, address, self.selection.timeout), remote=True)
 
     def _remote_matches(self, pattern: str) -> Iterator[Input]:
@@ -375,7 +382,7 @@ class _Search:
         if first is None:
             name = without_secrets(pattern)
             raise InputNotFoundError(f"no such file or folder, and nothing matches: {name}")
-        return chain.from_iterable(map(self._of_address, chain([first], matches)))
+        return chain.from_iterable(map(self._of_remote_entry, chain([first], matches)))
 
     def _remote_walk(self, address: str) -> Iterator[Input]:
         folders = [address]
@@ -398,29 +405,26 @@ class _Search:
                 and not self.selection.leaves_out(without_secrets(found))
             )
 
-    def _remote_archive(self, address: str) -> Iterator[Input]:
-        name = printable(without_secrets(address))
+    def _remote_archive(self, address: str, name: str) -> Iterator[Input]:
+        is_tar = name.lower().endswith(TAR_SUFFIXES)
+        if is_web(address) and not is_tar:
+            yield _failed(name, "a zip archive cannot be read over http(s): download it first")
+            return
+        open_again = partial(open_url, address, self.selection.timeout)
         try:
-            stream = open_url(address, self.selection.timeout)
-            try:
-                if name.lower().endswith(TAR_SUFFIXES):
+            with open_again() as stream:
+                if is_tar:
                     limit = self.selection.max_bytes
                     found = tar_stream_members(stream, self._wanted(name), limit, self.budget)
                 else:
-                    found = zip_members(stream, self._wanted(name))
-                yield from self._members(name, found)
-            finally:
-                stream.close()
+                    found = zip_members(stream, open_again, self._wanted(name))
+                yield from self._members(name, found, remote=not is_tar)
         except ImageError as error:
             yield _failed(name, str(error))
 
 
 def _failed(name: str, reason: str) -> Input:
-    return Input(name, partial(_fail, reason))
-
-
-def _fail(reason: str, _max_bytes: int) -> bytes:
-    raise ImageError(reason)
+    return Input(name, partial(fail, reason))
 
 
 def _may_exist(path: str) -> bool:

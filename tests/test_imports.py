@@ -33,7 +33,7 @@ ROOMS = [
         "tensors",
         "conversion",
     ),
-    *("archives", "remote", "selection", "patterns", "sources"),
+    *("archives", "selection", "remote", "patterns", "sources"),
     *("images", "engine", "inference", "formats", "writers", "results", "runs"),
     *("comparison", "shards"),
     *("bench", "terminal", "cli"),
