@@ -105,7 +105,9 @@ class _Held:
         budget.take(size)
         self._size = size
         self._budget = budget
-        self._content = file.read()
+        self._content = file.read(size)
+        if len(self._content) < size:
+            raise EOFError
 
     def read(self, max_bytes: int) -> bytes:
         if self._size > max_bytes:
@@ -150,7 +152,7 @@ def members(
             elif _decompressor(file):
                 yield from tar_stream_members(file, wanted, max_bytes, budget)
             else:
-                yield from _tar_members(file, "r:", wanted, partial(_range_reader, open_again))
+                yield from _tar_members(file, wanted, partial(_range_reader, open_again))
     except OSError as error:
         raise ImageError(f"cannot be read: {_words(error)}") from error
 
@@ -224,18 +226,40 @@ def tar_stream_members(
 ) -> Iterator[tuple[str, Read]]:
     """Members of a tar, compressed or not, that can only be read onwards (see `members`)."""
 
-    def held(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Read:
+    def held(file: IO[bytes], member: tarfile.TarInfo) -> Read:
         if member.size > max_bytes:
             return partial(fail, str(too_large(max_bytes, member.size)))
-        file = archive.extractfile(member)
-        assert file is not None  # it is a regular file
         return _Held(file, member.size, budget).read
 
-    with io.BufferedReader(cast(io.RawIOBase, stream), PIECE_BYTES) as buffered:
-        # not by tarfile itself: it looks at no checksum, and holds whatever a piece grows to
+    try:
+        buffered = io.BufferedReader(cast(io.RawIOBase, stream), PIECE_BYTES)
         decompressor = _decompressor(buffered)
-        with decompressor(buffered) if decompressor else buffered as plain:
-            yield from _tar_members(plain, "r|", wanted, held)
+    except Exception as error:  # whatever a server makes its reader raise
+        raise ImageError(f"cannot be read: {_words(error)}") from error
+    # not by tarfile itself: it looks at no checksum, and holds whatever a piece grows to
+    with buffered, decompressor(buffered) if decompressor else buffered as plain:
+        yield from _tar_members(cast(IO[bytes], _Onwards(plain)), wanted, held)
+
+
+class _Onwards:
+    """A stream as tarfile wants it, which skips by seeking: this skips by reading."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._position = 0
+
+    def read(self, size: int) -> bytes:
+        piece = self._stream.read(size)
+        self._position += len(piece)
+        return piece
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int) -> int:
+        while position > self._position and self.read(min(PIECE_BYTES, position - self._position)):
+            continue
+        return self._position
 
 
 def _decompressor(file: io.BufferedReader | IO[bytes]) -> Callable[[IO[bytes]], IO[bytes]] | None:
@@ -249,9 +273,7 @@ def _decompressor(file: io.BufferedReader | IO[bytes]) -> Callable[[IO[bytes]], 
     return None
 
 
-def _range_reader(
-    open_again: OpenAgain, _archive: tarfile.TarFile, member: tarfile.TarInfo
-) -> Read:
+def _range_reader(open_again: OpenAgain, _file: IO[bytes], member: tarfile.TarInfo) -> Read:
     return partial(_read_range, open_again, member.offset_data, member.size)
 
 
@@ -267,22 +289,19 @@ def _read_range(open_again: OpenAgain, offset: int, size: int, max_bytes: int) -
 
 def _tar_members(
     file: IO[bytes],
-    mode: str,
     wanted: Callable[[str], bool],
-    reader: Callable[[tarfile.TarFile, tarfile.TarInfo], Read],
+    reader: Callable[[IO[bytes], tarfile.TarInfo], Read],
 ) -> Iterator[tuple[str, Read]]:
     count = 0
     try:
-        with tarfile.open(  # type: ignore[call-overload]
-            fileobj=file, mode=mode, tarinfo=_StrictTarInfo, encoding="utf-8"
-        ) as archive:
+        with tarfile.TarFile(fileobj=file, tarinfo=_StrictTarInfo, encoding="utf-8") as archive:
             while (member := archive.next()) is not None:
                 count += 1
-                archive.members.clear()  # which would grow with the archive
+                archive.members.clear()  # type: ignore[attr-defined]  # which would grow with the archive
                 name = _plain_name(member.name)
                 if not member.isdir() and wanted(name):
-                    yield name, _refused(member) or reader(archive, member)
-            _read_to_end(archive.fileobj)
+                    yield name, _refused(member) or reader(file, member)
+            _read_to_end(file)
     except Exception as error:  # whatever a damaged archive, or a server, makes its reader raise
         if not count:
             raise ImageError("not a tar archive, or its beginning is damaged") from error
