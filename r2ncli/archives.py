@@ -21,6 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from http.client import IncompleteRead
 from typing import IO, Self, cast
 
 from r2ncli.errors import ImageError
@@ -211,7 +212,7 @@ def _words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     text = str(error).lower()
-    if isinstance(error, EOFError) or text == "unexpected end of data":
+    if isinstance(error, (EOFError, IncompleteRead)) or text == "unexpected end of data":
         return "it is cut off"
     if "crc" in text:
         return "its checksum does not fit"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from r2ncli.selection import is_visible
@@ -24,17 +24,29 @@ def matching_paths(pattern: str) -> Iterator[str]:
     while parts and parts[-1] == "**":
         parts.pop()  # the folder itself, which is walked
         pattern = "/".join((*parts, ""))
-    paths = _expanded(root, parts, (), set())
+    paths = _expanded(root, parts, ())
     if parts.count("**") > 1:
         paths = iter(dict.fromkeys(paths))  # several of them find a path in several ways
+    if "**" in parts:
+        paths = _outside_matches(paths)
     return (path for path in paths if not pattern.endswith("/") or os.path.isdir(path))
 
 
+def _outside_matches(paths: Iterable[str]) -> Iterator[str]:
+    """`paths` without those in a folder that is one of them and came before."""
+    folders: set[str] = set()
+    for path in paths:
+        above = path
+        while above not in folders and above != os.path.dirname(above):
+            above = os.path.dirname(above)
+        if above not in folders:
+            if os.path.isdir(path):
+                folders.add(path)
+            yield path
+
+
 def _expanded(
-    base: str,
-    parts: Sequence[str],
-    above: tuple[tuple[int, int] | None, ...],
-    matched: set[str],
+    base: str, parts: Sequence[str], above: tuple[tuple[int, int] | None, ...]
 ) -> Iterator[str]:
     if not parts:
         yield base or os.curdir
@@ -43,7 +55,7 @@ def _expanded(
     if not has_pattern(part):
         path = os.path.join(base, part)
         if os.path.lexists(path):
-            yield from _expanded(path, rest, (), matched)
+            yield from _expanded(path, rest, ())
         return
     try:
         listed = sorted(os.listdir(base or os.curdir), key=os.fsencode)
@@ -54,19 +66,16 @@ def _expanded(
             hidden = name.startswith(".") and not part.startswith(".")
             path = os.path.join(base, name)
             if not hidden and fnmatchcase(name, part) and (not rest or os.path.isdir(path)):
-                yield from _expanded(path, rest, (), matched)
+                yield from _expanded(path, rest, ())
         return
-    for path in _expanded(base, rest, (), matched):
-        if os.path.isdir(path):
-            matched.add(path)
-        yield path
+    yield from _expanded(base, rest, ())
     identity = device_and_inode(base or os.curdir)
     if identity in above:
         return  # a link back to a folder above it
     for name in filter(is_visible, listed):
         path = os.path.join(base, name)
-        if path not in matched and os.path.isdir(path):
-            yield from _expanded(path, parts, (*above, identity), matched)
+        if os.path.isdir(path):
+            yield from _expanded(path, parts, (*above, identity))
 
 
 def device_and_inode(path: str) -> tuple[int, int] | None:

@@ -483,6 +483,8 @@ def _entries(pieces: Iterable[bytes], separator: bytes) -> Iterator[str]:
     """Names out of a list, one after each `separator`; empty ones are none."""
     rest, first = b"", True
     for piece in chain(pieces, [separator]):
+        if separator == b"\n" and b"\0" in piece:  # which no name can have
+            raise UsageError("names in a list end with a NUL byte: give -0")
         *whole, rest = (rest + piece).split(separator)
         for entry in whole:
             if first:
