@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
+import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,8 +20,8 @@ from typing import Any
 import pytest
 
 from r2ncli import sources
-from r2ncli.errors import ImageError, InputNotFoundError
-from r2ncli.selection import SUFFIXES
+from r2ncli.errors import ImageError, InputNotFoundError, UsageError
+from r2ncli.selection import SUFFIXES, Selection
 from r2ncli.sources import Input, Walk, file_input, find_images, printable
 
 
@@ -633,3 +637,256 @@ def test_no_file_is_looked_at_while_walking(here: Path, monkeypatch: pytest.Monk
     assert len(names()) == 50
     assert [path for path in looked_at if path.endswith(".jpg")] == []
     assert len(looked_at) < 10  # the folders, once each or twice
+
+
+# --- a file that changes while it is read -------------------------------------------------
+
+
+def while_reading(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """Let `change` happen after the file was opened and looked at."""
+    fstat = os.fstat
+    calls: list[int] = []
+
+    def changing(descriptor: int) -> os.stat_result:
+        status = fstat(descriptor)
+        calls.append(descriptor)
+        if len(calls) == 1:
+            change()
+        return status
+
+    monkeypatch.setattr(os, "fstat", changing)
+
+
+@pytest.mark.parametrize("length", [0, 500, 3000, 20_000])
+def test_a_file_that_grows_or_shrinks_while_it_is_read_is_a_failed_row(
+    here: Path, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    (here / "x.jpg").write_bytes(b"a" * 2000)
+    while_reading(monkeypatch, lambda: (here / "x.jpg").write_bytes(b"b" * length))
+    assert error_of(file_input("x.jpg"), 10_000) == "changed while it was read"
+
+
+def test_a_file_that_is_rewritten_while_it_is_read_is_a_failed_row(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "x.jpg").write_bytes(b"a" * 2000)
+    os.utime("x.jpg", (1, 1))
+    while_reading(monkeypatch, lambda: (here / "x.jpg").write_bytes(b"b" * 2000))
+    assert error_of(file_input("x.jpg"), 10_000) == "changed while it was read"
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_the_old_one(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "x.jpg").write_bytes(b"a" * 2000)
+    (here / "new").write_bytes(b"b" * 2000)
+    while_reading(monkeypatch, lambda: os.replace("new", "x.jpg"))
+    assert file_input("x.jpg").read(10_000) == b"a" * 2000
+    assert file_input("x.jpg").read(10_000) == b"b" * 2000
+
+
+def test_a_folder_that_vanishes_during_the_walk_is_a_failed_row(here: Path) -> None:
+    touch("a/1.jpg", "b/2.jpg", "c/3.jpg")
+    walk = find_images([], print)
+    assert next(walk).name == "a/1.jpg"
+    os.rename("b", ".gone")
+    missing, other = walk
+    assert (missing.name, other.name) == ("b", "c/3.jpg")
+    assert error_of(missing) == "the folder cannot be listed: no such file or directory"
+
+
+# --- lists --------------------------------------------------------------------------------
+
+
+def write_list(content: bytes) -> str:
+    Path("names").write_bytes(content)
+    return "@names"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"a.jpg\nb.jpg\n", ["a.jpg", "b.jpg"]),
+        (b"a.jpg\nb.jpg", ["a.jpg", "b.jpg"]),
+        (b"a.jpg\r\nb.jpg\r\n", ["a.jpg", "b.jpg"]),
+        (b"\n\na.jpg\n\n\nb.jpg\n\n", ["a.jpg", "b.jpg"]),
+        (b"\xef\xbb\xbfa.jpg\nb.jpg\n", ["a.jpg", "b.jpg"]),
+        (b"./a.jpg\nx/../b.jpg\n", ["a.jpg", "x/../b.jpg"]),
+        (b" a.jpg\nb.jpg \n", [" a.jpg", "b.jpg "]),  # a name may have spaces at its ends
+        (b"caf\xe9.jpg\n\xc3\xa9.jpg\n", ["caf\\xe9.jpg", "é.jpg"]),
+        (b"@x.jpg\n-\n*.jpg\n[a].jpg\n", ["@x.jpg", "-", "*.jpg", "[a].jpg"]),  # are themselves
+        (b"", []),
+        (b"\n", []),
+        (b"\xef\xbb\xbf", []),
+    ],
+)
+def test_a_list_has_a_name_a_line(here: Path, content: bytes, expected: list[str]) -> None:
+    assert names(write_list(content)) == expected
+
+
+def test_a_list_may_end_its_names_with_nul(here: Path) -> None:
+    argument = write_list(b"a\nb.jpg\0c\r.jpg\0\0d.jpg")
+    found_ones = find_images([argument], print, Selection(null=True))
+    assert [source.name for source in found_ones] == ["a\nb.jpg", "c\r.jpg", "d.jpg"]
+    with pytest.raises(UsageError, match="give -0"):
+        names(argument)
+
+
+def test_names_of_a_list_are_whole_wherever_its_pieces_end() -> None:
+    text = b"\xef\xbb\xbfa.jpg\r\n\xc3\xa9.jpg\n" + b"x" * 30 + b"\n"
+    for size in range(1, 12):
+        pieces = [text[start : start + size] for start in range(0, len(text), size)]
+        assert list(sources._entries(pieces, b"\n")) == ["a.jpg", "é.jpg", "x" * 30]
+
+
+def test_entries_of_a_list_may_be_folders_archives_and_missing(here: Path) -> None:
+    touch("d/1.jpg", "d/e/2.jpg", "b.jpg", "notes.txt")
+    with tarfile.open("a.tar", "w") as archive:
+        archive.add("b.jpg")
+    entries = ["d", "a.tar", "gone.jpg", "gone", "gone.tar", "notes.txt", "b.jpg", "d/"]
+    rows = found(write_list("\n".join(entries).encode()))
+    assert [row.name for row in rows] == [
+        *("d/1.jpg", "d/e/2.jpg", "a.tar!b.jpg", "gone.jpg", "gone", "gone.tar", "notes.txt"),
+        *("b.jpg", "d/1.jpg", "d/e/2.jpg"),
+    ]
+    for row in rows:
+        if row.name.startswith("gone"):
+            assert error_of(row) == "cannot be read: no such file or directory"
+        else:
+            assert row.read(10**6)
+
+
+@pytest.mark.parametrize(
+    ("argument", "reason"),
+    [
+        ("@gone", "no such file or directory"),
+        ("@", "no such file or directory"),
+        ("@.", "a folder, not a list of names"),
+        ("@closed", "permission denied"),
+    ],
+)
+def test_a_list_that_cannot_be_read_is_said_before_anything_is_found(
+    here: Path, monkeypatch: pytest.MonkeyPatch, argument: str, reason: str
+) -> None:
+    touch("a.jpg", "closed")
+    real = os.open
+
+    def refusing(path: str, *more: Any, **others: Any) -> int:
+        if path == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path, *more, **others)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with pytest.raises(InputNotFoundError, match=reason) as raised:
+        find_images(["a.jpg", argument], print)
+    assert str(raised.value).startswith(f"{argument}: ")
+
+
+def test_a_list_may_be_a_pipe(here: Path) -> None:
+    os.mkfifo("names")
+    writer = threading.Thread(target=lambda: Path("names").write_bytes(b"a.jpg\nb.jpg\n"))
+    writer.start()
+    assert names("@names") == ["a.jpg", "b.jpg"]
+    writer.join()
+
+
+def test_a_list_is_read_while_it_is_written(here: Path) -> None:
+    reading, writing = os.pipe()
+    with Walk([f"@/dev/fd/{reading}"], print) as walk:
+        inputs = iter(walk)
+        os.write(writing, b"a.jpg\nb.j")
+        assert next(inputs).name == "a.jpg"
+        assert not walk.ended
+        os.write(writing, b"pg\n")
+        assert next(inputs).name == "b.jpg"
+        os.close(writing)
+        assert list(inputs) == []
+    os.close(reading)
+
+
+def test_a_silent_list_does_not_hold_up_the_end_of_a_walk(here: Path) -> None:
+    reading, writing = os.pipe()
+    with Walk([f"@/dev/fd/{reading}"], print):
+        pass
+    wait_until(lambda: "r2n-walk" not in {thread.name for thread in threading.enumerate()})
+    os.close(writing)
+    os.close(reading)
+
+
+# --- standard input, in a process of its own ----------------------------------------------
+
+
+PROGRAM = (
+    "import sys\n"
+    "from r2ncli.selection import Selection\n"
+    "from r2ncli.sources import Walk\n"
+    "with Walk(['-'], print, Selection(null='-0' in sys.argv)) as walk:\n"
+    "    for source in walk: print(ascii(source.name), flush=True)\n"
+)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(sources.__file__).parents[1])}
+
+
+def names_on_stdin(content: bytes, *options: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *options],
+        input=content, env=ENVIRONMENT, capture_output=True, check=True,
+    )  # fmt: skip
+    return [ast.literal_eval(line.decode()) for line in done.stdout.splitlines()]
+
+
+def test_standard_input_is_a_list() -> None:
+    assert names_on_stdin(b"\xef\xbb\xbfa.jpg\r\ncaf\xe9.jpg\n\nb.jpg") == [
+        *("a.jpg", "caf\\xe9.jpg", "b.jpg"),
+    ]
+    assert names_on_stdin(b"a\nb.jpg\0c.jpg\0", "-0") == ["a\nb.jpg", "c.jpg"]
+    assert names_on_stdin(b"") == []
+
+
+def test_a_closed_standard_input_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputNotFoundError, match="standard input is closed"):
+        find_images(["-"], print)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_a_run_whose_standard_input_is_silent(
+    here: Path, tiny_weights: Path, number: signal.Signals
+) -> None:
+    command = [sys.executable, "-m", "r2ncli", "classify", "-", "--weights", str(tiny_weights)]
+    with subprocess.Popen(
+        [*command, "-o", "x.csv", "-b", "1"],
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**ENVIRONMENT, "PYTHONWARNINGS": "ignore"},
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stdin.write("".join(f"{n}.jpg\n" for n in range(40)))  # enough for rows to come
+        process.stdin.flush()
+        assert process.stderr.readline() == (
+            "0.jpg: cannot be read: no such file or directory\n"
+        )
+        time.sleep(0.3)
+        process.send_signal(number)
+        said = process.stderr.read()  # to its end, while standard input stays open
+        assert process.wait() == (130 if number == signal.SIGINT else 143)
+    assert "interrupted: what was done is kept in x.csv.partial; go on with --resume" in said
+    assert "Traceback" not in said
+
+
+# --- what waits ---------------------------------------------------------------------------
+
+
+def test_a_name_that_waits_takes_little_memory(here: Path) -> None:
+    folder = "photos/of/a/summer"
+    os.makedirs(folder)
+    for name in range(2000):
+        os.mknod(f"{folder}/picture_{name:07d}.jpg")
+    list(find_images([], print))
+    tracemalloc.start()
+    try:
+        waiting = list(find_images([], print))
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(waiting) == 2000
+    assert held / len(waiting) < 1000  # of 100,000 names: 100 MB
