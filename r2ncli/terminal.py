@@ -18,7 +18,6 @@ import typer
 
 from r2ncli.architectures import LICENCE_NOTICE
 from r2ncli.errors import OutputError
-from r2ncli.sources import bytes_as_hex
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -63,6 +62,8 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 def plain(text: str) -> str:
     """`text` for a terminal: control characters escaped, so that a name cannot act."""
+    from r2ncli.sources import bytes_as_hex  # late: it imports what reads archives and addresses
+
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in bytes_as_hex(text)

@@ -862,9 +862,7 @@ def test_an_interrupt_ends_a_run_whose_standard_input_is_silent(
         assert process.stderr is not None
         process.stdin.write("".join(f"{n}.jpg\n" for n in range(40)))  # enough for rows to come
         process.stdin.flush()
-        assert process.stderr.readline() == (
-            "0.jpg: cannot be read: no such file or directory\n"
-        )
+        assert process.stderr.readline() == ("0.jpg: cannot be read: no such file or directory\n")
         time.sleep(0.3)
         process.send_signal(number)
         said = process.stderr.read()  # to its end, while standard input stays open
