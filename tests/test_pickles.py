@@ -21,6 +21,7 @@ import torch
 from r2ncli.containers import container
 from r2ncli.errors import CheckpointError
 from r2ncli.pickles import ALLOWED, check_pickles, requests
+from r2ncli.verification import verify_weights
 from r2ncli.weights import load_state_dict
 
 
@@ -261,6 +262,19 @@ def test_a_pickle_too_large_to_be_a_checkpoints_is_refused(tmp_path, monkeypatch
     path = tmp_path / "weights.pth"
     torch.save({"w": torch.ones(2)}, path)
     assert "its pickle cannot be read (it has" in refusal(path)
+
+
+def test_a_file_that_torch_wrote_without_checksums_is_none_the_worse(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.ones(2)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert "torch.FloatStorage" in check_pickles(path, container(path))
+    assert list(load_state_dict(path)) == ["w"]
+    (check,) = (c for c in verify_weights(path).checks if c.name == "stored checksums")
+    assert (check.status, check.found) == ("not applicable", "its writer left them out")
 
 
 def test_a_pickle_that_torch_did_not_write_is_said_to_be_one(tmp_path):

@@ -516,8 +516,9 @@ def test_statistics_that_look_untrained_are_a_warning(tmp_path):
 )
 def test_a_tensor_of_one_value_fails_where_none_should_be(name, value, state_dict, tmp_path):
     state_dict[name].fill_(value)
-    found = failures(saved(state_dict, tmp_path / "mine.pth"))
-    assert found == {"constant tensors": f"{name} (all {value:g})"}
+    path = saved(state_dict, tmp_path / "mine.pth")
+    assert failures(path) == {"constant tensors": f"{name} (all {value:g})"}
+    assert statuses(verify_weights(path))["forward pass"] != "not applicable"
 
 
 @pytest.mark.parametrize("name", ["fc.bias", "layer1.0.bn1.bias", "layer1.0.bn1.running_mean"])
