@@ -172,7 +172,8 @@ def _foreign(head: bytes, tail: bytes) -> str:
     # protocol buffers: a first field of a small number, then a producer's name or a graph
     if head[0] == 8 and 3 <= head[1] <= 30 and head[2:3] in (b"\x12", b"\x3a", b"\x42"):
         return "an ONNX model, expected a PyTorch checkpoint"
-    if head.startswith(b"\x08\x01\x12") or b"Placeholder" in head or b"\x12\x05Const" in head:
+    graph = head[:1] == b"\n" and (b"Placeholder" in head or b"\x12\x05Const" in head)
+    if graph or head.startswith(b"\x08\x01\x12"):
         return "a TensorFlow graph or SavedModel, not a PyTorch checkpoint"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<body")):

@@ -192,7 +192,7 @@ def _file_checks(path: Path, digest: str, pinned: str | None) -> Iterator[Check]
         packed = container(path)
         yield Check("container", PASSED, packed)
     except CheckpointError as error:
-        yield Check("container", FAILED, _without_path(error, path), "a checkpoint")
+        yield Check("container", FAILED, _without_path(error, path))
     if packed == "zip":
         yield _stored_checksums(path)
     if pinned is not None:

@@ -835,6 +835,16 @@ BROKEN_OR_FOREIGN = {
         "container",
         "a TensorFlow graph or SavedModel, not a PyTorch checkpoint",
     ),
+    "a frozen TensorFlow graph": (
+        lambda: b"\n\x1f\n\x05input\x12\x0bPlaceholder*\t\n\x05dtype\x12\x000\x01",
+        "container",
+        "a TensorFlow graph or SavedModel, not a PyTorch checkpoint",
+    ),
+    "a program's source": (
+        lambda: b"import torch\n\nPlaceholder = torch.ones(1)\n",
+        "container",
+        "text, not a checkpoint: it starts 'import torch Placeholder = torch.ones(1)'",
+    ),
     "a TensorFlow Lite model": (
         lambda: b"\x1c\0\0\0TFL3" + bytes(50),
         "container",
