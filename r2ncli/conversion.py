@@ -195,10 +195,10 @@ def _files(out: Path) -> tuple[Path, ...]:
 
 
 def _refuse_existing(out: Path, overwrite: bool) -> None:
-    if not out.parent.is_dir():
+    if not os.path.isdir(out.parent):
         raise OutputError(f"{out}: cannot be written: there is no folder {out.parent}")
     for file in _files(out):
-        if file.is_dir():
+        if os.path.isdir(file):
             raise OutputError(f"{file} is a folder, expected a name for a file")
         if os.path.lexists(file) and not overwrite:
             raise OutputError(f"{file} exists. --overwrite replaces it")

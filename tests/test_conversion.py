@@ -259,6 +259,8 @@ def test_a_folder_that_is_not_there_or_in_the_way_is_said(
     (tmp_path / "out.pth").mkdir()
     with pytest.raises(OutputError, match="is a folder"):
         convert(tiny_weights, tmp_path / "out.pth", overwrite=True)
+    with pytest.raises(OutputError, match="cannot be written: file name too long"):
+        convert(tiny_weights, tmp_path / f"{'x' * 300}.safetensors")
 
 
 def test_a_network_whose_logits_are_not_finite_is_refused(
