@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     network.requires_grad_(False)  # batch norms keep their statistics too: it is in eval mode
     head_epochs = max(1, options.epochs // 3)
     for part, rate, epochs in (
-        (network.fc, 1e-2, head_epochs),  # a random head would spoil the layers below it
+        (network.fc, 1e-3, head_epochs),  # a random head would spoil the layers below it
         (network, 1e-4, options.epochs - head_epochs),
     ):
         part.requires_grad_(True)

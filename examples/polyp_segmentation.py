@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     torch.manual_seed(0)
     model = PolypSegmenter(options.weights)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     for step in range(options.steps):
         images, masks = pictures(2, options.size)
         loss = binary_cross_entropy_with_logits(model(images), masks)

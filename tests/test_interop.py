@@ -143,7 +143,7 @@ def test_a_fine_tuned_network_is_what_r2n_classifies_with(
             picture.save(tmp_path / "photos" / label / f"{number}.png")
     photos, mine = str(tmp_path / "photos"), str(tmp_path / "mine.safetensors")
 
-    arguments = [photos, "--weights", "demo", "--epochs", "6", "--batch-size", "4", "-o", mine]
+    arguments = [photos, "--weights", "demo", "--epochs", "12", "--batch-size", "4", "-o", mine]
     assert example("fine_tune", monkeypatch).main(arguments) == 0
 
     done = CliRunner().invoke(app, ["classify", photos, "--weights", mine, "--topk", "1"])
@@ -183,6 +183,12 @@ def test_mmpretrain_gives_the_same_logits_with_the_deep_stem_and_no_other(
     with pytest.raises(RuntimeError, match="Missing key"):
         mmpretrain.classifier(widespread).load_state_dict(converted, strict=True)
 
+    # they are right for v1, whose stem is one convolution
+    v1 = tmp_path / "v1.pth"
+    torch.save(reference_state_dict("res2net50_26w_4s"), v1)
+    monkeypatch.setattr(mmpretrain, "BACKBONE", widespread)
+    assert mmpretrain.main([str(v1)]) == 0
+
 
 @pytest.mark.interop
 @pytest.mark.filterwarnings("ignore")  # the library's own
@@ -194,6 +200,9 @@ def test_a_unet_with_a_registered_encoder_trains(
     model = unet.segmenter("demo")
     assert has_all_of(model.encoder.network, "demo")
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 1, 64, 64)
+    dilated = unet.smp.encoders.get_encoder("res2net", output_stride=8)
+    sizes = [feature.shape[-1] for feature in dilated(torch.zeros(1, 3, 64, 64))]
+    assert sizes == [64, 32, 16, 8, 8, 8]
 
     assert unet.main(["--weights", "demo", "--steps", "4", "--size", "64"]) == 0
     first, *_, last = losses(capsys.readouterr().out)
