@@ -22,6 +22,32 @@ import typer
 
 from r2ncli import __version__
 from r2ncli.errors import FailedInputError, R2NError, UsageError
+from r2ncli.options import (
+    Backend,
+    BatchSize,
+    Decode,
+    Device,
+    Exclude,
+    ImageSize,
+    Include,
+    Json,
+    Max,
+    MaxBytes,
+    MaxPixels,
+    NoCrop,
+    Null,
+    OnError,
+    Overwrite,
+    Paths,
+    Precision,
+    Quiet,
+    Resume,
+    RetryFailed,
+    Shard,
+    Timeout,
+    Weights,
+    Workers,
+)
 from r2ncli.terminal import (
     Report,
     is_terminal,
@@ -48,113 +74,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-# --- options that commands share --------------------------------------------------------
-
-Paths = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="PATHS",
-        help="Pictures, folders, .tar, .tar.gz and .zip archives, 'patterns*', @list, - (names on "
-        "standard input), addresses.",
-        show_default="the current folder",
-    ),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        "--weights",
-        metavar="FILE|NAME|demo",
-        help="A checkpoint file, a published name, or demo (ten CIFAR-10 classes, for trying "
-        "the tool).",
-        show_default="$R2N_WEIGHTS, else res2net50_v1b_26w_4s",
-    ),
-]
-Device = Annotated[
-    str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", show_default="auto")
-]
-Backend = Annotated[str | None, typer.Option("--backend", help="torch.", show_default="torch")]
-Precision = Annotated[
-    str | None,
-    typer.Option(
-        "--precision",
-        help="auto (the fastest that keeps top-1), fp32, bf16 or fp16.",
-        show_default="auto",
-    ),
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        "-b", "--batch-size", help="Pictures a batch.", show_default="what suits the device"
-    ),
-]
-Workers = Annotated[
-    int | None, typer.Option("-j", "--workers", help="Decode threads.", show_default="one a core")
-]
-Decode = Annotated[str | None, typer.Option("--decode", help="auto or exact.", show_default="auto")]
-ImageSize = Annotated[
-    int | None,
-    typer.Option("--image-size", help="The network's input, in pixels.", show_default="as trained"),
-]
-NoCrop = Annotated[
-    bool,
-    typer.Option("--no-crop", help="Stretch the whole picture instead of cropping its centre."),
-]
-MaxPixels = Annotated[
-    int | None,
-    typer.Option(
-        "--max-pixels", help="A picture of more is a failed row.", show_default="200 million"
-    ),
-]
-MaxBytes = Annotated[
-    int | None,
-    typer.Option("--max-bytes", help="A file of more is a failed row.", show_default="512 MB"),
-]
-Include = Annotated[
-    list[str] | None,
-    typer.Option("--include", metavar="PATTERN", help="Take only names that match; repeatable."),
-]
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--exclude", metavar="PATTERN", help="Leave out pictures and folders; repeatable."
-    ),
-]
-Max = Annotated[int | None, typer.Option("--max", help="Take the first so many pictures.")]
-Shard = Annotated[
-    str | None,
-    typer.Option(
-        "--shard", metavar="I/N", help="Take the share I of N; N jobs cover all exactly once."
-    ),
-]
-Null = Annotated[
-    bool, typer.Option("-0", "--null", help="Names in lists and on stdin end with a NUL byte.")
-]
-Timeout = Annotated[
-    float | None,
-    typer.Option("--timeout", help="Seconds for one remote picture.", show_default="60"),
-]
-OnError = Annotated[
-    str | None,
-    typer.Option(
-        "--on-error", help="continue, or fail: end at the first failure.", show_default="continue"
-    ),
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Start again over an output that exists.")
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with an output that was interrupted.")
-]
-RetryFailed = Annotated[
-    bool,
-    typer.Option("--retry-failed", help="Try the failed rows of a finished output again."),
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Quiet = Annotated[
-    bool, typer.Option("-q", "--quiet", help="No progress and no summary; failures still show.")
-]
 
 
 # --- the boundary: errors become exit codes -----------------------------------------------

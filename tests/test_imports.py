@@ -36,7 +36,7 @@ ROOMS = [
     *("archives", "selection", "remote", "patterns", "sources"),
     *("images", "engine", "inference", "formats", "writers", "results", "runs"),
     *("comparison", "shards"),
-    *("bench", "terminal", "cli"),
+    *("bench", "terminal", "options", "cli"),
     "__main__",
 ]
 WITH_TORCH = {
@@ -44,7 +44,7 @@ WITH_TORCH = {
     "engine/pytorch",
 }
 WITH_TORCHVISION = {"torchvision_models"}  # the one file that is for its users
-WITH_TERMINAL = {"terminal", "cli"}
+WITH_TERMINAL = {"terminal", "options", "cli"}
 
 FILES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): path
