@@ -50,10 +50,11 @@ def losses(printed: str) -> list[float]:
     return found
 
 
-def needs(library: str) -> None:
+def needs(*libraries: str) -> None:
     """Skip, and say why, where a library of the extra is absent; a broken one fails."""
-    if find_spec(library) is None:
-        pytest.skip(f"{library} is not installed: pip install '.[interop]'")
+    for library in libraries:
+        if find_spec(library) is None:
+            pytest.skip(f"{library} is not installed: pip install '.[interop]'")
 
 
 # --- torchvision --------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def test_timm_gives_the_same_logits(
 def test_mmpretrain_gives_the_same_logits_with_the_deep_stem_and_no_other(
     reference_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needs("mmpretrain")
+    needs("mmpretrain", "mmcv", "mmengine", "modelindex", "markdown")
     mmpretrain = example("mmpretrain_classifier", monkeypatch)
     assert mmpretrain.main([str(reference_file)]) == 0
 
