@@ -365,7 +365,7 @@ def test_a_card_beyond_the_last_is_refused_with_those_there_are(monkeypatch):
 def test_a_precision_that_the_processor_cannot_do_is_refused_with_those_it_can(
     has_bf16, able, monkeypatch
 ):
-    monkeypatch.setattr(torch_engine, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(engine, "cpu_has_bf16", lambda: has_bf16)
     cpu = torch.device("cpu")
     assert find_precision("auto", cpu) == able[0]
     for name in ("fp32", "bf16", "fp16", "int8", "half"):

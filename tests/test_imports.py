@@ -34,14 +34,14 @@ ROOMS = [
         "conversion",
     ),
     *("archives", "selection", "remote", "patterns", "sources"),
-    *("images", "engine", "inference", "formats", "writers", "results", "runs"),
+    *("images", "cache", "engine", "inference", "formats", "writers", "results", "runs"),
     *("comparison", "shards"),
     *("bench", "terminal", "options", "cli"),
     "__main__",
 ]
 WITH_TORCH = {
     *("model", "weights", "torchvision_models", "verification", "tensors", "conversion"),
-    "engine/pytorch",
+    *("engine/pytorch", "engine/graph"),
 }
 WITH_TORCHVISION = {"torchvision_models"}  # the one file that is for its users
 WITH_TERMINAL = {"terminal", "options", "cli"}

@@ -6,20 +6,25 @@ pooling are part of what it runs. One file per backend.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from r2ncli.errors import UsageError
+
 Pixels = npt.NDArray[np.uint8]
 Outputs = Mapping[str, npt.NDArray[np.float32]]
 
-BACKENDS = ("torch",)
+BACKENDS = ("auto", "torch", "openvino")
 POOLS = ("avg", "max", "none")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class EngineDescription:
         The precision executed: ``fp32``, ``bf16`` or ``fp16``.
     batch_size : int
         Pictures in every batch, the last one included (it is padded).
+    streams : int
+        Batches that it executes at the same time, each in a thread that calls it.
     """
 
     backend: str
@@ -44,6 +51,7 @@ class EngineDescription:
     device_model: str
     precision: str
     batch_size: int
+    streams: int = 1
 
     @property
     def device_kind(self) -> str:
@@ -81,6 +89,74 @@ class Engine(Protocol):
 def pooled_shape(shape: tuple[int, ...], pool: str) -> tuple[int, ...]:
     """Shape of one picture's features: (C, H, W) becomes (C,) unless `pool` is ``none``."""
     return shape[:1] if len(shape) == 3 and pool != "none" else shape
+
+
+def find_backend(backend: str, device: str) -> str:
+    """``torch`` or ``openvino``: what `backend` means for `device`, without torch on a CPU.
+
+    Raises
+    ------
+    UsageError
+        The backend is not installed, or does not run on the device.
+    DeviceError
+        The device is not there.
+    """
+    if backend == "torch":
+        return backend
+    there = find_spec("openvino") is not None
+    if backend == "auto":
+        return "openvino" if there and _is_cpu(device) else "torch"
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"backend 'openvino' runs on the CPU, not on {device!r}")
+    if not there:
+        raise UsageError("backend 'openvino' is not installed: pip install openvino")
+    return backend
+
+
+def _is_cpu(device: str) -> bool:
+    if device == "cpu" or (device == "auto" and not cuda_cards()):
+        return True
+    from r2ncli.engine.pytorch import find_device
+
+    return find_device(device).type == "cpu"  # a card that torch cannot use does not count
+
+
+def cuda_cards() -> int:
+    """How many CUDA cards the driver shows to this process (`CUDA_VISIBLE_DEVICES` counts)."""
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    except (OSError, AttributeError):  # there is no driver
+        return 0
+    return 0 if failed else count.value
+
+
+def choose_precision(name: str, can: Sequence[str], device: str) -> str:
+    """The precision that `name` means where a device does `can`; ``auto`` is the first.
+
+    Raises
+    ------
+    UsageError
+        The device cannot do it; the message lists what it can.
+    """
+    if name == "auto":
+        return can[0]
+    if name not in can:
+        raise UsageError(f"precision {name!r} on {device}: this device does {', '.join(can)}")
+    return name
+
+
+def cpu_precisions() -> tuple[str, ...]:
+    """What this processor does at full speed, the fastest first."""
+    return ("bf16", "fp32") if cpu_has_bf16() else ("fp32",)
+
+
+def cores() -> int:
+    """Cores that this process may use: a container or a scheduler may give fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def cpu_model() -> str:

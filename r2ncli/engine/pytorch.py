@@ -19,14 +19,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from r2ncli.architectures import Preprocessing
 from r2ncli.engine import (
-    PRECISIONS,
     EngineDescription,
     Outputs,
     Pixels,
-    cpu_has_bf16,
+    choose_precision,
     cpu_model,
+    cpu_precisions,
 )
-from r2ncli.errors import DeviceError, UsageError
+from r2ncli.errors import DeviceError
 from r2ncli.model import Res2Net, conv_bn_pairs
 
 BATCH_SIZES = {"cpu": 8, "cuda": 64}  # on a CPU small batches keep activations in its cache
@@ -183,16 +183,15 @@ def find_precision(name: str, device: torch.device) -> str:
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        can = ["bf16", "fp16", "fp32"] if capability >= (8, 0) else ["fp16", "fp32"]
-        if capability < (7, 0):
-            can = ["fp32", "fp16"]  # without tensor cores fp16 is no faster
+        if capability >= (8, 0):
+            can: tuple[str, ...] = ("bf16", "fp16", "fp32")
+        elif capability >= (7, 0):
+            can = ("fp16", "fp32")
+        else:
+            can = ("fp32", "fp16")  # without tensor cores fp16 is no faster
     else:
-        can = ["bf16", "fp32"] if cpu_has_bf16() else ["fp32"]
-    if name == "auto":
-        return can[0]
-    if name not in PRECISIONS or name not in can:
-        raise UsageError(f"precision {name!r} on {device}: this device does {', '.join(can)}")
-    return name
+        can = cpu_precisions()
+    return choose_precision(name, can, str(device))
 
 
 @contextmanager

@@ -1,0 +1,206 @@
+"""A torch network as an OpenVINO graph: uint8 pixels in, the wanted outputs out.
+
+The network's own forward pass runs once, on nodes of the graph in place of tensors: torch
+hands each function that is called with one to `GraphTensor`. So `model.py` stays the one
+description of the network, any module's output can be taken by a hook, and what no wanted
+output needs is not in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812, as the field calls it
+
+from r2ncli.architectures import Preprocessing
+from r2ncli.engine.openvino import Model, Node, Output
+from r2ncli.engine.openvino import opset15 as ops
+from r2ncli.model import Res2Net
+
+
+def to_graph(
+    network: Res2Net,
+    outputs: Sequence[str],
+    pool: str,
+    preprocessing: Preprocessing,
+    batch_size: int,
+) -> Model:
+    """The graph of `network` for batches of one size.
+
+    Parameters
+    ----------
+    network : Res2Net
+        In eval mode, float32, on the CPU; it is not changed.
+    outputs : sequence of str
+        Names of modules (`layer_shapes`) whose outputs are wanted.
+    pool : str
+        ``avg`` or ``max`` over height and width, or ``none``.
+    preprocessing : Preprocessing
+        Gives the mean, the standard deviation and the size.
+    batch_size : int
+        Pictures in every batch.
+
+    Returns
+    -------
+    Model
+        Takes uint8 [batch_size, H, W, 3] and gives a float32 array for each of `outputs`, in
+        their order.
+    """
+    size = preprocessing.image_size
+    pixels = ops.parameter([batch_size, size, size, 3], np.uint8, name="pixels")
+    shift, scale = np.array((preprocessing.mean, preprocessing.std), dtype=np.float32) * 255
+    values = ops.divide(ops.subtract(ops.convert(pixels, "f32"), shift), scale)
+    seen: dict[str, GraphTensor] = {}
+    hooks = [
+        network.get_submodule(name).register_forward_hook(
+            lambda _module, _inputs, output, name=name: seen.update({name: output})
+        )
+        for name in outputs
+    ]
+    try:
+        with torch.no_grad():
+            network(GraphTensor(ops.transpose(values, [0, 3, 1, 2]).output(0)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    results = []
+    for name in outputs:
+        result = ops.result(_pooled(seen[name].output, pool))
+        result.set_friendly_name(name)
+        results.append(result)
+    return Model(results, [pixels], "Res2Net")
+
+
+def _pooled(output: Output, pool: str) -> Output:
+    if len(output.shape) != 4 or pool == "none":
+        return output
+    reduce = ops.reduce_mean if pool == "avg" else ops.reduce_max
+    return reduce(output, [2, 3]).output(0)
+
+
+class GraphTensor:
+    """Stands for a tensor [N, C, H, W] or [N, C] in a forward pass that builds a graph."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        _types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> GraphTensor:
+        return cls(_NODES[function](*args, **(kwargs or {})).output(0))
+
+    def __add__(self, other: GraphTensor) -> GraphTensor:
+        return GraphTensor(ops.add(self.output, other.output).output(0))
+
+    def dim(self) -> int:
+        return len(self.output.shape)
+
+    def chunk(self, chunks: int, dim: int) -> list[GraphTensor]:
+        return [GraphTensor(part) for part in ops.split(self.output, dim, chunks).outputs()]
+
+
+def _constant(tensor: Tensor, shape: Sequence[int] | None = None) -> Node:
+    array = tensor.detach().numpy()
+    return ops.constant(array if shape is None else array.reshape(shape))
+
+
+def _conv2d(
+    x: GraphTensor,
+    weight: Tensor,
+    bias: None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Node:
+    assert bias is None
+    where = (list(stride), list(padding), list(padding), list(dilation))
+    if groups == 1:
+        return ops.convolution(x.output, _constant(weight), *where)
+    grouped = (groups, weight.shape[0] // groups, *weight.shape[1:])
+    return ops.group_convolution(x.output, _constant(weight, grouped), *where)
+
+
+def _batch_norm(
+    x: GraphTensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Node:
+    assert not training
+    return ops.batch_norm_inference(
+        x.output, *map(_constant, (weight, bias, mean, variance)), epsilon=eps
+    )
+
+
+def _relu(x: GraphTensor, inplace: bool = False) -> Node:
+    return ops.relu(x.output)
+
+
+def _max_pool2d(
+    x: GraphTensor, kernel: int, stride: int, padding: int, dilation: int, **_defaults: bool
+) -> Node:
+    pads = [padding, padding]
+    return ops.max_pool(x.output, [stride] * 2, [dilation] * 2, pads, pads, [kernel] * 2)
+
+
+def _avg_pool2d(
+    x: GraphTensor,
+    kernel: int,
+    stride: int,
+    padding: int,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: None,
+) -> Node:
+    assert divisor_override is None
+    rounding = "ceil_torch" if ceil_mode else "floor"
+    pads = [padding, padding]
+    return ops.avg_pool(
+        x.output, [stride] * 2, pads, pads, [kernel] * 2, not count_include_pad, rounding
+    )
+
+
+def _adaptive_avg_pool2d(x: GraphTensor, size: int) -> Node:
+    assert size == 1
+    return ops.reduce_mean(x.output, [2, 3], keep_dims=True)
+
+
+def _linear(x: GraphTensor, weight: Tensor, bias: Tensor) -> Node:
+    product = ops.matmul(x.output, _constant(weight), False, True)
+    return ops.add(product, _constant(bias))
+
+
+def _cat(tensors: Sequence[GraphTensor], dim: int) -> Node:
+    return ops.concat([tensor.output for tensor in tensors], dim)
+
+
+def _flatten(x: GraphTensor, start: int) -> Node:
+    assert start == 1
+    return ops.reshape(x.output, [0, -1], special_zero=True)
+
+
+_NODES: dict[Callable[..., Any], Callable[..., Node]] = {
+    torch.conv2d: _conv2d,
+    F.batch_norm: _batch_norm,
+    F.relu: _relu,
+    F.max_pool2d: _max_pool2d,
+    F.avg_pool2d: _avg_pool2d,
+    F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
+    F.linear: _linear,
+    torch.cat: _cat,
+    torch.flatten: _flatten,
+}
