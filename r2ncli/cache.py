@@ -1,0 +1,116 @@
+"""Compiled networks kept between runs: one file an entry, written whole or not at all.
+
+An entry is named after the digest of the settings that decide it, and holds a digest of all
+it holds: one that is damaged, or another's under this name, is as good as none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_dir
+
+from r2ncli import __version__
+
+FORMAT = 1
+LIMIT = 2_000_000_000  # bytes; the least recently used entries beyond it go
+SUFFIX = ".network"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A compiled graph, and what is to be known of it (JSON values)."""
+
+    facts: dict[str, Any]
+    graph: bytes
+
+
+def cache_folder() -> Path:
+    """``$R2N_CACHE``, else the platform's folder for caches."""
+    return Path(os.environ.get("R2N_CACHE") or user_cache_dir("r2n", appauthor=False))
+
+
+def read_entry(settings: Mapping[str, Any]) -> Entry | None:
+    """The entry of these settings; None where there is none that is whole."""
+    path = _path(settings)
+    try:
+        with open(path, "rb") as file:
+            digest, length = file.read(32), file.read(8)
+            header = file.read(int.from_bytes(length, "little"))
+            graph = file.read()
+    except (OSError, OverflowError, MemoryError):
+        return None
+    if _digest(length, header, graph) != digest:
+        return None
+    with suppress(OSError):
+        os.utime(path)  # used just now
+    read = json.loads(header)
+    return Entry(read["facts"], graph) if read["settings"] == _settings(settings) else None
+
+
+def write_entry(settings: Mapping[str, Any], entry: Entry) -> None:
+    """Keep `entry` for these settings, and let go of what was not used for longest.
+
+    Raises
+    ------
+    OSError
+        The folder cannot be written.
+    """
+    path = _path(settings)
+    header = json.dumps({"settings": _settings(settings), "facts": entry.facts}).encode()
+    parts = (len(header).to_bytes(8, "little"), header, entry.graph)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=SUFFIX)
+    try:
+        with open(handle, "wb") as file:
+            file.writelines((_digest(*parts), *parts))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _evict(path)
+
+
+def _evict(newest: Path) -> None:
+    """Entries beyond the limit go, and so does what a killed process left half-written."""
+    entries = []
+    for path in newest.parent.glob(f"*{SUFFIX}"):  # names with a dot in front too
+        with suppress(OSError):  # another process took it away
+            status = path.stat()
+            entries.append((path == newest, status.st_mtime, path, status.st_size))
+    total = 0
+    for _, _, path, size in sorted(entries, reverse=True):
+        total += size
+        if total > LIMIT and path != newest:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _digest(*parts: bytes) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
+def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with what every entry depends on, as JSON gives them back."""
+    everything = {"format": FORMAT, "r2n": __version__, **settings}
+    read_back: dict[str, Any] = json.loads(json.dumps(everything))
+    return read_back
+
+
+def _path(settings: Mapping[str, Any]) -> Path:
+    text = json.dumps(_settings(settings), sort_keys=True)
+    return cache_folder() / (hashlib.sha256(text.encode()).hexdigest() + SUFFIX)
