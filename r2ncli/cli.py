@@ -290,7 +290,9 @@ def _classify_to_stdout(
     with Report("classify", quiet, bar=not lines, failures=not lines) as report:
         sources, execution = split_options(options)
         walk = open_walk(paths, report.sentence, **sources)
-        pipeline = open_classifier(topk, **execution | {"on_download": report.download})
+        pipeline = open_classifier(
+            topk, report.sentence, **execution | {"on_download": report.download}
+        )
         rows = walked_rows(walk, pipeline, report.row, sources.get("on_error", "continue"))
         results = (classification(row, topk, pipeline.labels) for row in rows)
         if lines:

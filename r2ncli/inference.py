@@ -1,9 +1,9 @@
 """The pipeline: decode threads, batches, engine, results in input order.
 
-    names ──► decode threads ──► batches ──► engine thread ──► rows, in input order
+    names ──► decode threads ──► batches ──► a thread a stream ──► rows, in input order
 
 Everything between is bounded: as many batches are under way as keep the threads and the
-engine busy, however many pictures there are.
+engine's streams busy, however many pictures there are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,9 +26,27 @@ import numpy as np
 import numpy.typing as npt
 
 from r2ncli.architectures import Preprocessing
-from r2ncli.checkpoints import Labels
+from r2ncli.cache import Entry, cache_folder, read_entry, write_entry
+from r2ncli.checkpoints import (
+    Labels,
+    checked_sha256,
+    find_checkpoint,
+    labels_of,
+    preprocessing_of,
+    read_metadata,
+)
+from r2ncli.containers import container
 from r2ncli.downloads import OnProgress
-from r2ncli.engine import BACKENDS, POOLS, Engine, Pixels, pooled_shape
+from r2ncli.engine import (
+    BACKENDS,
+    POOLS,
+    Engine,
+    Pixels,
+    cores,
+    cpu_model,
+    find_backend,
+    pooled_shape,
+)
 from r2ncli.errors import (
     DeviceError,
     FailedInputError,
@@ -167,9 +185,13 @@ def open_pipeline(
     *,
     weights: str | os.PathLike[str] | None = None,
     on_download: OnProgress | None = None,
+    on_warning: Callable[[str], None] | None = None,
     **options: Unpack[ExecutionOptions],
 ) -> Pipeline:
     """Load the weights and get a device ready.
+
+    With the backend ``openvino`` the compiled network is kept in the cache: the next time
+    neither torch nor the checkpoint's tensors are loaded.
 
     Parameters
     ----------
@@ -181,6 +203,8 @@ def open_pipeline(
         A checkpoint file, a published network's name, or ``demo`` (see `find_checkpoint`).
     on_download : callable, optional
         Called with a `DownloadProgress` while weights are downloaded.
+    on_warning : callable, optional
+        Takes a sentence if the cache cannot be written.
     **options
         As for `assemble_pipeline`.
 
@@ -189,14 +213,68 @@ def open_pipeline(
     UsageError, CheckpointError, DeviceError
         An option, the weights or the device do not fit.
     """
-    from r2ncli.engine.pytorch import find_device, find_precision
-    from r2ncli.weights import load_checkpoint
-
     # what can be said before a large file is loaded, or even downloaded, is said before
     check_options(pool, **options)
-    find_precision(options.get("precision", "auto"), find_device(options.get("device", "auto")))
-    return assemble_pipeline(
-        load_checkpoint(weights, on_progress=on_download), layers, pool, **options
+    device, precision = options.get("device", "auto"), options.get("precision", "auto")
+    if find_backend(options.get("backend", "auto"), device) == "torch":
+        from r2ncli.engine import pytorch
+        from r2ncli.weights import load_checkpoint
+
+        pytorch.find_precision(precision, pytorch.find_device(device))
+        checkpoint = load_checkpoint(weights, on_progress=on_download)
+        return assemble_pipeline(checkpoint, layers, pool, **options)
+
+    from r2ncli.engine import openvino
+
+    layers = _distinct(layers)
+    precision = openvino.find_precision(precision)
+    batch_size = options.get("batch_size") or openvino.BATCH_SIZE
+    path = find_checkpoint(weights, on_progress=on_download)
+    container(path)
+    sha256, metadata = checked_sha256(path), read_metadata(path)
+    preprocessing = _preprocessing(preprocessing_of(metadata, path), options)
+    settings = {
+        "library": openvino.library(),
+        "processor": cpu_model(),
+        "sha256": sha256,
+        "metadata": metadata,
+        "layers": layers,
+        "pool": pool,
+        "preprocessing": asdict(preprocessing),
+        "precision": precision,
+        "batch_size": batch_size,
+    }
+    entry = read_entry(settings)
+    if entry is None:
+        from r2ncli.weights import load_file
+
+        loaded = load_file(path, sha256)
+        facts = {
+            "variant": loaded.variant,
+            "classes": loaded.network.architecture.classes,
+            "shapes": _shapes(loaded, layers, pool, preprocessing),
+        }
+        graph = _graph(loaded, layers, pool, preprocessing, precision, batch_size)
+        entry = Entry(facts, graph)
+        try:
+            write_entry(settings, entry)
+        except OSError as error:
+            (on_warning or _ignore)(
+                f"the compiled network cannot be kept in {cache_folder()}: {error.strerror}; "
+                "R2N_CACHE names another folder"
+            )
+    return Pipeline(
+        engine=openvino.OpenVinoEngine(entry.graph, layers, precision),
+        preprocessing=preprocessing,
+        rules=_rules(options),
+        workers=_workers(options),
+        checkpoint=path,
+        sha256=sha256,
+        variant=entry.facts["variant"],
+        classes=entry.facts["classes"],
+        labels=labels_of(metadata, entry.facts["classes"], path),
+        pool=pool,
+        shapes={layer: tuple(shape) for layer, shape in entry.facts["shapes"].items()},
     )
 
 
@@ -204,17 +282,7 @@ def assemble_pipeline(
     checkpoint: Checkpoint,
     layers: Sequence[str],
     pool: str = "avg",
-    *,
-    device: str = "auto",
-    backend: str = "torch",
-    precision: str = "auto",
-    batch_size: int | None = None,
-    workers: int | None = None,
-    decode: str = "auto",
-    image_size: int | None = None,
-    no_crop: bool = False,
-    max_pixels: int = MAX_PIXELS,
-    max_bytes: int = MAX_BYTES,
+    **options: Unpack[ExecutionOptions],
 ) -> Pipeline:
     """Get a device ready for a loaded checkpoint.
 
@@ -227,7 +295,8 @@ def assemble_pipeline(
     device : str
         ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     backend : str
-        ``torch``.
+        ``torch``, ``openvino`` (for the CPU), or ``auto``: on a CPU openvino where it is
+        installed, else torch.
     precision : str
         ``auto`` (the fastest that keeps top-1), ``fp32``, ``bf16`` or ``fp16``.
     batch_size : int or None
@@ -249,50 +318,96 @@ def assemble_pipeline(
     UsageError, DeviceError
         An option or the device does not fit.
     """
-    from r2ncli.engine.pytorch import TorchEngine
-    from r2ncli.model import layer_shapes
+    check_options(pool, **options)
+    device, precision = options.get("device", "auto"), options.get("precision", "auto")
+    batch_size = options.get("batch_size")
+    layers = _distinct(layers)
+    preprocessing = _preprocessing(checkpoint.preprocessing, options)
+    shapes = _shapes(checkpoint, layers, pool, preprocessing)
+    engine: Engine
+    if find_backend(options.get("backend", "auto"), device) == "torch":
+        from r2ncli.engine.pytorch import TorchEngine
 
-    check_options(
-        pool,
-        backend=backend,
-        decode=decode,
-        batch_size=batch_size,
-        workers=workers,
-        image_size=image_size,
-        max_pixels=max_pixels,
-        max_bytes=max_bytes,
-    )
-    preprocessing = checkpoint.preprocessing.resized(image_size, no_crop)
-    architecture = checkpoint.network.architecture
-    shapes = layer_shapes(architecture, preprocessing.image_size)
-    layers = tuple(dict.fromkeys([layers] if isinstance(layers, str) else layers))
-    if not layers:
-        raise UsageError("no layer given. r2n extract --list-layers prints all of them")
-    for layer in layers:
-        if layer not in shapes:
-            raise UsageError(_no_such_layer(layer, list(shapes)))
-    engine = TorchEngine(
-        checkpoint.network,
-        layers,
-        pool,
-        preprocessing,
-        device=device,
-        precision=precision,
-        batch_size=batch_size,
-    )
+        engine = TorchEngine(
+            checkpoint.network,
+            layers,
+            pool,
+            preprocessing,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+        )
+    else:
+        from r2ncli.engine import openvino
+
+        precision = openvino.find_precision(precision)
+        size = batch_size or openvino.BATCH_SIZE
+        graph = _graph(checkpoint, layers, pool, preprocessing, precision, size)
+        engine = openvino.OpenVinoEngine(graph, layers, precision)
     return Pipeline(
         engine=engine,
         preprocessing=preprocessing,
-        rules=DecodeRules(decode, max_pixels, max_bytes),
-        workers=min(workers or _cores(), MAX_WORKERS),
+        rules=_rules(options),
+        workers=_workers(options),
         checkpoint=checkpoint.path,
         sha256=checkpoint.sha256,
         variant=checkpoint.variant,
-        classes=architecture.classes,
+        classes=checkpoint.network.architecture.classes,
         labels=checkpoint.labels,
         pool=pool,
-        shapes={layer: pooled_shape(shapes[layer], pool) for layer in layers},
+        shapes=shapes,
     )
+
+
+def _distinct(layers: Sequence[str]) -> tuple[str, ...]:
+    layers = tuple(dict.fromkeys([layers] if isinstance(layers, str) else layers))
+    if not layers:
+        raise UsageError("no layer given. r2n extract --list-layers prints all of them")
+    return layers
+
+
+def _preprocessing(checkpoints: Preprocessing, options: ExecutionOptions) -> Preprocessing:
+    return checkpoints.resized(options.get("image_size"), options.get("no_crop", False))
+
+
+def _shapes(
+    checkpoint: Checkpoint, layers: Sequence[str], pool: str, preprocessing: Preprocessing
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of one picture's outputs, by layer."""
+    from r2ncli.model import layer_shapes
+
+    shapes = layer_shapes(checkpoint.network.architecture, preprocessing.image_size)
+    for layer in layers:
+        if layer not in shapes:
+            raise UsageError(_no_such_layer(layer, list(shapes)))
+    return {layer: pooled_shape(shapes[layer], pool) for layer in layers}
+
+
+def _graph(
+    checkpoint: Checkpoint,
+    layers: Sequence[str],
+    pool: str,
+    preprocessing: Preprocessing,
+    precision: str,
+    batch_size: int,
+) -> bytes:
+    from r2ncli.engine.graph import to_graph
+    from r2ncli.engine.openvino import compiled
+
+    graph = to_graph(checkpoint.network, layers, pool, preprocessing, batch_size)
+    return compiled(graph, precision)
+
+
+def _rules(options: ExecutionOptions) -> DecodeRules:
+    max_pixels, max_bytes = (
+        options.get("max_pixels", MAX_PIXELS),
+        options.get("max_bytes", MAX_BYTES),
+    )
+    return DecodeRules(options.get("decode", "auto"), max_pixels, max_bytes)
+
+
+def _workers(options: ExecutionOptions) -> int:
+    return min(options.get("workers") or cores(), MAX_WORKERS)
 
 
 def classify(
@@ -329,16 +444,20 @@ def classify(
     """
     sources, execution = split_options(options)
     walk = open_walk(paths, on_warning, **sources)
-    pipeline = open_classifier(topk, **execution)
+    pipeline = open_classifier(topk, on_warning, **execution)
     rows = walked_rows(walk, pipeline, on_progress, sources.get("on_error", "continue"))
     return (classification(row, topk, pipeline.labels) for row in rows)
 
 
-def open_classifier(topk: int, **options: Unpack[PipelineOptions]) -> Pipeline:
+def open_classifier(
+    topk: int,
+    on_warning: Callable[[str], None] | None = None,
+    **options: Unpack[PipelineOptions],
+) -> Pipeline:
     """The pipeline that gives logits, after a look at `topk` (see `open_pipeline`)."""
     if topk < 1:
         raise UsageError(f"topk must be at least 1, not {topk}")
-    return open_pipeline((LOGITS,), **options)
+    return open_pipeline((LOGITS,), on_warning=on_warning, **options)
 
 
 def extract(
@@ -378,7 +497,7 @@ def extract(
     """
     sources, execution = split_options(options)
     walk = open_walk(paths, on_warning, **sources)
-    pipeline = open_pipeline(layers, pool, **execution)
+    pipeline = open_pipeline(layers, pool, on_warning=on_warning, **execution)
     rows = walked_rows(walk, pipeline, on_progress, sources.get("on_error", "continue"))
     return (Features(row.name, row.outputs, row.error) for row in rows)
 
@@ -510,7 +629,8 @@ def run(inputs: Iterable[Input], pipeline: Pipeline) -> Iterator[Row]:
     """
     engine, workers = pipeline.engine, pipeline.workers
     batch_size = engine.description.batch_size
-    ahead = 2 + -(-2 * workers // batch_size)  # batches under way: keeps every thread busy
+    streams = engine.description.streams
+    ahead = 1 + streams + -(-2 * workers // batch_size)  # batches under way: all threads busy
     side = pipeline.preprocessing.image_size
     buffers: list[Pixels] = []
     pending: deque[Future[list[Row]]] = deque()
@@ -547,7 +667,7 @@ def run(inputs: Iterable[Input], pipeline: Pipeline) -> Iterator[Row]:
 
     decoders = _Threads(workers, "r2n-decode")
     fetchers = _Threads(FETCHERS, "r2n-fetch")
-    runner = ThreadPoolExecutor(1, "r2n-engine")
+    runner = ThreadPoolExecutor(streams, "r2n-engine")
     try:
         remaining = iter(inputs)
         ended = False
@@ -654,7 +774,7 @@ def check_options(pool: str = "avg", **options: Unpack[ExecutionOptions]) -> Non
     """Raise a UsageError for a value that cannot be, whatever the device and the weights are."""
     for name, value, choices in (
         ("pool", pool, POOLS),
-        ("backend", options.get("backend", "torch"), BACKENDS),
+        ("backend", options.get("backend", "auto"), BACKENDS),
         ("decode", options.get("decode", "auto"), DECODES),
     ):
         if value not in choices:
@@ -678,13 +798,6 @@ def _no_such_layer(layer: str, layers: list[str]) -> str:
     near = difflib.get_close_matches(layer, layers, n=3, cutoff=0.4)
     hint = f"Did you mean {', '.join(near)}? " if near else ""
     return f"no layer {layer!r}. {hint}r2n extract --list-layers prints all of them"
-
-
-def _cores() -> int:
-    """Cores that this process may use: a container or a scheduler may give fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _ignore(_warning: str) -> None: ...

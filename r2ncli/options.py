@@ -40,7 +40,12 @@ Device = Annotated[
 ]
 Backend = Annotated[
     str | None,
-    typer.Option("--backend", help="torch.", show_default="torch", rich_help_panel=NETWORK),
+    typer.Option(
+        "--backend",
+        help="auto, torch or openvino (CPU).",
+        show_default="auto",
+        rich_help_panel=NETWORK,
+    ),
 ]
 Precision = Annotated[
     str | None,

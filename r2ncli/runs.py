@@ -107,7 +107,7 @@ def classify_to(
     )
     sources, execution = split_options(options)
     walk = open_walk(paths, on_warning, **sources)
-    pipeline = open_classifier(topk, **execution)
+    pipeline = open_classifier(topk, on_warning, **execution)
     return _run_to(
         out,
         walk,
@@ -188,7 +188,7 @@ def extract_to(
     )
     sources, execution = split_options(options)
     walk = open_walk(paths, on_warning, **sources)
-    pipeline = open_pipeline(layers, pool, **execution)
+    pipeline = open_pipeline(layers, pool, on_warning=on_warning, **execution)
     return _run_to(
         out,
         walk,

@@ -87,7 +87,17 @@ def load_checkpoint(
     """
     path = find_checkpoint(weights, download=download, on_progress=on_progress)
     container(path)
-    digest = checked_sha256(path)
+    return load_file(path, checked_sha256(path), output_stride)
+
+
+def load_file(path: Path, digest: str, output_stride: int = 32) -> Checkpoint:
+    """Load the checkpoint `path`, whose SHA-256 is `digest`.
+
+    Raises
+    ------
+    CheckpointError
+        It is no Res2Net.
+    """
     state_dict = load_state_dict(path)
     architecture = identify(state_dict, path)
     metadata = read_metadata(path)
