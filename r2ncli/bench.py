@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from io import BytesIO
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,7 @@ def bench(
     *,
     weights: str | os.PathLike[str] | None = None,
     device: str = "auto",
+    backend: str = "auto",
     precisions: Sequence[str] = ("auto", "fp32"),
     batch_sizes: Sequence[int] | None = None,
     workers: int | None = None,
@@ -101,7 +102,7 @@ def bench(
     weights : str, path or None
         A checkpoint that is on this machine (nothing is downloaded); None means the default
         network with random weights, which are as fast.
-    device, workers
+    device, backend, workers
         As for `classify`.
     precisions, batch_sizes : sequences
         What the model alone is measured at; None means what suits the device.
@@ -123,7 +124,12 @@ def bench(
     say = on_measuring or (lambda _words: None)
     checkpoint = _random_checkpoint() if weights is None else _checkpoint_at_hand(weights)
     whole = assemble_pipeline(
-        checkpoint, (LOGITS,), device=device, precision=precisions[0], workers=workers
+        checkpoint,
+        (LOGITS,),
+        device=device,
+        backend=backend,
+        precision=precisions[0],
+        workers=workers,
     )
     sizes = batch_sizes or _batch_sizes(whole.engine.description)
 
@@ -131,7 +137,12 @@ def bench(
     for precision in precisions:
         for size in sizes:
             pipeline = assemble_pipeline(
-                checkpoint, (LOGITS,), device=device, precision=precision, batch_size=size
+                checkpoint,
+                (LOGITS,),
+                device=device,
+                backend=backend,
+                precision=precision,
+                batch_size=size,
             )
             executed = pipeline.engine.description.precision
             if (executed, size) not in speeds:
@@ -201,26 +212,28 @@ def _batch_sizes(description: EngineDescription) -> tuple[int, ...]:
 
 
 def _model_speed(pipeline: Pipeline, seconds: float) -> ModelSpeed:
-    description = pipeline.engine.description
-    latencies = _forward_latencies(pipeline, seconds)
-    p50, p95 = np.percentile(latencies, [50, 95]) * 1000
-    rate = description.batch_size * len(latencies) / sum(latencies)
-    return ModelSpeed(description.precision, description.batch_size, rate, p50, p95)
-
-
-def _forward_latencies(pipeline: Pipeline, seconds: float) -> list[float]:
-    """Seconds of each forward pass of a full batch, after two that do not count."""
+    """All of the engine's streams at work on full batches, after two each that do not count."""
+    engine, description = pipeline.engine, pipeline.engine.description
     side = pipeline.preprocessing.image_size
-    shape = (pipeline.engine.description.batch_size, side, side, 3)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    for _ in range(2):
-        pipeline.engine(pixels)
-    latencies: list[float] = []
-    while sum(latencies) < seconds or len(latencies) < 3:
+    shape = (description.batch_size, side, side, 3)
+
+    def forward(deadline: float) -> list[float]:
+        pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        latencies: list[float] = []
+        while time.perf_counter() < deadline or len(latencies) < 2:
+            start = time.perf_counter()
+            engine(pixels)
+            latencies.append(time.perf_counter() - start)
+        return latencies
+
+    with ThreadPoolExecutor(description.streams) as threads:
+        list(threads.map(forward, [0.0] * description.streams))
         start = time.perf_counter()
-        pipeline.engine(pixels)
-        latencies.append(time.perf_counter() - start)
-    return latencies
+        latencies = list(chain(*threads.map(forward, [start + seconds] * description.streams)))
+        took = time.perf_counter() - start
+    p50, p95 = np.percentile(latencies, [50, 95]) * 1000
+    rate = description.batch_size * len(latencies) / took
+    return ModelSpeed(description.precision, description.batch_size, rate, p50, p95)
 
 
 def _stages(

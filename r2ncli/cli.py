@@ -664,6 +664,7 @@ def bench(
         ),
     ] = None,
     device: Device = None,
+    backend: Backend = None,
     precision: Annotated[
         list[str] | None,
         typer.Option("--precision", help="Give it again for more.", show_default="auto and fp32"),
@@ -694,6 +695,7 @@ def bench(
         **_given(
             weights=weights,
             device=device,
+            backend=backend,
             precisions=precision,
             batch_sizes=batch_size,
             workers=workers,
@@ -720,8 +722,8 @@ def bench(
         right_from=1,
     )
     print_table(
-        f"pipeline, {engine.precision}, batch {engine.batch_size}, {report.workers} decode "
-        f"threads, {report.pictures}",
+        f"pipeline, {engine.precision}, batch {engine.batch_size}, {engine.streams} streams, "
+        f"{report.workers} decode threads, {report.pictures}",
         ("stage", "images/s", "p50 ms", "p95 ms", ""),
         [
             (

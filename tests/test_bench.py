@@ -31,6 +31,12 @@ def test_every_stage_is_measured_and_the_slowest_binds(pictures, tiny_weights):
     assert report.weights != "random"
 
 
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+def test_the_backend_that_was_named_is_measured(tiny_weights, backend):
+    options = {"device": "cpu", "batch_sizes": [1], "precisions": ["fp32"], "seconds": 0.01}
+    assert bench(weights=tiny_weights, backend=backend, **options).engine.backend == backend
+
+
 def test_without_weights_they_are_random_and_said_so():
     report = bench(precisions=["fp32"], batch_sizes=[1], seconds=0.01)
     assert report.weights == "random"
