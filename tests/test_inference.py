@@ -19,6 +19,8 @@ from r2ncli.inference import LOGITS, Pipeline, classification, open_pipeline, ru
 from r2ncli.inference import Row as PipelineRow
 from r2ncli.sources import file_input
 
+backends = pytest.mark.parametrize("backend", ["torch", "openvino"])
+
 
 def probabilities(classifications):
     """Every probability by path and class index."""
@@ -31,11 +33,14 @@ def test_rows_come_in_input_order_however_long_each_decode_takes(pictures, tiny_
     assert found == [f"{pictures}/{n:05d}.jpg" for n in range(20)]
 
 
-def test_a_classification_is_the_softmax_of_the_plain_network(pictures, tiny_weights):
+@backends
+def test_a_classification_is_the_softmax_of_the_plain_network(pictures, tiny_weights, backend):
     network = r2ncli.load_model(tiny_weights)
     preprocessing = r2ncli.Preprocessing(32, 36)
     mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
-    for c in r2ncli.classify(pictures, weights=tiny_weights, precision="fp32", topk=6):
+    for c in r2ncli.classify(
+        pictures, weights=tiny_weights, precision="fp32", topk=6, backend=backend, device="cpu"
+    ):
         pixels = decode(Path(c.path).read_bytes(), preprocessing, DecodeRules())
         batch = ((torch.tensor(pixels) / 255 - mean) / std).permute(2, 0, 1)[None]
         with torch.inference_mode():
@@ -47,7 +52,8 @@ def test_a_classification_is_the_softmax_of_the_plain_network(pictures, tiny_wei
             assert p.wnid is None
 
 
-def test_features_are_what_a_hook_on_the_plain_network_sees(pictures, tiny_weights):
+@backends
+def test_features_are_what_a_hook_on_the_plain_network_sees(pictures, tiny_weights, backend):
     network = r2ncli.load_model(tiny_weights)
     preprocessing = r2ncli.Preprocessing(32, 36)
     mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
@@ -58,7 +64,7 @@ def test_features_are_what_a_hook_on_the_plain_network_sees(pictures, tiny_weigh
         )
     rows = r2ncli.extract(
         pictures, weights=tiny_weights, layers=["layer3", "layer1.0.bn1"], pool="none",
-        precision="fp32",
+        precision="fp32", backend=backend, device="cpu",
     )  # fmt: skip
     for row in rows:
         pixels = decode(Path(row.path).read_bytes(), preprocessing, DecodeRules())
@@ -70,10 +76,13 @@ def test_features_are_what_a_hook_on_the_plain_network_sees(pictures, tiny_weigh
             np.testing.assert_allclose(values, seen[name], atol=1e-5)
 
 
+@backends
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 @pytest.mark.parametrize("workers", [1, 4])
-def test_a_row_does_not_depend_on_batch_or_threads(pictures, tiny_weights, batch_size, workers):
-    options = {"weights": tiny_weights, "precision": "fp32", "topk": 6}
+def test_a_row_does_not_depend_on_batch_or_threads(
+    pictures, tiny_weights, batch_size, workers, backend
+):
+    options = {"weights": tiny_weights, "precision": "fp32", "topk": 6, "backend": backend}
     usual = probabilities(r2ncli.classify(pictures, **options))
     other = probabilities(
         r2ncli.classify(pictures, batch_size=batch_size, workers=workers, **options)
@@ -85,8 +94,9 @@ def test_a_row_does_not_depend_on_batch_or_threads(pictures, tiny_weights, batch
     assert max(abs(usual[key] - alone[key]) for key in alone) < 1e-5
 
 
-def test_a_row_does_not_depend_on_where_a_batch_begins(pictures, tiny_weights):
-    options = {"weights": tiny_weights, "topk": 6, "batch_size": 8}
+@backends
+def test_a_row_does_not_depend_on_where_a_batch_begins(pictures, tiny_weights, backend):
+    options = {"weights": tiny_weights, "topk": 6, "batch_size": 8, "backend": backend}
     usual = probabilities(r2ncli.classify(pictures, **options))
     (pictures / "00000.jpg").unlink()
     (pictures / "00007.jpg").unlink()
@@ -109,6 +119,34 @@ def test_a_broken_picture_keeps_its_row_and_leaves_its_neighbours_alone(pictures
         else:
             assert after[n] == before[n]
     assert "runcated" in after[5].error
+
+
+@backends
+def test_the_same_pictures_give_the_same_rows_each_time(pictures, tiny_weights, backend):
+    options = {"weights": tiny_weights, "batch_size": 3, "backend": backend, "layers": ["layer2"]}
+    first, second = (list(r2ncli.extract(pictures, **options)) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert one.path == other.path
+        assert np.array_equal(one.features["layer2"], other.features["layer2"])
+
+
+def test_rows_come_in_input_order_from_several_streams(pictures):
+    class SlowFirst(CountingEngine):
+        def __call__(self, pixels):
+            first = len(self.batches) == 0
+            outputs = super().__call__(pixels)
+            if first:
+                while len(self.batches) < 3:  # two others overtake it
+                    time.sleep(0.001)
+            return outputs
+
+    engine = SlowFirst(4, streams=3)
+    inputs = [file_input(str(path), path.name) for path in sorted(pictures.iterdir())]
+    rows = list(run(inputs, counting_pipeline(engine)))
+    assert [row.name for row in rows] == [source.name for source in inputs]
+    alone = list(run(inputs, counting_pipeline(CountingEngine(4))))
+    for one, other in zip(rows, alone, strict=True):
+        assert one.outputs[LOGITS] == other.outputs[LOGITS]
 
 
 def test_a_folder_of_broken_pictures_only_gives_only_failed_rows(tmp_path, tiny_weights):
@@ -219,8 +257,8 @@ def test_leaving_early_ends_every_thread(pictures, tiny_weights):
 class CountingEngine:
     """Gives each picture's mean, and keeps what batches it was given."""
 
-    def __init__(self, batch_size):
-        self.description = EngineDescription("test", "", "cpu", "", "fp32", batch_size)
+    def __init__(self, batch_size, streams=1):
+        self.description = EngineDescription("test", "", "cpu", "", "fp32", batch_size, streams)
         self.batches = []
 
     def __call__(self, pixels):

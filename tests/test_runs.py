@@ -128,6 +128,14 @@ def runs_sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_the_record_says_which_library_ran_in_which_precision(tmp_path, pictures, tiny_weights):
+    record = r2ncli.classify_to(
+        tmp_path / "x.csv", pictures, weights=tiny_weights, backend="openvino", precision="fp32"
+    )
+    assert (record["backend"], record["precision"]) == ("openvino", "fp32")
+    assert record["versions"]["engine"].startswith("openvino 20")
+
+
 def test_the_same_run_twice_gives_the_same_bytes(tmp_path, pictures, tiny_weights):
     for kind in ("csv", "jsonl", "parquet"):
         outs = [tmp_path / f"{name}.{kind}" for name in "ab"]
@@ -251,6 +259,13 @@ def test_resume_refuses_other_inputs_and_names_the_first(
     (pictures / "00007.jpg").rename(pictures / "00006b.jpg")
     with pytest.raises(OutputError, match=r"it has \S*00007\.jpg, here is \S*00006b\.jpg"):
         r2ncli.classify_to(tmp_path / "x.csv", pictures, weights=tiny_weights, resume=True)
+
+
+def test_resume_refuses_another_backend(tmp_path, pictures, tiny_weights):
+    options = {"weights": tiny_weights, "device": "cpu", "precision": "fp32"}
+    r2ncli.classify_to(tmp_path / "x.csv", pictures, backend="torch", **options)
+    with pytest.raises(OutputError, match="backend was torch, is openvino"):
+        r2ncli.classify_to(tmp_path / "x.csv", pictures, backend="openvino", resume=True, **options)
 
 
 def test_the_number_of_threads_may_change_on_resume(tmp_path, pictures, tiny_weights):
