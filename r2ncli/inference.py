@@ -390,7 +390,7 @@ def _graph(
     preprocessing: Preprocessing,
     precision: str,
     batch_size: int,
-) -> bytes:
+) -> npt.NDArray[np.uint8]:
     from r2ncli.engine.graph import to_graph
     from r2ncli.engine.openvino import compiled
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 
 import numpy as np
+import numpy.typing as npt
 
 from r2ncli.engine import (
     EngineDescription,
@@ -26,6 +27,8 @@ from r2ncli.engine import (
 from r2ncli.errors import DeviceError, UsageError
 
 BATCH_SIZE = 8  # small batches keep activations in the processor's cache
+
+Bytes = npt.NDArray[np.uint8]
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -74,7 +77,7 @@ def find_precision(name: str) -> str:
     return choose_precision(name, can, "cpu")
 
 
-def compiled(graph: Model, precision: str) -> bytes:
+def compiled(graph: Model, precision: str) -> Bytes:
     """`graph` compiled for this processor in ``fp32`` or ``bf16``: what `OpenVinoEngine` takes.
 
     Raises
@@ -86,8 +89,7 @@ def compiled(graph: Model, precision: str) -> bytes:
         network = Core().compile_model(
             graph, "CPU", {"INFERENCE_PRECISION_HINT": _HINTS[precision]}
         )
-        exported: bytes = network.export_model().getvalue()
-    return exported
+        return np.frombuffer(network.export_model().getbuffer(), np.uint8)
 
 
 class OpenVinoEngine:
@@ -97,7 +99,7 @@ class OpenVinoEngine:
 
     Parameters
     ----------
-    graph : bytes
+    graph : uint8 array
         What `compiled` gave for `precision`, here and with this version of OpenVINO.
     outputs : sequence of str
         Names of the graph's outputs, in their order.
@@ -116,7 +118,7 @@ class OpenVinoEngine:
 
     def __init__(
         self,
-        graph: bytes,
+        graph: Bytes,
         outputs: Sequence[str],
         precision: str,
         *,
@@ -125,7 +127,7 @@ class OpenVinoEngine:
         streams = streams or _streams(cores())
         with _device_errors(0):
             self._network = Core().import_model(
-                graph,
+                Tensor(graph, shared_memory=True),
                 "CPU",
                 {
                     "INFERENCE_PRECISION_HINT": _HINTS[precision],
@@ -134,6 +136,7 @@ class OpenVinoEngine:
                     "ENABLE_CPU_PINNING": False,  # decode threads and other runs use cores too
                 },
             )
+        self._graph = graph  # its weights are used where they lie
         self._outputs = tuple(outputs)
         self.description = EngineDescription(
             backend="openvino",
