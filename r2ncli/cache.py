@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,23 @@ def cache_folder() -> Path:
     return Path(os.environ.get("R2N_CACHE") or user_cache_dir("r2n", appauthor=False))
 
 
+def kept_entry(
+    settings: Mapping[str, Any], make: Callable[[], Entry], on_warning: Callable[[str], None]
+) -> Entry:
+    """The entry of these settings, out of the cache or else made, and kept if it can be."""
+    entry = read_entry(settings)
+    if entry is None:
+        entry = make()
+        try:
+            write_entry(settings, entry)
+        except OSError as error:
+            on_warning(
+                f"the compiled network cannot be kept in {cache_folder()}: {error.strerror}; "
+                "R2N_CACHE names another folder"
+            )
+    return entry
+
+
 def read_entry(settings: Mapping[str, Any]) -> Entry | None:
     """The entry of these settings; None where there is none that is whole."""
     path = _path(settings)
@@ -57,9 +74,9 @@ def read_entry(settings: Mapping[str, Any]) -> Entry | None:
         os.utime(path)  # used just now
     size = int.from_bytes(length.tobytes(), "little")
     header = json.loads(rest[:size].tobytes())
-    return (
-        Entry(header["facts"], rest[size:]) if header["settings"] == _settings(settings) else None
-    )
+    if header["settings"] != _settings(settings):
+        return None
+    return Entry(header["facts"], rest[size:])
 
 
 def write_entry(settings: Mapping[str, Any], entry: Entry) -> None:

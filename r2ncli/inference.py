@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from r2ncli.architectures import Preprocessing
-from r2ncli.cache import Entry, cache_folder, read_entry, write_entry
+from r2ncli.cache import Entry, kept_entry
 from r2ncli.checkpoints import (
     Labels,
     checked_sha256,
@@ -244,8 +244,8 @@ def open_pipeline(
         "precision": precision,
         "batch_size": batch_size,
     }
-    entry = read_entry(settings)
-    if entry is None:
+
+    def compile_checkpoint() -> Entry:
         from r2ncli.weights import load_file
 
         loaded = load_file(path, sha256)
@@ -255,14 +255,9 @@ def open_pipeline(
             "shapes": _shapes(loaded, layers, pool, preprocessing),
         }
         graph = _graph(loaded, layers, pool, preprocessing, precision, batch_size)
-        entry = Entry(facts, graph)
-        try:
-            write_entry(settings, entry)
-        except OSError as error:
-            (on_warning or _ignore)(
-                f"the compiled network cannot be kept in {cache_folder()}: {error.strerror}; "
-                "R2N_CACHE names another folder"
-            )
+        return Entry(facts, graph)
+
+    entry = kept_entry(settings, compile_checkpoint, on_warning or _ignore)
     return Pipeline(
         engine=openvino.OpenVinoEngine(entry.graph, layers, precision),
         preprocessing=preprocessing,
@@ -399,11 +394,11 @@ def _graph(
 
 
 def _rules(options: ExecutionOptions) -> DecodeRules:
-    max_pixels, max_bytes = (
+    return DecodeRules(
+        options.get("decode", "auto"),
         options.get("max_pixels", MAX_PIXELS),
         options.get("max_bytes", MAX_BYTES),
     )
-    return DecodeRules(options.get("decode", "auto"), max_pixels, max_bytes)
 
 
 def _workers(options: ExecutionOptions) -> int:
