@@ -43,9 +43,8 @@ import typer
 from PIL import Image, ImageCms
 
 import r2ncli
-from r2ncli import runs, weights  # noqa: F401  now, not in every forked run
+from r2ncli import runs  # noqa: F401  now, not in every forked run
 from r2ncli.architectures import Preprocessing
-from r2ncli.engine import pytorch  # noqa: F401
 from r2ncli.errors import ImageError
 from r2ncli.images import DecodeRules, decode
 from r2ncli.results import read_names

@@ -23,15 +23,8 @@ from r2ncli.engine import EngineDescription
 from r2ncli.errors import ImageError, UsageError
 from r2ncli.formats import CsvFormat
 from r2ncli.images import decode
-from r2ncli.inference import (
-    LOGITS,
-    Classification,
-    Pipeline,
-    assemble_pipeline,
-    classification,
-    no_image_found,
-    run,
-)
+from r2ncli.inference import Classification, classification, no_image_found, run
+from r2ncli.pipeline import LOGITS, Pipeline, assemble_pipeline
 from r2ncli.runs import row_format
 from r2ncli.sources import Input, PathLike, file_input, find_images
 from r2ncli.writers import PartialOutput

@@ -276,13 +276,8 @@ def _classify_to_stdout(
     paths: list[str], topk: int, lines: bool, quiet: bool, options: RunOptions
 ) -> int:
     from r2ncli.formats import CsvFormat
-    from r2ncli.inference import (
-        classification,
-        open_classifier,
-        open_walk,
-        split_options,
-        walked_rows,
-    )
+    from r2ncli.inference import classification, open_walk, split_options, walked_rows
+    from r2ncli.pipeline import open_classifier
     from r2ncli.runs import row_format
 
     on_terminal = is_terminal(sys.stdout)
@@ -413,8 +408,8 @@ def extract(
 
 
 def _list_layers(weights: str | None, image_size: int | None, quiet: bool) -> int:
-    from r2ncli.inference import check_options
     from r2ncli.model import layer_shapes
+    from r2ncli.pipeline import check_options
     from r2ncli.weights import load_checkpoint
 
     check_options(image_size=image_size)

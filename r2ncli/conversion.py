@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -269,26 +266,14 @@ def _write_program(path: Path, network: Res2Net, size: int, metadata: str) -> Ru
         session = InferenceSession(onnx, providers=["CPUExecutionProvider"])
         return lambda pixels: torch.from_numpy(session.run(None, {"input": pixels.numpy()})[0])
 
-    openvino = _openvino()
-    core = openvino.Core()
+    from r2ncli.engine.openvino import Core, save_model
+
+    core = Core()
     read = core.read_model(onnx)
     read.set_rt_info(metadata, "r2n")
-    openvino.save_model(read, path, compress_to_fp16=False)
+    save_model(read, path, compress_to_fp16=False)
     compiled = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda pixels: torch.from_numpy(compiled({"input": pixels.numpy()})["logits"])
-
-
-def _openvino() -> ModuleType:
-    """OpenVINO, imported without telling its makers: its import alone would."""
-    reporter = "openvino_telemetry"  # where it is absent, OpenVINO goes on without
-    before = sys.modules.get(reporter)
-    sys.modules[reporter] = None  # type: ignore[assignment]
-    try:
-        return import_module("openvino")
-    finally:
-        del sys.modules[reporter]
-        if before is not None:
-            sys.modules[reporter] = before
 
 
 def _publish(partial: Path, out: Path) -> None:

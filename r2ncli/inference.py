@@ -1,4 +1,4 @@
-"""The pipeline: decode threads, batches, engine, results in input order.
+"""Inputs become rows: decode threads, batches, engine, results in input order.
 
     names ──► decode threads ──► batches ──► a thread a stream ──► rows, in input order
 
@@ -16,36 +16,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from r2ncli.architectures import Preprocessing
-from r2ncli.cache import Entry, kept_entry
 from r2ncli.checkpoints import (
     Labels,
-    checked_sha256,
-    find_checkpoint,
-    labels_of,
-    preprocessing_of,
-    read_metadata,
 )
-from r2ncli.containers import container
-from r2ncli.downloads import OnProgress
 from r2ncli.engine import (
-    BACKENDS,
-    POOLS,
-    Engine,
     Pixels,
-    cores,
-    cpu_model,
-    find_backend,
-    pooled_shape,
 )
 from r2ncli.errors import (
     DeviceError,
@@ -54,19 +37,23 @@ from r2ncli.errors import (
     InputNotFoundError,
     UsageError,
 )
-from r2ncli.images import MAX_PIXELS, DecodeRules, decode
+from r2ncli.images import decode
+from r2ncli.pipeline import (
+    LOGITS,
+    Pipeline,
+    PipelineOptions,
+    open_classifier,
+    open_pipeline,
+)
 from r2ncli.selection import MAX_BYTES, SUFFIXES, Selection
 from r2ncli.sources import Input, PathLike, Walk
 
 if TYPE_CHECKING:
-    from r2ncli.weights import Checkpoint
+    pass
 
 Array = npt.NDArray[np.float32]
 T = TypeVar("T")
 
-LOGITS = "fc"  # the module whose output the logits are
-DECODES = ("auto", "exact")
-MAX_WORKERS = 256
 FETCHERS = 16  # threads that wait for networks, far more than cores
 ON_ERROR = ("continue", "fail")
 
@@ -114,28 +101,6 @@ class Progress:
     walk_ended: bool
 
 
-class ExecutionOptions(TypedDict, total=False):
-    """Keywords that say how a network is executed; see `open_pipeline`."""
-
-    device: str
-    backend: str
-    precision: str
-    batch_size: int | None
-    workers: int | None
-    decode: str
-    image_size: int | None
-    no_crop: bool
-    max_pixels: int
-    max_bytes: int
-
-
-class PipelineOptions(ExecutionOptions, total=False):
-    """Keywords that say which network is executed, and how; see `open_pipeline`."""
-
-    weights: str | os.PathLike[str] | None
-    on_download: OnProgress | None
-
-
 class SourceOptions(TypedDict, total=False):
     """Keywords that say which inputs are taken; see `open_walk`."""
 
@@ -154,255 +119,12 @@ class RunOptions(PipelineOptions, SourceOptions, total=False):
 
 
 @dataclass(frozen=True)
-class Pipeline:
-    """A network at work: what turns inputs into rows, and what it is made of."""
-
-    engine: Engine
-    preprocessing: Preprocessing
-    rules: DecodeRules
-    workers: int
-    checkpoint: Path
-    sha256: str
-    variant: str
-    classes: int
-    labels: Labels | None
-    pool: str
-    shapes: dict[str, tuple[int, ...]]  # of one picture's outputs, by layer
-
-
-@dataclass(frozen=True)
 class Row:
     """One input's outputs by layer, or the reason why there are none."""
 
     name: str
     outputs: dict[str, Array]
     error: str | None = None
-
-
-def open_pipeline(
-    layers: Sequence[str],
-    pool: str = "avg",
-    *,
-    weights: str | os.PathLike[str] | None = None,
-    on_download: OnProgress | None = None,
-    on_warning: Callable[[str], None] | None = None,
-    **options: Unpack[ExecutionOptions],
-) -> Pipeline:
-    """Load the weights and get a device ready.
-
-    With the backend ``openvino`` the compiled network is kept in the cache: the next time
-    neither torch nor the checkpoint's tensors are loaded.
-
-    Parameters
-    ----------
-    layers : sequence of str
-        Modules of the network whose outputs are wanted.
-    pool : str
-        ``avg`` or ``max`` over height and width, or ``none``.
-    weights : str, path or None
-        A checkpoint file, a published network's name, or ``demo`` (see `find_checkpoint`).
-    on_download : callable, optional
-        Called with a `DownloadProgress` while weights are downloaded.
-    on_warning : callable, optional
-        Takes a sentence if the cache cannot be written.
-    **options
-        As for `assemble_pipeline`.
-
-    Raises
-    ------
-    UsageError, CheckpointError, DeviceError
-        An option, the weights or the device do not fit.
-    """
-    # what can be said before a large file is loaded, or even downloaded, is said before
-    check_options(pool, **options)
-    device, precision = options.get("device", "auto"), options.get("precision", "auto")
-    if find_backend(options.get("backend", "auto"), device) == "torch":
-        from r2ncli.engine import pytorch
-        from r2ncli.weights import load_checkpoint
-
-        pytorch.find_precision(precision, pytorch.find_device(device))
-        checkpoint = load_checkpoint(weights, on_progress=on_download)
-        return assemble_pipeline(checkpoint, layers, pool, **options)
-
-    from r2ncli.engine import openvino
-
-    layers = _distinct(layers)
-    precision = openvino.find_precision(precision)
-    batch_size = options.get("batch_size") or openvino.BATCH_SIZE
-    path = find_checkpoint(weights, on_progress=on_download)
-    container(path)
-    sha256, metadata = checked_sha256(path), read_metadata(path)
-    preprocessing = _preprocessing(preprocessing_of(metadata, path), options)
-    settings = {
-        "library": openvino.library(),
-        "processor": cpu_model(),
-        "sha256": sha256,
-        "metadata": metadata,
-        "layers": layers,
-        "pool": pool,
-        "preprocessing": asdict(preprocessing),
-        "precision": precision,
-        "batch_size": batch_size,
-    }
-
-    def compile_checkpoint() -> Entry:
-        from r2ncli.weights import load_file
-
-        loaded = load_file(path, sha256)
-        facts = {
-            "variant": loaded.variant,
-            "classes": loaded.network.architecture.classes,
-            "shapes": _shapes(loaded, layers, pool, preprocessing),
-        }
-        graph = _graph(loaded, layers, pool, preprocessing, precision, batch_size)
-        return Entry(facts, graph)
-
-    entry = kept_entry(settings, compile_checkpoint, on_warning or _ignore)
-    return Pipeline(
-        engine=openvino.OpenVinoEngine(entry.graph, layers, precision),
-        preprocessing=preprocessing,
-        rules=_rules(options),
-        workers=_workers(options),
-        checkpoint=path,
-        sha256=sha256,
-        variant=entry.facts["variant"],
-        classes=entry.facts["classes"],
-        labels=labels_of(metadata, entry.facts["classes"], path),
-        pool=pool,
-        shapes={layer: tuple(shape) for layer, shape in entry.facts["shapes"].items()},
-    )
-
-
-def assemble_pipeline(
-    checkpoint: Checkpoint,
-    layers: Sequence[str],
-    pool: str = "avg",
-    **options: Unpack[ExecutionOptions],
-) -> Pipeline:
-    """Get a device ready for a loaded checkpoint.
-
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        A loaded one.
-    layers, pool
-        As for `open_pipeline`.
-    device : str
-        ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-    backend : str
-        ``torch``, ``openvino`` (for the CPU), or ``auto``: on a CPU openvino where it is
-        installed, else torch.
-    precision : str
-        ``auto`` (the fastest that keeps top-1), ``fp32``, ``bf16`` or ``fp16``.
-    batch_size : int or None
-        Pictures a batch; None means what suits the device.
-    workers : int or None
-        Decode threads; None means one a core.
-    decode : str
-        ``exact``: every pixel decoded at full size; ``auto``: JPEGs of more than twice the
-        resize target reduced while they are decoded, within a grey level in the mean.
-    image_size : int or None
-        The network's input in pixels; the resize target keeps the checkpoint's ratio.
-    no_crop : bool
-        Stretch the whole picture to the input instead of cropping its centre.
-    max_pixels, max_bytes : int
-        A picture, or a file, beyond it is a failed row.
-
-    Raises
-    ------
-    UsageError, DeviceError
-        An option or the device does not fit.
-    """
-    check_options(pool, **options)
-    device, precision = options.get("device", "auto"), options.get("precision", "auto")
-    batch_size = options.get("batch_size")
-    layers = _distinct(layers)
-    preprocessing = _preprocessing(checkpoint.preprocessing, options)
-    shapes = _shapes(checkpoint, layers, pool, preprocessing)
-    engine: Engine
-    if find_backend(options.get("backend", "auto"), device) == "torch":
-        from r2ncli.engine.pytorch import TorchEngine
-
-        engine = TorchEngine(
-            checkpoint.network,
-            layers,
-            pool,
-            preprocessing,
-            device=device,
-            precision=precision,
-            batch_size=batch_size,
-        )
-    else:
-        from r2ncli.engine import openvino
-
-        precision = openvino.find_precision(precision)
-        size = batch_size or openvino.BATCH_SIZE
-        graph = _graph(checkpoint, layers, pool, preprocessing, precision, size)
-        engine = openvino.OpenVinoEngine(graph, layers, precision)
-    return Pipeline(
-        engine=engine,
-        preprocessing=preprocessing,
-        rules=_rules(options),
-        workers=_workers(options),
-        checkpoint=checkpoint.path,
-        sha256=checkpoint.sha256,
-        variant=checkpoint.variant,
-        classes=checkpoint.network.architecture.classes,
-        labels=checkpoint.labels,
-        pool=pool,
-        shapes=shapes,
-    )
-
-
-def _distinct(layers: Sequence[str]) -> tuple[str, ...]:
-    layers = tuple(dict.fromkeys([layers] if isinstance(layers, str) else layers))
-    if not layers:
-        raise UsageError("no layer given. r2n extract --list-layers prints all of them")
-    return layers
-
-
-def _preprocessing(checkpoints: Preprocessing, options: ExecutionOptions) -> Preprocessing:
-    return checkpoints.resized(options.get("image_size"), options.get("no_crop", False))
-
-
-def _shapes(
-    checkpoint: Checkpoint, layers: Sequence[str], pool: str, preprocessing: Preprocessing
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of one picture's outputs, by layer."""
-    from r2ncli.model import layer_shapes
-
-    shapes = layer_shapes(checkpoint.network.architecture, preprocessing.image_size)
-    for layer in layers:
-        if layer not in shapes:
-            raise UsageError(_no_such_layer(layer, list(shapes)))
-    return {layer: pooled_shape(shapes[layer], pool) for layer in layers}
-
-
-def _graph(
-    checkpoint: Checkpoint,
-    layers: Sequence[str],
-    pool: str,
-    preprocessing: Preprocessing,
-    precision: str,
-    batch_size: int,
-) -> npt.NDArray[np.uint8]:
-    from r2ncli.engine.graph import to_graph
-    from r2ncli.engine.openvino import compiled
-
-    graph = to_graph(checkpoint.network, layers, pool, preprocessing, batch_size)
-    return compiled(graph, precision)
-
-
-def _rules(options: ExecutionOptions) -> DecodeRules:
-    return DecodeRules(
-        options.get("decode", "auto"),
-        options.get("max_pixels", MAX_PIXELS),
-        options.get("max_bytes", MAX_BYTES),
-    )
-
-
-def _workers(options: ExecutionOptions) -> int:
-    return min(options.get("workers") or cores(), MAX_WORKERS)
 
 
 def classify(
@@ -442,17 +164,6 @@ def classify(
     pipeline = open_classifier(topk, on_warning, **execution)
     rows = walked_rows(walk, pipeline, on_progress, sources.get("on_error", "continue"))
     return (classification(row, topk, pipeline.labels) for row in rows)
-
-
-def open_classifier(
-    topk: int,
-    on_warning: Callable[[str], None] | None = None,
-    **options: Unpack[PipelineOptions],
-) -> Pipeline:
-    """The pipeline that gives logits, after a look at `topk` (see `open_pipeline`)."""
-    if topk < 1:
-        raise UsageError(f"topk must be at least 1, not {topk}")
-    return open_pipeline((LOGITS,), on_warning=on_warning, **options)
 
 
 def extract(
@@ -763,36 +474,6 @@ def classification(row: Row, topk: int, labels: Labels | None) -> Classification
 def as_sequence(paths: Sequence[PathLike] | PathLike) -> Sequence[PathLike]:
     """`paths` as a sequence: one path is a sequence of one."""
     return [paths] if isinstance(paths, str | os.PathLike) else paths
-
-
-def check_options(pool: str = "avg", **options: Unpack[ExecutionOptions]) -> None:
-    """Raise a UsageError for a value that cannot be, whatever the device and the weights are."""
-    for name, value, choices in (
-        ("pool", pool, POOLS),
-        ("backend", options.get("backend", "auto"), BACKENDS),
-        ("decode", options.get("decode", "auto"), DECODES),
-    ):
-        if value not in choices:
-            raise UsageError(f"{name} {value!r}: expected one of {', '.join(choices)}")
-    for name, number in (
-        ("batch size", options.get("batch_size")),
-        ("workers", options.get("workers")),
-        ("max pixels", options.get("max_pixels")),
-        ("max bytes", options.get("max_bytes")),
-    ):
-        if number is not None and number < 1:
-            raise UsageError(f"{name} must be at least 1, not {number}")
-    size = options.get("image_size")
-    if size is not None and not 32 <= size <= 4096:
-        raise UsageError(f"image size must be from 32 to 4096, not {size}")
-
-
-def _no_such_layer(layer: str, layers: list[str]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(layer, layers, n=3, cutoff=0.4)
-    hint = f"Did you mean {', '.join(near)}? " if near else ""
-    return f"no layer {layer!r}. {hint}r2n extract --list-layers prints all of them"
 
 
 def _ignore(_warning: str) -> None: ...

@@ -26,7 +26,6 @@ from r2ncli.errors import OutputError, UsageError
 from r2ncli.formats import ROW_FORMATS, Format, Hdf5Format, RowFormat, check_parquet
 from r2ncli.inference import (
     Features,
-    Pipeline,
     Progress,
     Row,
     RunOptions,
@@ -34,12 +33,11 @@ from r2ncli.inference import (
     classification,
     failed_input,
     no_image_found,
-    open_classifier,
-    open_pipeline,
     open_walk,
     run,
     split_options,
 )
+from r2ncli.pipeline import Pipeline, open_classifier, open_pipeline
 from r2ncli.results import read_names, read_record, read_rows
 from r2ncli.sources import Input, PathLike, Walk, printable
 from r2ncli.writers import PartialOutput, partial_folder, record_path

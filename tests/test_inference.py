@@ -15,8 +15,9 @@ import r2ncli
 from r2ncli.engine import EngineDescription
 from r2ncli.errors import CheckpointError, DeviceError, InputNotFoundError, UsageError
 from r2ncli.images import DecodeRules, decode
-from r2ncli.inference import LOGITS, Pipeline, classification, open_pipeline, run
 from r2ncli.inference import Row as PipelineRow
+from r2ncli.inference import classification, run
+from r2ncli.pipeline import LOGITS, Pipeline, open_pipeline
 from r2ncli.sources import file_input
 
 backends = pytest.mark.parametrize("backend", ["torch", "openvino"])

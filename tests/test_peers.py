@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 import r2ncli
 from r2ncli.cli import app
 from r2ncli.errors import CheckpointError, DeviceError
-from r2ncli.inference import open_classifier, run
+from r2ncli.inference import run
+from r2ncli.pipeline import open_classifier
 from r2ncli.sources import Input
 
 

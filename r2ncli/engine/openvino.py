@@ -57,6 +57,7 @@ with _without_telemetry():
     from openvino import Tensor as Tensor
     from openvino import get_version as get_version
     from openvino import opset15 as opset15
+    from openvino import save_model as save_model
 
 
 def library() -> str:
