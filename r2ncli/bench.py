@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from r2ncli import __version__
-from r2ncli.architectures import DEFAULT_NETWORK, PUBLISHED, Preprocessing
+from r2ncli.architectures import DEFAULT_NETWORK, PUBLISHED, Architecture, Preprocessing
 from r2ncli.checkpoints import imagenet_labels
 from r2ncli.engine import EngineDescription
 from r2ncli.errors import ImageError, UsageError
@@ -38,13 +40,21 @@ TOPK = 5
 
 @dataclass(frozen=True)
 class ModelSpeed:
-    """The model alone on a full batch: throughput, and latency of one batch."""
+    """The model alone on a full batch: throughput, and latency of one batch.
+
+    `flops_per_second` are those of its convolutions and classifier, `matmul_share` is what
+    that is of a large matrix product's in the same precision (None where torch has none).
+    """
 
     precision: str
     batch_size: int
     images_per_second: float
     latency_p50_ms: float
+    latency_p90_ms: float
     latency_p95_ms: float
+    latency_p99_ms: float
+    flops_per_second: float
+    matmul_share: float | None
 
 
 @dataclass(frozen=True)
@@ -53,13 +63,15 @@ class StageSpeed:
 
     stage: str
     images_per_second: float
-    latency_p50_ms: float | None
-    latency_p95_ms: float | None
+    latency_p50_ms: float | None = None
+    latency_p90_ms: float | None = None
+    latency_p95_ms: float | None = None
+    latency_p99_ms: float | None = None
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What was measured, on what, with what."""
+    """What was measured, on what, with what; `peak_resident_mb` is the whole process's."""
 
     weights: str
     engine: EngineDescription
@@ -68,10 +80,11 @@ class BenchReport:
     model: tuple[ModelSpeed, ...]
     stages: tuple[StageSpeed, ...]
     binding_stage: str
+    peak_resident_mb: float
 
     def as_dict(self) -> dict[str, Any]:
         """As the JSON document of ``r2n bench --json``."""
-        return {"schema": 1, "r2n": __version__, **asdict(self)}
+        return {"schema": 2, "r2n": __version__, **asdict(self)}
 
 
 def bench(
@@ -140,7 +153,9 @@ def bench(
             executed = pipeline.engine.description.precision
             if (executed, size) not in speeds:
                 say(f"model, {executed}, batch {size}")
-                speeds[executed, size] = _model_speed(pipeline, seconds)
+                speeds[executed, size] = _model_speed(
+                    pipeline, checkpoint.network.architecture, seconds
+                )
 
     with tempfile.TemporaryDirectory(prefix="r2n-bench-") as folder:
         inputs = found or generated_jpegs(Path(folder))
@@ -156,6 +171,7 @@ def bench(
         model=tuple(speeds.values()),
         stages=stages,
         binding_stage=min(alone, key=lambda stage: stage.images_per_second).stage,
+        peak_resident_mb=_peak_resident_mb(),
     )
 
 
@@ -204,8 +220,28 @@ def _batch_sizes(description: EngineDescription) -> tuple[int, ...]:
     return (1, 8) if description.device_kind == "cpu" else (1, 64, 256)
 
 
-def _model_speed(pipeline: Pipeline, seconds: float) -> ModelSpeed:
-    """All of the engine's streams at work on full batches, after two each that do not count."""
+def _model_speed(pipeline: Pipeline, architecture: Architecture, seconds: float) -> ModelSpeed:
+    from r2ncli.model import forward_flops
+
+    description = pipeline.engine.description
+    rate, latencies = _forward(pipeline, seconds)
+    flops = rate * forward_flops(architecture, pipeline.preprocessing.image_size)
+    product = matmul_flops_per_second(description.precision, description.device)
+    return ModelSpeed(
+        description.precision,
+        description.batch_size,
+        rate,
+        *_percentiles(latencies),
+        flops_per_second=flops,
+        matmul_share=None if product is None else flops / product,
+    )
+
+
+def _forward(pipeline: Pipeline, seconds: float) -> tuple[float, list[float]]:
+    """Images/s with all of the engine's streams at work on full batches, and seconds of each.
+
+    Two batches of each stream come first, which do not count.
+    """
     engine, description = pipeline.engine, pipeline.engine.description
     side = pipeline.preprocessing.image_size
     shape = (description.batch_size, side, side, 3)
@@ -224,9 +260,36 @@ def _model_speed(pipeline: Pipeline, seconds: float) -> ModelSpeed:
         start = time.perf_counter()
         latencies = list(chain(*threads.map(forward, [start + seconds] * description.streams)))
         took = time.perf_counter() - start
-    p50, p95 = np.percentile(latencies, [50, 95]) * 1000
-    rate = description.batch_size * len(latencies) / took
-    return ModelSpeed(description.precision, description.batch_size, rate, p50, p95)
+    return description.batch_size * len(latencies) / took, latencies
+
+
+def _percentiles(latencies: Sequence[float]) -> tuple[float, float, float, float]:
+    """The 50th, 90th, 95th and 99th, in ms."""
+    p50, p90, p95, p99 = np.percentile(latencies, [50, 90, 95, 99]) * 1000
+    return float(p50), float(p90), float(p95), float(p99)
+
+
+def matmul_flops_per_second(precision: str, device: str) -> float | None:
+    """What a product of two 2048 x 2048 matrices reaches: the best of a few."""
+    import torch
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in dtypes:
+        return None
+    side = 2048
+    matrix = torch.ones(side, side, dtype=dtypes[precision], device=device)
+    best = float("inf")
+    with torch.inference_mode():
+        for _ in range(6):
+            start = time.perf_counter()
+            (matrix @ matrix)[0, 0].item()  # waits for a card
+            best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
+
+
+def _peak_resident_mb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def _stages(
@@ -240,18 +303,16 @@ def _stages(
     yield _decode_speed(pipeline, inputs, seconds)
 
     say("forward")
-    forward = _model_speed(pipeline, seconds)
-    yield StageSpeed(
-        "forward", forward.images_per_second, forward.latency_p50_ms, forward.latency_p95_ms
-    )
+    rate, latencies = _forward(pipeline, seconds)
+    yield StageSpeed("forward", rate, *_percentiles(latencies))
 
     say("the whole pipeline")
-    count = max(2 * forward.batch_size, int(forward.images_per_second * seconds))
+    count = max(2 * pipeline.engine.description.batch_size, int(rate * seconds))
     start = time.perf_counter()
     rows = run(islice(cycle(inputs), count), pipeline)
     results = [classification(row, TOPK, pipeline.labels) for row in rows]
     _write(pipeline, results, folder / "whole.csv")
-    whole = StageSpeed("whole", count / (time.perf_counter() - start), None, None)
+    whole = StageSpeed("whole", count / (time.perf_counter() - start))
 
     say("write")
     writing: list[float] = []
@@ -259,7 +320,7 @@ def _stages(
         start = time.perf_counter()
         _write(pipeline, results, folder / "write.csv")
         writing.append(time.perf_counter() - start)
-    yield StageSpeed("write", len(results) * len(writing) / sum(writing), None, None)
+    yield StageSpeed("write", len(results) * len(writing) / sum(writing))
     yield whole
 
 
@@ -286,8 +347,7 @@ def _decode_speed(pipeline: Pipeline, inputs: list[Input], seconds: float) -> St
         latencies = list(threads.map(decode_until_deadline, range(pipeline.workers)))
     took = time.perf_counter() - start
     all_latencies = np.concatenate(latencies)
-    p50, p95 = np.percentile(all_latencies, [50, 95]) * 1000
-    return StageSpeed("read+decode", len(all_latencies) / took, p50, p95)
+    return StageSpeed("read+decode", len(all_latencies) / took, *_percentiles(all_latencies.tolist()))
 
 
 def _write(pipeline: Pipeline, results: Sequence[Classification], out: Path) -> None:

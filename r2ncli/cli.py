@@ -61,6 +61,7 @@ from r2ncli.terminal import (
 )
 
 if TYPE_CHECKING:
+    from r2ncli.bench import ModelSpeed, StageSpeed
     from r2ncli.inference import RunOptions
     from r2ncli.verification import Verification
 
@@ -700,17 +701,18 @@ def bench(
         print_json(report.as_dict())
         return 0
     engine = report.engine
+    latencies = ("p50 ms", "p90", "p95", "p99")
     print_table(
         f"model alone, {report.weights} weights, {engine.device} ({engine.device_model}), "
         f"{engine.library}",
-        ("precision", "batch", "images/s", "p50 ms", "p95 ms"),
+        ("precision", "batch", "images/s", *latencies, "FLOP/s of matmul's"),
         [
             (
                 speed.precision,
                 str(speed.batch_size),
                 f"{speed.images_per_second:,.1f}",
-                f"{speed.latency_p50_ms:,.1f}",
-                f"{speed.latency_p95_ms:,.1f}",
+                *_milliseconds(speed),
+                "" if speed.matmul_share is None else f"{100 * speed.matmul_share:.0f} %",
             )
             for speed in report.model
         ],
@@ -719,20 +721,29 @@ def bench(
     print_table(
         f"pipeline, {engine.precision}, batch {engine.batch_size}, {engine.streams} streams, "
         f"{report.workers} decode threads, {report.pictures}",
-        ("stage", "images/s", "p50 ms", "p95 ms", ""),
+        ("stage", "images/s", *latencies, ""),
         [
             (
                 stage.stage,
                 f"{stage.images_per_second:,.1f}",
-                "" if stage.latency_p50_ms is None else f"{stage.latency_p50_ms:,.1f}",
-                "" if stage.latency_p95_ms is None else f"{stage.latency_p95_ms:,.1f}",
+                *_milliseconds(stage),
                 "binds" if stage.stage == report.binding_stage else "",
             )
             for stage in report.stages
         ],
         right_from=1,
     )
+    if not quiet:
+        say(f"at most {report.peak_resident_mb:,.0f} MB resident")
     return 0
+
+
+def _milliseconds(speed: ModelSpeed | StageSpeed) -> list[str]:
+    percentiles = (
+        *(speed.latency_p50_ms, speed.latency_p90_ms),
+        *(speed.latency_p95_ms, speed.latency_p99_ms),
+    )
+    return ["" if one is None else f"{one:,.1f}" for one in percentiles]
 
 
 # --- the program --------------------------------------------------------------------------

@@ -10,6 +10,7 @@ top-level children stand in forward order, so that code written for the publishe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -186,6 +187,21 @@ def layer_shapes(architecture: Architecture, image_size: int) -> dict[str, tuple
             )
     network(pixels)
     return {name: shapes[0] for name, shapes in seen.items() if len(shapes) == 1}
+
+
+def forward_flops(architecture: Architecture, image_size: int) -> int:
+    """Floating-point operations of one picture's forward pass: a multiply-add is two.
+
+    Of the convolutions and the classifier, which are all that counts.
+    """
+    with torch.device("meta"):
+        network = Res2Net(architecture)
+    shapes = layer_shapes(architecture, image_size)
+    return sum(
+        2 * module.weight[0].numel() * prod(shapes[name])
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    )
 
 
 def _stem(channels: tuple[int, ...]) -> nn.Module:

@@ -18,8 +18,12 @@ def test_every_precision_and_batch_size_is_measured_once(pictures, tiny_weights)
     )  # fmt: skip
     assert [(m.precision, m.batch_size) for m in report.model] == [("fp32", 1), ("fp32", 3)]
     for speed in report.model:
-        assert 0 < speed.latency_p50_ms <= speed.latency_p95_ms
+        assert 0 < speed.latency_p50_ms <= speed.latency_p90_ms
+        assert speed.latency_p90_ms <= speed.latency_p95_ms <= speed.latency_p99_ms
         assert speed.images_per_second > 0
+        assert speed.flops_per_second > 0
+        assert speed.matmul_share > 0
+    assert report.peak_resident_mb > 100  # torch alone is more
 
 
 def test_every_stage_is_measured_and_the_slowest_binds(pictures, tiny_weights):

@@ -21,7 +21,7 @@ from torch import nn
 
 from r2ncli.architectures import PUBLISHED
 from r2ncli.errors import UsageError
-from r2ncli.model import Bottle2neck, Res2Net, conv_bn_pairs, layer_shapes
+from r2ncli.model import Bottle2neck, Res2Net, conv_bn_pairs, forward_flops, layer_shapes
 
 STAGES = ["layer1", "layer2", "layer3", "layer4"]
 CHILDREN = ["conv1", "bn1", "relu", "maxpool", *STAGES, "avgpool", "fc"]
@@ -381,3 +381,9 @@ def test_every_convolution_has_the_batch_norm_that_takes_its_output(architecture
     kinds = {name: type(module) for name, module in network.named_modules()}
     assert {conv for conv, _ in pairs} == {n for n, kind in kinds.items() if kind is nn.Conv2d}
     assert {bn for _, bn in pairs} == {n for n, kind in kinds.items() if kind is nn.BatchNorm2d}
+
+
+def test_the_default_networks_forward_pass_is_four_and_a_half_billion_multiply_adds():
+    """timm's table of res2net50d: 4.52 GMACs at 224 x 224."""
+    flops = forward_flops(PUBLISHED["res2net50_v1b_26w_4s"].architecture, 224)
+    assert 4.4e9 < flops / 2 < 4.6e9
