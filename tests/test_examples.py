@@ -289,3 +289,18 @@ def feature_file(path: Path, vectors: np.ndarray, failed: np.ndarray) -> h5py.Fi
     file.create_dataset("paths", data=[f"{n}.jpg" for n in range(len(vectors))], dtype=text)
     file.create_dataset("status", data=["failed" if f else "ok" for f in failed], dtype=text)
     return file
+
+
+# --- compare_peers ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_peers_are_compared_on_the_same_pictures_in_turns(tmp_path: Path) -> None:
+    arguments = ["--pictures", "4", "--rounds", "1", "--seconds", "0.1", "--peer", "timm_best"]
+    command = [sys.executable, str(EXAMPLES / "compare_peers.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert set(report["ratios"]) == {"timm_best", "r2n"}
+    assert report["ratios"]["r2n"] == [1.0]
+    assert {"r2n model", "r2n whole"} < set(report["images_per_second"])
