@@ -347,7 +347,9 @@ def _decode_speed(pipeline: Pipeline, inputs: list[Input], seconds: float) -> St
         latencies = list(threads.map(decode_until_deadline, range(pipeline.workers)))
     took = time.perf_counter() - start
     all_latencies = np.concatenate(latencies)
-    return StageSpeed("read+decode", len(all_latencies) / took, *_percentiles(all_latencies.tolist()))
+    return StageSpeed(
+        "read+decode", len(all_latencies) / took, *_percentiles(all_latencies.tolist())
+    )
 
 
 def _write(pipeline: Pipeline, results: Sequence[Classification], out: Path) -> None:

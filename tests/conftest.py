@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,3 +98,9 @@ def hub(tmp_path: Path) -> Path:
     folder = tmp_path / "torch" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     return folder
+
+
+def heed_interrupts() -> None:
+    """For a child before its program begins: SIGINT counts, though a script in the background,
+    which may have started the tests, ignores it and hands that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import h5py
 import pytest
+from conftest import heed_interrupts
 from typer.testing import CliRunner
 
 import r2ncli
@@ -69,7 +70,7 @@ def in_a_terminal(*arguments, columns=80, cwd=None, stop_when=None):
     process = subprocess.Popen(
         [sys.executable, "-m", "r2ncli", *map(str, arguments)],
         stdin=secondary, stdout=secondary, stderr=secondary, cwd=cwd, close_fds=True,
-        env={**environment, "TERM": "xterm"},
+        env={**environment, "TERM": "xterm"}, preexec_fn=heed_interrupts,
     )  # fmt: skip
     os.close(secondary)
     seen = b""
@@ -365,7 +366,11 @@ def test_an_interrupted_run_keeps_what_was_done_and_says_how_to_go_on(
         os.link(folder / f"{n % 20:05d}.jpg", folder / f"{n:05d}.jpg")
     command = [sys.executable, "-m", "r2ncli", "classify", folder, "--weights", tiny_weights]
     with subprocess.Popen(
-        [*command, "-o", "x.csv"], cwd=tmp_path, env=WARM, stderr=subprocess.PIPE
+        [*command, "-o", "x.csv"],
+        cwd=tmp_path,
+        env=WARM,
+        stderr=subprocess.PIPE,
+        preexec_fn=heed_interrupts,
     ) as process:
         while process.poll() is None and not list(tmp_path.glob("x.csv.partial/block-*.csv")):
             time.sleep(0.01)

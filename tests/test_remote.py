@@ -23,6 +23,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from conftest import heed_interrupts
 from PIL import Image
 
 import r2ncli
@@ -492,7 +493,11 @@ def test_an_interrupt_while_a_server_is_silent_keeps_what_was_done(
     ]
     environment = {**os.environ, "PYTHONPATH": str(Path(r2ncli.__file__).parents[1])}
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**environment, "PYTHONWARNINGS": "ignore"}
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment, "PYTHONWARNINGS": "ignore"},
+        preexec_fn=heed_interrupts,
     ) as process:
         deadline = time.monotonic() + 120
         while not server.asked["/7.jpg"]:

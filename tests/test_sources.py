@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import heed_interrupts
 
 from r2ncli import sources
 from r2ncli.errors import ImageError, InputNotFoundError, UsageError
@@ -856,7 +857,7 @@ def test_an_interrupt_ends_a_run_whose_standard_input_is_silent(
     with subprocess.Popen(
         [*command, "-o", "x.csv", "-b", "1"],
         stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**ENVIRONMENT, "PYTHONWARNINGS": "ignore"},
+        env={**ENVIRONMENT, "PYTHONWARNINGS": "ignore"}, preexec_fn=heed_interrupts,
     ) as process:  # fmt: skip
         assert process.stdin is not None
         assert process.stderr is not None
