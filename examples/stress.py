@@ -78,8 +78,10 @@ def kill(
                 child = forked(lambda out=killed: write(out, folder, resume=True))
                 time.sleep(moments.uniform(0, took / 2))
                 os.kill(child, signal.SIGKILL)
-                if wait(child) == -signal.SIGKILL:
-                    done += 1
+                ended = wait(child)
+                if ended > 0:  # it has said why
+                    raise typer.Exit(1)
+                done += ended == -signal.SIGKILL
                 if killed.exists() and not Path(f"{killed}.partial").exists():
                     finished += 1
                     different += not same_rows(whole, killed)

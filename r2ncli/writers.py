@@ -27,11 +27,13 @@ from r2ncli.formats import Format, Record
 BLOCK_ROWS = 256
 BLOCK_BYTES = 64_000_000
 
+REMOVED = "removed.json"  # what the record of a run is called while its blocks are removed
+
 # what reading a damaged block or output raises
 DAMAGE = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, csv.Error)
 
 # every name that r2n gives to a file of a partial folder
-OURS = re.compile(r"lock|run\.json|final\.json|joined\.\w+|block-\d{8}\.\w+|.*\.tmp")
+OURS = re.compile(r"lock|run\.json|removed\.json|final\.json|joined\.\w+|block-\d{8}\.\w+|.*\.tmp")
 
 
 class PartialOutput:
@@ -63,6 +65,8 @@ class PartialOutput:
     def __enter__(self) -> PartialOutput:
         _refuse_foreign(self.folder)
         self._lock = _take_lock(self.folder, self.output)
+        if (self.folder / REMOVED).exists():
+            self._empty_folder()
         self._next_block = len(self.blocks())
         return self
 
@@ -125,9 +129,7 @@ class PartialOutput:
 
     def begin(self, record: Record) -> None:
         """Start from nothing: the run record first."""
-        for path in self.folder.iterdir():
-            if path.name != "lock":
-                path.unlink()
+        self._empty_folder()
         self._next_block = 0
         self._write("run.json", json_bytes(record))
 
@@ -179,13 +181,23 @@ class PartialOutput:
         self._release()
 
     def _remove_folder(self) -> None:
-        """Remove what r2n wrote: the record first, for blocks without one are no run."""
-        for path in sorted(self.folder.glob("*"), key=lambda path: path.name != "run.json"):
-            if path.name != "lock" and OURS.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+        self._empty_folder()
         with suppress(OSError):
             (self.folder / "lock").unlink(missing_ok=True)
             self.folder.rmdir()
+
+    def _empty_folder(self) -> None:
+        """Remove what r2n wrote, so that a kill in between leaves what is no run.
+
+        The record gets another name first and goes last: blocks beside that name are of a
+        run that has ended, and go when the folder is entered next.
+        """
+        with suppress(FileNotFoundError):
+            os.replace(self.folder / "run.json", self.folder / REMOVED)
+            _fsync(self.folder)
+        for path in sorted(self.folder.glob("*"), key=lambda path: path.name == REMOVED):
+            if path.name != "lock" and OURS.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def _release(self) -> None:
         if self._lock is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,3 +211,35 @@ def test_a_run_that_has_ended_leaves_the_next_ones_folder_alone(tmp_path):
             following.begin({})
             partial.__exit__(None, None, None)
             assert following.folder.is_dir()
+
+
+class PowerCutError(BaseException):
+    """Ends the process in the middle, as far as the disk can tell."""
+
+
+@pytest.mark.parametrize("removed", range(6))
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_kill_while_a_folder_is_emptied_leaves_what_the_next_run_can_begin_with(
+    tmp_path, monkeypatch, removed, overwrite
+):
+    partial = begun(tmp_path)
+    unlink, count = Path.unlink, 0
+
+    def until_the_cut(path, missing_ok=False):
+        nonlocal count
+        if count == removed:
+            raise PowerCutError
+        count += 1
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", until_the_cut)
+        patched.setattr(PartialOutput, "__exit__", lambda self, *_: self._release())
+        with suppress(PowerCutError), PartialOutput(partial.output, LABELLED) as cut:
+            cut.begin({"r": 2}) if overwrite else cut.finish({"r": 1})
+    with PartialOutput(partial.output, LABELLED) as following:
+        whole = following.record() == {"r": 1} and len(list(following.names())) == 6
+        new = following.record() == {"r": 2} and not following.blocks()
+        gone = following.record() is None and not following.blocks()
+        assert whole or new or gone
+        assert partial.output.exists() == (not overwrite)
