@@ -25,6 +25,7 @@ from r2ncli.errors import FailedInputError, R2NError, UsageError
 from r2ncli.options import (
     Backend,
     BatchSize,
+    Calibration,
     Decode,
     Device,
     Exclude,
@@ -206,6 +207,7 @@ def classify(
     device: Device = None,
     backend: Backend = None,
     precision: Precision = None,
+    calibration: Calibration = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
     decode: Decode = None,
@@ -231,6 +233,7 @@ def classify(
         device=device,
         backend=backend,
         precision=precision,
+        calibration=calibration,
         batch_size=batch_size,
         workers=workers,
         decode=decode,

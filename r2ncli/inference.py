@@ -43,7 +43,7 @@ from r2ncli.pipeline import (
     Pipeline,
     PipelineOptions,
     open_classifier,
-    open_pipeline,
+    open_extractor,
 )
 from r2ncli.selection import MAX_BYTES, SUFFIXES, Selection
 from r2ncli.sources import Input, PathLike, Walk
@@ -203,7 +203,7 @@ def extract(
     """
     sources, execution = split_options(options)
     walk = open_walk(paths, on_warning, **sources)
-    pipeline = open_pipeline(layers, pool, on_warning=on_warning, **execution)
+    pipeline = open_extractor(layers, pool, on_warning, **execution)
     rows = walked_rows(walk, pipeline, on_progress, sources.get("on_error", "continue"))
     return (Features(row.name, row.outputs, row.error) for row in rows)
 

@@ -51,8 +51,17 @@ Precision = Annotated[
     str | None,
     typer.Option(
         "--precision",
-        help="auto (the fastest that keeps top-1), fp32, bf16 or fp16.",
+        help="auto (the fastest that keeps top-1), fp32, bf16, fp16, or int8 (classify).",
         show_default="auto",
+        rich_help_panel=NETWORK,
+    ),
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calibration",
+        metavar="PATHS",
+        help="Pictures that int8 is calibrated with, as PATHS may be; repeatable; 300 are taken.",
         rich_help_panel=NETWORK,
     ),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from r2ncli.architectures import Preprocessing
 from r2ncli.cache import Entry, kept_entry
+from r2ncli.calibration import Calibration, Sample, choose_sample, decoded
 from r2ncli.checkpoints import (
     Labels,
     checked_sha256,
@@ -27,6 +29,7 @@ from r2ncli.engine import (
     BACKENDS,
     POOLS,
     Engine,
+    Pixels,
     cores,
     cpu_model,
     find_backend,
@@ -35,12 +38,14 @@ from r2ncli.engine import (
 from r2ncli.errors import UsageError
 from r2ncli.images import MAX_PIXELS, DecodeRules
 from r2ncli.selection import MAX_BYTES
+from r2ncli.sources import PathLike
 
 if TYPE_CHECKING:
     from r2ncli.weights import Checkpoint
 
 LOGITS = "fc"  # the module whose output the logits are
 DECODES = ("auto", "exact")
+INT8 = "int8"
 MAX_WORKERS = 256
 
 
@@ -50,6 +55,7 @@ class ExecutionOptions(TypedDict, total=False):
     device: str
     backend: str
     precision: str
+    calibration: Sequence[PathLike] | PathLike | None
     batch_size: int | None
     workers: int | None
     decode: str
@@ -81,6 +87,7 @@ class Pipeline:
     labels: Labels | None
     pool: str
     shapes: dict[str, tuple[int, ...]]  # of one picture's outputs, by layer
+    calibration: Calibration | None = None  # where the precision is int8
 
 
 def open_pipeline(
@@ -108,7 +115,10 @@ def open_pipeline(
     on_download : callable, optional
         Called with a `DownloadProgress` while weights are downloaded.
     on_warning : callable, optional
-        Takes a sentence if the cache cannot be written.
+        Takes a sentence if the cache cannot be written, or calibration pictures fail.
+    calibration : path, sequence of paths, or None
+        Pictures that the precision ``int8`` is calibrated with (see `choose_sample`), which
+        needs them; for logits.
     **options
         As for `assemble_pipeline`.
 
@@ -116,11 +126,17 @@ def open_pipeline(
     ------
     UsageError, CheckpointError, DeviceError
         An option, the weights or the device do not fit.
+    InputNotFoundError
+        `calibration` has no picture that can be used.
     """
     # what can be said before a large file is loaded, or even downloaded, is said before
     check_options(pool, **options)
     device, precision = options.get("device", "auto"), options.get("precision", "auto")
     if find_backend(options.get("backend", "auto"), device) == "torch":
+        if precision == INT8:
+            raise UsageError(
+                "precision 'int8' is for backend 'openvino' on a CPU: here backend 'torch' runs"
+            )
         from r2ncli.engine import pytorch
         from r2ncli.weights import load_checkpoint
 
@@ -131,7 +147,16 @@ def open_pipeline(
     from r2ncli.engine import openvino
 
     layers = _distinct(layers)
-    precision = openvino.find_precision(precision)
+    rules, workers, warn = _rules(options), _workers(options), on_warning or _ignore
+    calibration = options.get("calibration")
+    sample: Sample | None = None
+    if calibration is None:
+        precision = openvino.find_precision(precision)
+    else:
+        from r2ncli.engine.quantization import quantizer
+
+        made_by = quantizer()
+        sample = choose_sample(calibration, rules, workers, warn)
     batch_size = options.get("batch_size") or openvino.BATCH_SIZE
     path = find_checkpoint(weights, on_progress=on_download)
     container(path)
@@ -148,25 +173,34 @@ def open_pipeline(
         "precision": precision,
         "batch_size": batch_size,
     }
+    if sample is not None:
+        settings |= {
+            "calibration": sample.sha256,
+            "quantizer": made_by,
+            "decoder": version("pillow"),
+            "rules": asdict(rules),
+        }
 
     def compile_checkpoint() -> Entry:
         from r2ncli.weights import load_file
 
+        pixels = decoded(sample, preprocessing, rules, workers, warn) if sample else None
         loaded = load_file(path, sha256)
         facts = {
             "variant": loaded.variant,
             "classes": loaded.network.architecture.classes,
             "shapes": _shapes(loaded, layers, pool, preprocessing),
+            "pictures": 0 if pixels is None else len(pixels),
         }
-        graph = _graph(loaded, layers, pool, preprocessing, precision, batch_size)
+        graph = _graph(loaded, layers, pool, preprocessing, precision, batch_size, pixels)
         return Entry(facts, graph)
 
-    entry = kept_entry(settings, compile_checkpoint, on_warning or _ignore)
+    entry = kept_entry(settings, compile_checkpoint, warn)
     return Pipeline(
         engine=openvino.OpenVinoEngine(entry.graph, layers, precision),
         preprocessing=preprocessing,
-        rules=_rules(options),
-        workers=_workers(options),
+        rules=rules,
+        workers=workers,
         checkpoint=path,
         sha256=sha256,
         variant=entry.facts["variant"],
@@ -174,6 +208,7 @@ def open_pipeline(
         labels=labels_of(metadata, entry.facts["classes"], path),
         pool=pool,
         shapes={layer: tuple(shape) for layer, shape in entry.facts["shapes"].items()},
+        calibration=Calibration(sample.sha256, entry.facts["pictures"]) if sample else None,
     )
 
 
@@ -186,6 +221,17 @@ def open_classifier(
     if topk < 1:
         raise UsageError(f"topk must be at least 1, not {topk}")
     return open_pipeline((LOGITS,), on_warning=on_warning, **options)
+
+
+def open_extractor(
+    layers: Sequence[str],
+    pool: str,
+    on_warning: Callable[[str], None] | None = None,
+    **options: Unpack[PipelineOptions],
+) -> Pipeline:
+    """The pipeline that gives features, never in int8 (see `open_pipeline`)."""
+    _refuse_int8(options.get("precision"))
+    return open_pipeline(layers, pool, on_warning=on_warning, **options)
 
 
 def assemble_pipeline(
@@ -228,8 +274,9 @@ def assemble_pipeline(
     UsageError, DeviceError
         An option or the device does not fit.
     """
-    check_options(pool, **options)
     device, precision = options.get("device", "auto"), options.get("precision", "auto")
+    _refuse_int8(precision)
+    check_options(pool, **options)
     batch_size = options.get("batch_size")
     layers = _distinct(layers)
     preprocessing = _preprocessing(checkpoint.preprocessing, options)
@@ -300,11 +347,19 @@ def _graph(
     preprocessing: Preprocessing,
     precision: str,
     batch_size: int,
+    calibration: Pixels | None = None,
 ) -> npt.NDArray[np.uint8]:
-    from r2ncli.engine.graph import to_graph
+    from r2ncli.engine.graph import folded, to_graph
     from r2ncli.engine.openvino import compiled
 
-    graph = to_graph(checkpoint.network, layers, pool, preprocessing, batch_size)
+    if calibration is None:
+        graph = to_graph(checkpoint.network, layers, pool, preprocessing, batch_size)
+    else:
+        from r2ncli.engine.quantization import quantized
+
+        one = to_graph(folded(checkpoint.network), layers, pool, preprocessing, 1)
+        graph = quantized(one, calibration)
+        graph.reshape([batch_size, *calibration.shape[1:]])
     return compiled(graph, precision)
 
 
@@ -329,6 +384,14 @@ def check_options(pool: str = "avg", **options: Unpack[ExecutionOptions]) -> Non
     ):
         if value not in choices:
             raise UsageError(f"{name} {value!r}: expected one of {', '.join(choices)}")
+    calibrated = options.get("calibration") is not None
+    if options.get("precision") == INT8 and not calibrated:
+        raise UsageError(
+            "precision 'int8' needs pictures to be calibrated with: give --calibration PATHS, "
+            "pictures like those to be classified; 300 suffice"
+        )
+    if calibrated and options.get("precision") != INT8:
+        raise UsageError("--calibration is for --precision int8: give both, or neither")
     for name, number in (
         ("batch size", options.get("batch_size")),
         ("workers", options.get("workers")),
@@ -340,6 +403,13 @@ def check_options(pool: str = "avg", **options: Unpack[ExecutionOptions]) -> Non
     size = options.get("image_size")
     if size is not None and not 32 <= size <= 4096:
         raise UsageError(f"image size must be from 32 to 4096, not {size}")
+
+
+def _refuse_int8(precision: str | None) -> None:
+    if precision == INT8:
+        raise UsageError(
+            "precision 'int8' is for classify alone: it keeps top-1, not the values of features"
+        )
 
 
 def _no_such_layer(layer: str, layers: list[str]) -> str:

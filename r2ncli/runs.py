@@ -37,7 +37,7 @@ from r2ncli.inference import (
     run,
     split_options,
 )
-from r2ncli.pipeline import Pipeline, open_classifier, open_pipeline
+from r2ncli.pipeline import Pipeline, open_classifier, open_extractor
 from r2ncli.results import read_names, read_record, read_rows
 from r2ncli.sources import Input, PathLike, Walk, printable
 from r2ncli.writers import PartialOutput, partial_folder, record_path
@@ -186,7 +186,7 @@ def extract_to(
     )
     sources, execution = split_options(options)
     walk = open_walk(paths, on_warning, **sources)
-    pipeline = open_pipeline(layers, pool, on_warning=on_warning, **execution)
+    pipeline = open_extractor(layers, pool, on_warning, **execution)
     return _run_to(
         out,
         walk,
@@ -268,6 +268,8 @@ def run_record(
         "threads": pipeline.workers,
         "shard": sources.get("shard"),
     }
+    if pipeline.calibration is not None:
+        record["calibration"] = asdict(pipeline.calibration)
     record = json.loads(json.dumps(record))  # tuples as the lists that they are read back as
     record["fingerprint"] = fingerprint(record)
     return record
@@ -291,12 +293,16 @@ def deciding_settings(record: dict[str, Any]) -> dict[str, Any]:
     kept = {
         "checkpoint": ("sha256", "variant"),
         "device": ("kind", "model"),
+        "calibration": ("sha256",),
         "versions": (
             *("r2n", "engine", "pillow", "libjpeg", "littlecms2", "pillow-heif"),
             "pyarrow",  # Parquet names its writer
         ),
     }
-    groups = ("checkpoint", "device", "versions", "inputs", "preprocessing", "decode_rules")
+    groups = (
+        *("checkpoint", "device", "calibration", "versions"),
+        *("inputs", "preprocessing", "decode_rules"),
+    )
     for group in groups:
         for key, value in record.get(group, {}).items():
             if key in kept.get(group, (key,)):

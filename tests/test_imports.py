@@ -33,7 +33,7 @@ ROOMS = [
         "tensors",
     ),
     *("archives", "selection", "remote", "patterns", "sources"),
-    *("images", "cache", "engine", "conversion", "pipeline", "inference"),
+    *("images", "calibration", "cache", "engine", "conversion", "pipeline", "inference"),
     *("formats", "writers", "results"),
     *("runs", "comparison", "shards"),
     *("bench", "terminal", "options", "cli"),

@@ -38,7 +38,7 @@ class EngineDescription:
     device, device_model : str
         ``cpu`` or ``cuda:N``, and the processor's or card's name.
     precision : str
-        The precision executed: ``fp32``, ``bf16`` or ``fp16``.
+        The precision executed: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
     batch_size : int
         Pictures in every batch, the last one included (it is padded).
     streams : int

@@ -8,18 +8,20 @@ output needs is not in the graph.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, as the field calls it
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from r2ncli.architectures import Preprocessing
 from r2ncli.engine.openvino import Model, Node, Output
 from r2ncli.engine.openvino import opset15 as ops
-from r2ncli.model import Res2Net
+from r2ncli.model import Res2Net, conv_bn_pairs
 
 
 def to_graph(
@@ -75,6 +77,21 @@ def to_graph(
     return Model(results, [pixels], "Res2Net")
 
 
+def folded(network: Res2Net) -> Res2Net:
+    """A copy of `network` (in eval mode) with every batch norm in the convolution before it.
+
+    OpenVINO does so by itself when it compiles; what changes a graph before that, as
+    quantisation does, sees the convolutions that will run, with their biases.
+    """
+    network = copy.deepcopy(network)
+    for convolution, norm in conv_bn_pairs(network):
+        conv = cast(nn.Conv2d, network.get_submodule(convolution))
+        bn = cast(nn.BatchNorm2d, network.get_submodule(norm))
+        network.set_submodule(convolution, fuse_conv_bn_eval(conv, bn))
+        network.set_submodule(norm, nn.Identity())
+    return network
+
+
 def _pooled(output: Output, pool: str) -> Output:
     if len(output.shape) != 4 or pool == "none":
         return output
@@ -116,18 +133,19 @@ def _constant(tensor: Tensor, shape: Sequence[int] | None = None) -> Node:
 def _conv2d(
     x: GraphTensor,
     weight: Tensor,
-    bias: None,
+    bias: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
 ) -> Node:
-    assert bias is None
     where = (list(stride), list(padding), list(padding), list(dilation))
     if groups == 1:
-        return ops.convolution(x.output, _constant(weight), *where)
-    grouped = (groups, weight.shape[0] // groups, *weight.shape[1:])
-    return ops.group_convolution(x.output, _constant(weight, grouped), *where)
+        product = ops.convolution(x.output, _constant(weight), *where)
+    else:
+        grouped = (groups, weight.shape[0] // groups, *weight.shape[1:])
+        product = ops.group_convolution(x.output, _constant(weight, grouped), *where)
+    return product if bias is None else ops.add(product, _constant(bias, (1, -1, 1, 1)))
 
 
 def _batch_norm(

@@ -30,11 +30,12 @@ BATCH_SIZE = 8  # small batches keep activations in the processor's cache
 
 Bytes = npt.NDArray[np.uint8]
 
-_HINTS = {"fp32": "f32", "bf16": "bf16"}
+_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # of what is not quantised
+_EXECUTED = {"f32": "fp32", "bf16": "bf16", "u8": "int8", "i8": "int8"}
 
 
 @contextmanager
-def _without_telemetry() -> Iterator[None]:
+def without_telemetry() -> Iterator[None]:
     """Importing openvino sends its makers a message; without this module it has a stub."""
     telemetry = "openvino_telemetry"
     if telemetry in sys.modules:
@@ -47,7 +48,7 @@ def _without_telemetry() -> Iterator[None]:
         del sys.modules[telemetry]
 
 
-with _without_telemetry():
+with without_telemetry():
     from openvino import CompiledModel as CompiledModel
     from openvino import Core as Core
     from openvino import InferRequest as InferRequest
@@ -79,7 +80,9 @@ def find_precision(name: str) -> str:
 
 
 def compiled(graph: Model, precision: str) -> Bytes:
-    """`graph` compiled for this processor in ``fp32`` or ``bf16``: what `OpenVinoEngine` takes.
+    """`graph` compiled for this processor: what `OpenVinoEngine` takes.
+
+    In ``fp32``, ``bf16``, or ``int8`` if it is quantised.
 
     Raises
     ------
@@ -105,7 +108,7 @@ class OpenVinoEngine:
     outputs : sequence of str
         Names of the graph's outputs, in their order.
     precision : str
-        ``fp32`` or ``bf16``.
+        ``fp32``, ``bf16`` or ``int8``.
     streams : int or None
         Batches at the same time; None means what suits the processor.
 
@@ -184,8 +187,8 @@ def _executed(network: CompiledModel) -> str:
         for node in network.get_runtime_model().get_ops()
         if node.rt_info["layerType"].astype(str) == "Convolution"
     )
-    most = precisions.most_common(1)[0][0]
-    return next((name for name, hint in _HINTS.items() if hint == most), most)
+    most: str = precisions.most_common(1)[0][0]
+    return _EXECUTED.get(most, most)
 
 
 @contextmanager
