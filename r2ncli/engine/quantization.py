@@ -75,6 +75,8 @@ def _quantize(folder: Path) -> None:
     every layer's bias makes up for the mean error of the layers before it: NNCF's defaults,
     the means of the pictures' extremes and a correction layer by layer, lost more.
     """
+    # it would load all of torch to ask whether the network is one of torch's
+    sys.modules["torch"] = None  # type: ignore[assignment]
     with without_telemetry():
         import nncf
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
