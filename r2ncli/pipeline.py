@@ -115,7 +115,8 @@ def open_pipeline(
     on_download : callable, optional
         Called with a `DownloadProgress` while weights are downloaded.
     on_warning : callable, optional
-        Takes a sentence if the cache cannot be written, or calibration pictures fail.
+        Takes a sentence if the cache cannot be written, calibration pictures fail, or
+        quantising begins, which takes a while.
     calibration : path, sequence of paths, or None
         Pictures that the precision ``int8`` is calibrated with (see `choose_sample`), which
         needs them; for logits.
@@ -184,7 +185,10 @@ def open_pipeline(
     def compile_checkpoint() -> Entry:
         from r2ncli.weights import load_file
 
-        pixels = decoded(sample, preprocessing, rules, workers, warn) if sample else None
+        pixels = None
+        if sample is not None:
+            pixels = decoded(sample, preprocessing, rules, workers, warn)
+            warn(f"quantising with {len(pixels)} pictures, which the next run finds in the cache")
         loaded = load_file(path, sha256)
         facts = {
             "variant": loaded.variant,

@@ -239,7 +239,10 @@ def test_auto_is_never_int8(tiny_weights):
 def test_a_run_records_int8_and_the_samples_digest(pictures, tiny_weights, tmp_path, never_again):
     options = {"weights": tiny_weights, "precision": "int8"}
     out = tmp_path / "out.csv"
+    said = []
+    options["on_warning"] = said.append
     record = r2ncli.classify_to(out, pictures, calibration=[pictures], **options)
+    assert said == ["quantising with 20 pictures, which the next run finds in the cache"]
     assert record["precision"] == "int8"
     sample = choose_sample(pictures, RULES, 1, ignore)
     assert record["calibration"] == {"sha256": sample.sha256, "pictures": 20}
@@ -247,6 +250,7 @@ def test_a_run_records_int8_and_the_samples_digest(pictures, tiny_weights, tmp_p
 
     never_again()
     assert r2ncli.classify_to(out, pictures, calibration=pictures, resume=True, **options) == record
+    assert len(said) == 1
     exact = r2ncli.classify(pictures, weights=tiny_weights, precision="fp32")
     for ours, theirs in zip(results.read_rows(out), exact, strict=True):
         assert ours.predictions[0].probability == pytest.approx(

@@ -1,7 +1,7 @@
 """A graph in int8, by NNCF's post-training quantisation.
 
-NNCF works in a process of its own: importing it imports torch and replaces Python's class of
-loggers, it prints its progress, and what it holds would stay in memory.
+NNCF works in a process of its own: importing it replaces Python's class of loggers, it prints
+its progress, and what it holds would stay in memory.
 """
 
 from __future__ import annotations
@@ -71,9 +71,10 @@ def quantized(graph: Model, pixels: Pixels) -> Model:
 def _quantize(folder: Path) -> None:
     """What the other process does.
 
-    The range of an activation is from its least to its largest value, over all pictures, and
-    every layer's bias makes up for the mean error of the layers before it: NNCF's defaults,
-    the means of the pictures' extremes and a correction layer by layer, lost more.
+    The range of an activation is from its least to its largest value over all pictures: NNCF's
+    default, the mean of the pictures' extremes, cuts more off than finer steps are worth (on
+    the demonstration checkpoint it loses 0.15 points of top-1, this 0.07). Its slower bias
+    correction gains little over the fast one, and takes twice the time and 2.8 GB.
     """
     # it would load all of torch to ask whether the network is one of torch's
     sys.modules["torch"] = None  # type: ignore[assignment]
@@ -89,7 +90,6 @@ def _quantize(folder: Path) -> None:
         Core().read_model(folder / "graph.xml"),
         nncf.Dataset(list(pixels[:, None])),
         subset_size=len(pixels),
-        fast_bias_correction=False,
         advanced_parameters=ranges,
     )
     save_model(model, folder / "quantized.xml", compress_to_fp16=False)
