@@ -115,7 +115,6 @@ def test_a_network_that_is_not_quantised_is_not_taken_for_int8():
         OpenVinoEngine(compiled(graph, "int8"), ["fc"], "int8")
 
 
-@pytest.mark.slow
 def test_quantising_prints_nothing_changes_nothing_and_leaves_no_file(tmp_path, monkeypatch, capfd):
     for name in ("HOME", "TMPDIR"):
         (tmp_path / name).mkdir()
@@ -129,7 +128,6 @@ def test_quantising_prints_nothing_changes_nothing_and_leaves_no_file(tmp_path, 
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.slow
 def test_what_nncf_says_of_a_failure_is_a_device_error():
     graph = to_graph(folded(reference_network(TINY["v1"])), ["fc"], "avg", SMALL, 1)
     with pytest.raises(DeviceError, match="NNCF failed to quantise the network: "):
@@ -235,7 +233,6 @@ def test_auto_is_never_int8(tiny_weights):
 # --- in a run ---------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_run_records_int8_and_the_samples_digest(pictures, tiny_weights, tmp_path, never_again):
     options = {"weights": tiny_weights, "precision": "int8"}
     out = tmp_path / "out.csv"
@@ -299,6 +296,6 @@ def test_a_warm_run_imports_neither_torch_nor_nncf(pictures, tiny_weights, tmp_p
         )
         for _ in range(2)
     ]  # fmt: skip
-    assert [run.stderr.split() for run in runs] == [["True", "False"], ["False", "False"]]
+    assert [run.stderr.split()[-2:] for run in runs] == [["True", "False"], ["False", "False"]]
     assert runs[0].stdout == runs[1].stdout
     assert runs[0].stdout.count(",ok,") == 20
