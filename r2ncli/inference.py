@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, cast
+from typing import Any, TypedDict, TypeVar, Unpack, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -47,9 +47,6 @@ from r2ncli.pipeline import (
 )
 from r2ncli.selection import MAX_BYTES, SUFFIXES, Selection
 from r2ncli.sources import Input, PathLike, Walk
-
-if TYPE_CHECKING:
-    pass
 
 Array = npt.NDArray[np.float32]
 T = TypeVar("T")
@@ -210,6 +207,9 @@ def extract(
 
 def split_options(options: RunOptions) -> tuple[SourceOptions, PipelineOptions]:
     """Those for `open_walk`, and those for `open_pipeline`."""
+    known = {**SourceOptions.__annotations__, **PipelineOptions.__annotations__}
+    for name in options.keys() - known:
+        raise TypeError(f"unexpected keyword argument {name!r}")
     sources, execution = (
         {name: value for name, value in options.items() if name in kind.__annotations__}
         for kind in (SourceOptions, PipelineOptions)

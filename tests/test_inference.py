@@ -317,3 +317,8 @@ def test_open_pipeline_says_what_really_runs(tiny_weights):
     assert description.device == "cpu" or description.device.startswith("cuda")
     assert pipeline.shapes == {"layer4": (64,)}
     assert len(pipeline.sha256) == 64
+
+
+def test_a_keyword_that_nobody_knows_is_an_error(pictures, tiny_weights):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'batchsize'"):
+        r2ncli.classify(pictures, weights=tiny_weights, batchsize=3)
