@@ -14,7 +14,7 @@ import numpy as np
 from r2ncli.architectures import Preprocessing
 from r2ncli.errors import ImageError, InputNotFoundError
 from r2ncli.images import DecodeRules, Pixels, decode
-from r2ncli.sources import Input, PathLike, find_images, printable
+from r2ncli.sources import Input, PathLike, as_sequence, find_images, printable
 
 MOST_PICTURES = 300
 
@@ -62,7 +62,7 @@ def choose_sample(
     InputNotFoundError
         One of `paths` does not exist, or there is no picture that can be read.
     """
-    given = [paths] if isinstance(paths, str | os.PathLike) else paths
+    given = as_sequence(paths)
     inputs = spread(find_images(given, warn), MOST_PICTURES)
     sha256, read, errors = _each(inputs, rules.max_bytes, workers, lambda _content: None)
     if not read:

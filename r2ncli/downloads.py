@@ -71,7 +71,7 @@ def download_file(address: str, destination: Path, on_progress: OnProgress | Non
         The server cannot be reached or does not give the file, the folder cannot be
         written, or what came is not the file.
     """
-    shown = _without_password(address)
+    shown = without_password(address)
     by_hand = (
         f"To do it by hand: get {shown} and put it, as {destination.name}, into "
         f"{destination.parent}. To try r2n without it: --weights {DEMO}"
@@ -135,7 +135,7 @@ def _locked(partial: Path) -> Iterator[BinaryIO]:
 
 def _fetch(address: str, file: BinaryIO, destination: Path, on_progress: OnProgress | None) -> None:
     """Append to `file` until the whole of `address` is there."""
-    shown = _without_password(address)
+    shown = without_password(address)
     _reach(address)
     for attempt in range(1, ATTEMPTS + 1):
         received = file.seek(0, os.SEEK_END)
@@ -184,7 +184,7 @@ def _fetch(address: str, file: BinaryIO, destination: Path, on_progress: OnProgr
     raise _DownloadFailedError(f"{reason}, {ATTEMPTS} times")
 
 
-def _without_password(address: str) -> str:
+def without_password(address: str) -> str:
     """An address as it may be shown and logged."""
     scheme, separator, rest = address.partition("://")
     host, slash, path = rest.partition("/")

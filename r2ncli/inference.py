@@ -8,7 +8,6 @@ engine's streams busy, however many pictures there are.
 
 from __future__ import annotations
 
-import os
 import queue
 import re
 import threading
@@ -46,7 +45,7 @@ from r2ncli.pipeline import (
     open_extractor,
 )
 from r2ncli.selection import MAX_BYTES, SUFFIXES, Selection
-from r2ncli.sources import Input, PathLike, Walk
+from r2ncli.sources import Input, PathLike, Walk, as_sequence
 
 Array = npt.NDArray[np.float32]
 T = TypeVar("T")
@@ -469,11 +468,6 @@ def classification(row: Row, topk: int, labels: Labels | None) -> Classification
             for index in best
         ),
     )
-
-
-def as_sequence(paths: Sequence[PathLike] | PathLike) -> Sequence[PathLike]:
-    """`paths` as a sequence: one path is a sequence of one."""
-    return [paths] if isinstance(paths, str | os.PathLike) else paths
 
 
 def _ignore(_warning: str) -> None: ...

@@ -20,6 +20,7 @@ from typing import IO, Any, TypeVar
 from urllib.parse import quote, unquote
 
 from r2ncli.archives import too_large
+from r2ncli.downloads import without_password
 from r2ncli.errors import ImageError, InputNotFoundError, UsageError
 from r2ncli.selection import is_visible
 
@@ -43,11 +44,9 @@ def is_web(address: str) -> bool:
 
 def without_secrets(address: str) -> str:
     """An address as outputs show it: no user name, no password; of http no query."""
-    scheme, separator, rest = address.partition("://")
     if is_web(address):
-        rest = re.split(r"[?#]", rest, maxsplit=1)[0]
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+        address = re.split(r"[?#]", address, maxsplit=1)[0]
+    return without_password(address)
 
 
 def read_url(address: str, seconds: float, max_bytes: int) -> bytes:

@@ -106,6 +106,11 @@ def find_images(
     return islice(chain.from_iterable(begun), selection.max)
 
 
+def as_sequence(paths: Sequence[PathLike] | PathLike) -> Sequence[PathLike]:
+    """`paths` as a sequence: one path is a sequence of one."""
+    return [paths] if isinstance(paths, str | os.PathLike) else paths
+
+
 def file_input(path: str, name: str | None = None) -> Input:
     """A local file as an input."""
     return Input(printable(path) if name is None else name, partial(read_file, path))
@@ -200,11 +205,10 @@ class Walk:
         try:
             for source in self._inputs:
                 self.any_found = True
-                if self._shard and not in_shard(source.name, self._shard):
-                    continue
-                self.found += 1
-                if not self._put(source):
-                    return
+                if self._shard is None or in_shard(source.name, self._shard):
+                    self.found += 1
+                    if not self._put(source):
+                        return
                 del source  # what it holds is free as soon as it was used
             self.ended = True
             self._put(None)

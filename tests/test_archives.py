@@ -675,3 +675,19 @@ def test_names_that_look_like_archives_are_said_by_their_suffix() -> None:
         assert archives.is_archive(name)
     for name in ("a.gz", "tar", "a.tar.jpg", "a.7z", "a.tar.zst", "zip"):
         assert not archives.is_archive(name)
+
+
+def test_a_picture_of_another_shard_holds_back_nothing(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would wait for ever: any two of them are more than may be held."""
+    monkeypatch.setattr(sources, "BYTES_AHEAD", 1500)
+    members = {f"{number}.jpg": bytes(1000) for number in range(12)}
+    Path("a.tar.gz").write_bytes(gzip.compress(tar_bytes(members)))
+    found = []
+    for index in (1, 2, 3):
+        with Walk(["a.tar.gz"], print, Selection(shard=(index, 3))) as walk:
+            for source in walk:
+                found.append(source.name)
+                del source
+    assert sorted(found) == sorted(f"a.tar.gz!{name}" for name in members)
