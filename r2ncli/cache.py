@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from platformdirs import user_cache_dir
 
 from r2ncli import __version__
 
@@ -40,7 +39,11 @@ class Entry:
 
 def cache_folder() -> Path:
     """``$R2N_CACHE``, else the platform's folder for caches."""
-    return Path(os.environ.get("R2N_CACHE") or user_cache_dir("r2n", appauthor=False))
+    if given := os.environ.get("R2N_CACHE"):
+        return Path(given)
+    from platformdirs import user_cache_dir  # where nothing is kept, nobody needs it
+
+    return Path(user_cache_dir("r2n", appauthor=False))
 
 
 def kept_entry(

@@ -276,7 +276,7 @@ def test_float32_is_float32_though_the_user_allows_less(fp32_settings):
     expected = plain_outputs(network, normalised(pixels))["fc"]
     torch.backends.fp32_precision = "bf16"
     run, meanwhile = fp32(network), []
-    run._network.layer1.register_forward_hook(lambda *_: meanwhile.append(global_state()))
+    run._network.modules.layer1.register_forward_hook(lambda *_: meanwhile.append(global_state()))
     assert relative_error(run(pixels)["fc"], expected) < 1e-5
     assert [state["mkldnn convolutions"] for state in meanwhile] == ["ieee"]
     assert [state["mkldnn products"] for state in meanwhile] == ["ieee"]
@@ -412,7 +412,7 @@ def test_a_device_that_fails_is_an_error_that_names_it(failure, words):
         raise failure
 
     run = fp32(reference_network(TINY["v1"]))
-    run._network.layer3.register_forward_pre_hook(fail)
+    run._network.modules.layer3.register_forward_pre_hook(fail)
     with pytest.raises(DeviceError, match=rf"^cpu \(.*\).*{words}"):
         run(noise(3))
 

@@ -1,21 +1,14 @@
-"""The torch engine: CUDA where there is a card, else the CPU.
-
-The network is rewritten for inference: batch norms folded into their convolutions, memory
-channels_last, activations in place, and nothing after the deepest output that is asked for.
-"""
+"""The torch engine: CUDA where there is a card, else the CPU."""
 
 from __future__ import annotations
 
-import copy
 import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from r2ncli.architectures import Preprocessing
 from r2ncli.engine import (
@@ -26,12 +19,13 @@ from r2ncli.engine import (
     cpu_model,
     cpu_precisions,
 )
+from r2ncli.engine.folding import FoldedNetwork
 from r2ncli.errors import DeviceError
-from r2ncli.model import Res2Net, conv_bn_pairs
+from r2ncli.model import Res2Net
 
 BATCH_SIZES = {"cpu": 8, "cuda": 64}  # on a CPU small batches keep activations in its cache
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchEngine:
@@ -84,70 +78,15 @@ class TorchEngine:
             precision=precision,
             batch_size=batch_size or BATCH_SIZES[self._device.type],
         )
-        self._dtype = _DTYPES[precision]
-        self._outputs = tuple(outputs)
-        self._pool = pool
-        self._captured: dict[str, Tensor] = {}
         with _device_errors(self.description):
-            fast = rewritten(network, outputs).to(self._device, self._dtype)
-            self._network = fast.to(memory_format=torch.channels_last)
-            normalisation = torch.tensor(
-                (preprocessing.mean, preprocessing.std), dtype=torch.float32, device=self._device
-            )
-            self._shift, self._scale = normalisation * 255
-        for name in outputs:
-            self._network.get_submodule(name).register_forward_hook(
-                lambda _module, _inputs, output, name=name: self._capture(name, output)
+            self._network = FoldedNetwork(
+                network, outputs, pool, preprocessing, self._device, DTYPES[precision]
             )
 
     def __call__(self, pixels: Pixels) -> Outputs:
         with _device_errors(self.description), torch.inference_mode(), _exact_fp32(self._device):
-            batch = torch.from_numpy(pixels).to(self._device)
-            normalised = ((batch - self._shift) / self._scale).to(self._dtype)
-            self._network(normalised.permute(0, 3, 1, 2))  # NHWC in memory is channels_last
-            outputs = {name: self._captured[name].cpu().numpy() for name in self._outputs}
-        self._captured.clear()
-        return outputs
-
-    def _capture(self, name: str, output: Tensor) -> None:
-        """Keep a copy now: the activation that follows works in place."""
-        full = output.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        if full.ndim == 4 and self._pool == "avg":
-            full = full.mean((2, 3))
-        elif full.ndim == 4 and self._pool == "max":
-            full = full.amax((2, 3))
-        self._captured[name] = full
-
-
-def rewritten(network: Res2Net, outputs: Sequence[str]) -> Res2Net:
-    """A copy of `network` for inference, whose modules named `outputs` give what they gave."""
-    fast = copy.deepcopy(network)
-    wanted = {_maker(network, name) for name in outputs}
-    for conv, bn in conv_bn_pairs(network):
-        if conv in wanted:
-            continue  # its own output is asked for: it stays as it is
-        unfolded = (
-            cast(nn.Conv2d, fast.get_submodule(conv)),
-            cast(nn.BatchNorm2d, fast.get_submodule(bn)),
-        )
-        fast.set_submodule(conv, fuse_conv_bn_eval(*unfolded))
-        fast.set_submodule(bn, nn.Identity())
-    for module in fast.modules():
-        if isinstance(module, nn.ReLU):
-            module.inplace = True
-    children = [name for name, _ in fast.named_children()]
-    deepest = max(children.index(name.partition(".")[0]) for name in outputs)
-    for name in children[deepest + 1 :]:
-        fast.set_submodule(name, nn.Identity())
-    return fast
-
-
-def _maker(network: Res2Net, name: str) -> str:
-    """The module that makes the output of `name`: a sequence's is its last one's."""
-    module = network.get_submodule(name)
-    if not isinstance(module, nn.Sequential):
-        return name
-    return _maker(network, f"{name}.{len(module) - 1}")
+            outputs = self._network(torch.from_numpy(pixels).to(self._device))
+            return {name: output.cpu().numpy() for name, output in outputs.items()}
 
 
 def find_device(name: str) -> torch.device:

@@ -1,0 +1,122 @@
+"""The network rewritten for inference by torch, on any device.
+
+Batch norms are folded into their convolutions, memory is channels_last, activations work in
+place, and nothing runs after the deepest output that is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from r2ncli.architectures import Preprocessing
+from r2ncli.model import Res2Net, conv_bn_pairs
+
+# uint8 [N, H, W, 3] on its device → each output by name, float32 and contiguous, there
+InferenceNetwork = Callable[[Tensor], dict[str, Tensor]]
+
+
+class FoldedNetwork:
+    """An `InferenceNetwork` of torch's own functions.
+
+    Parameters
+    ----------
+    network : Res2Net
+        In eval mode, float32, on the CPU; it is copied, not changed.
+    outputs : sequence of str
+        Names of modules (`layer_shapes`) whose outputs are wanted.
+    pool : str
+        ``avg`` or ``max`` over height and width, or ``none``.
+    preprocessing : Preprocessing
+        Gives the mean and standard deviation; the size is the batches'.
+    device, dtype
+        Where it runs, and in what.
+
+    Attributes
+    ----------
+    modules : Res2Net
+        The rewritten network that it runs.
+    """
+
+    def __init__(
+        self,
+        network: Res2Net,
+        outputs: Sequence[str],
+        pool: str,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._outputs = tuple(outputs)
+        self._pool = pool
+        self._dtype = dtype
+        self._captured: dict[str, Tensor] = {}
+        fast = rewritten(network, outputs).to(device, dtype)
+        self.modules = fast.to(memory_format=torch.channels_last)
+        self._shift, self._scale = normalisation(preprocessing, device)
+        for name in outputs:
+            self.modules.get_submodule(name).register_forward_hook(
+                lambda _module, _inputs, output, name=name: self._capture(name, output)
+            )
+
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        normalised = ((pixels - self._shift) / self._scale).to(self._dtype)
+        self.modules(normalised.permute(0, 3, 1, 2))  # NHWC in memory is channels_last
+        captured, self._captured = self._captured, {}
+        return {name: captured[name] for name in self._outputs}
+
+    def _capture(self, name: str, output: Tensor) -> None:
+        """Keep a copy now: the activation that follows works in place."""
+        full = output.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        self._captured[name] = pooled(full, self._pool)
+
+
+def normalisation(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation in grey levels, float32 [3] each."""
+    in_grey_levels = 255 * torch.tensor(
+        (preprocessing.mean, preprocessing.std), dtype=torch.float32, device=device
+    )
+    return in_grey_levels[0], in_grey_levels[1]
+
+
+def pooled(full: Tensor, pool: str) -> Tensor:
+    """A feature map [N, C, H, W] over its last two axes, as `pool` says; others as they are."""
+    if full.ndim != 4 or pool == "none":
+        return full
+    return full.mean((2, 3)) if pool == "avg" else full.amax((2, 3))
+
+
+def rewritten(network: Res2Net, outputs: Sequence[str]) -> Res2Net:
+    """A copy of `network` for inference, whose modules named `outputs` give what they gave."""
+    fast = copy.deepcopy(network)
+    wanted = {_maker(network, name) for name in outputs}
+    for conv, bn in conv_bn_pairs(network):
+        if conv in wanted:
+            continue  # its own output is asked for: it stays as it is
+        unfolded = (
+            cast(nn.Conv2d, fast.get_submodule(conv)),
+            cast(nn.BatchNorm2d, fast.get_submodule(bn)),
+        )
+        fast.set_submodule(conv, fuse_conv_bn_eval(*unfolded))
+        fast.set_submodule(bn, nn.Identity())
+    for module in fast.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = True
+    children = [name for name, _ in fast.named_children()]
+    deepest = max(children.index(name.partition(".")[0]) for name in outputs)
+    for name in children[deepest + 1 :]:
+        fast.set_submodule(name, nn.Identity())
+    return fast
+
+
+def _maker(network: Res2Net, name: str) -> str:
+    """The module that makes the output of `name`: a sequence's is its last one's."""
+    module = network.get_submodule(name)
+    if not isinstance(module, nn.Sequential):
+        return name
+    return _maker(network, f"{name}.{len(module) - 1}")
