@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ from safetensors.torch import save_file
 
 from r2ncli.architectures import Architecture
 from r2ncli.model import Res2Net
+
+if not torch.cuda.is_available():  # Triton's kernels are interpreted; set before their import
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TINY = Architecture(
     (1, 1, 1, 1), base_width=16, stem=(8, 8, 16), average_pool_shortcut=True,

@@ -61,19 +61,27 @@ class FoldedNetwork:
         self._shift, self._scale = normalisation(preprocessing, device)
         for name in outputs:
             self.modules.get_submodule(name).register_forward_hook(
-                lambda _module, _inputs, output, name=name: self._capture(name, output)
+                lambda _module, _inputs, output, name=name: self.capture(name, output)
             )
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
-        normalised = ((pixels - self._shift) / self._scale).to(self._dtype)
-        self.modules(normalised.permute(0, 3, 1, 2))  # NHWC in memory is channels_last
-        captured, self._captured = self._captured, {}
-        return {name: captured[name] for name in self._outputs}
+        # NHWC in memory is channels_last
+        self.modules(self.normalised(pixels).permute(0, 3, 1, 2))
+        return self.captured()
 
-    def _capture(self, name: str, output: Tensor) -> None:
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """What the network takes for these pixels, [N, H, W, 3] still."""
+        return ((pixels - self._shift) / self._scale).to(self._dtype)
+
+    def capture(self, name: str, output: Tensor) -> None:
         """Keep a copy now: the activation that follows works in place."""
         full = output.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         self._captured[name] = pooled(full, self._pool)
+
+    def captured(self) -> dict[str, Tensor]:
+        """The outputs of the forward pass that has run, which is forgotten."""
+        captured, self._captured = self._captured, {}
+        return {name: captured[name] for name in self._outputs}
 
 
 def normalisation(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
