@@ -25,7 +25,7 @@ from r2ncli.engine import EngineDescription
 from r2ncli.errors import ImageError, UsageError
 from r2ncli.formats import CsvFormat
 from r2ncli.images import decode
-from r2ncli.inference import Classification, classification, no_image_found, run
+from r2ncli.inference import Classification, classification, no_image_found, run, top_classes
 from r2ncli.pipeline import LOGITS, Pipeline, assemble_pipeline
 from r2ncli.runs import row_format
 from r2ncli.sources import Input, PathLike, file_input, find_images
@@ -309,8 +309,8 @@ def _stages(
     say("the whole pipeline")
     count = max(2 * pipeline.engine.description.batch_size, int(rate * seconds))
     start = time.perf_counter()
-    rows = run(islice(cycle(inputs), count), pipeline)
-    results = [classification(row, TOPK, pipeline.labels) for row in rows]
+    rows = run(islice(cycle(inputs), count), pipeline, top_classes(TOPK))
+    results = [classification(row, pipeline.labels) for row in rows]
     _write(pipeline, results, folder / "whole.csv")
     whole = StageSpeed("whole", count / (time.perf_counter() - start))
 

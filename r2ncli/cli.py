@@ -280,7 +280,13 @@ def _classify_to_stdout(
     paths: list[str], topk: int, lines: bool, quiet: bool, options: RunOptions
 ) -> int:
     from r2ncli.formats import CsvFormat
-    from r2ncli.inference import classification, open_walk, split_options, walked_rows
+    from r2ncli.inference import (
+        classification,
+        open_walk,
+        split_options,
+        top_classes,
+        walked_rows,
+    )
     from r2ncli.pipeline import open_classifier
     from r2ncli.runs import row_format
 
@@ -292,8 +298,9 @@ def _classify_to_stdout(
         pipeline = open_classifier(
             topk, report.sentence, **execution | {"on_download": report.download}
         )
-        rows = walked_rows(walk, pipeline, report.row, sources.get("on_error", "continue"))
-        results = (classification(row, topk, pipeline.labels) for row in rows)
+        on_error = sources.get("on_error", "continue")
+        rows = walked_rows(walk, pipeline, report.row, on_error, top_classes(topk))
+        results = (classification(row, pipeline.labels) for row in rows)
         if lines:
             for result in results:
                 put(picture_line(result, terminal_width()) + "\n")

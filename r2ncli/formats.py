@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -219,17 +220,17 @@ def _concatenate(header: bytes, blocks: Sequence[Path], out: Path) -> None:
 
 
 def _csv_text(rows: Iterable[Sequence[object]]) -> str:
-    text = io.StringIO()
-    for cells in rows:
-        text.write(",".join(map(_csv_cell, cells)) + "\n")
-    return text.getvalue()
+    return "".join([",".join(map(_csv_cell, cells)) + "\n" for cells in rows])
 
 
 def _csv_cell(cell: object) -> str:
     text = "" if cell is None else str(cell)  # of a float32 the shortest that gives it back
-    if any(character in text for character in ',"\n\r'):
+    if _QUOTED(text):
         return '"' + text.replace('"', '""') + '"'
     return text
+
+
+_QUOTED = re.compile(r'[,"\n\r]').search
 
 
 # --- HDF5 -----------------------------------------------------------------------------

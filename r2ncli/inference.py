@@ -12,7 +12,7 @@ import queue
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -48,10 +48,12 @@ from r2ncli.selection import MAX_BYTES, SUFFIXES, Selection
 from r2ncli.sources import Input, PathLike, Walk, as_sequence
 
 Array = npt.NDArray[np.float32]
+Outputs = Mapping[str, npt.NDArray[Any]]  # of a batch or of a picture, by name
 T = TypeVar("T")
 
 FETCHERS = 16  # threads that wait for networks, far more than cores
 ON_ERROR = ("continue", "fail")
+INDICES, PROBABILITIES = "indices", "probabilities"  # what `top_classes` keeps
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,12 @@ class Row:
     """One input's outputs by layer, or the reason why there are none."""
 
     name: str
-    outputs: dict[str, Array]
+    outputs: dict[str, npt.NDArray[Any]]
     error: str | None = None
+
+
+def _all(outputs: Outputs) -> Outputs:
+    return outputs
 
 
 def classify(
@@ -158,8 +164,10 @@ def classify(
     sources, execution = split_options(options)
     walk = open_walk(paths, on_warning, **sources)
     pipeline = open_classifier(topk, on_warning, **execution)
-    rows = walked_rows(walk, pipeline, on_progress, sources.get("on_error", "continue"))
-    return (classification(row, topk, pipeline.labels) for row in rows)
+    rows = walked_rows(
+        walk, pipeline, on_progress, sources.get("on_error", "continue"), top_classes(topk)
+    )
+    return (classification(row, pipeline.labels) for row in rows)
 
 
 def extract(
@@ -292,8 +300,9 @@ def walked_rows(
     pipeline: Pipeline,
     on_progress: Callable[[Progress], None] | None,
     on_error: str = "continue",
+    keep: Callable[[Outputs], Outputs] = _all,
 ) -> Iterator[Row]:
-    """A row for every input of `walk`, which is started and ended here.
+    """A row for every input of `walk`, which is started and ended here. `keep` is as for `run`.
 
     Raises
     ------
@@ -304,7 +313,7 @@ def walked_rows(
     """
     done = failed = 0
     with walk:
-        for row in run(walk, pipeline):
+        for row in run(walk, pipeline, keep):
             if row.error is not None and on_error == "fail":
                 raise failed_input(row.name, row.error)
             yield row
@@ -327,10 +336,13 @@ def no_image_found() -> InputNotFoundError:
     return InputNotFoundError(f"no image found (looked for files ending in {suffixes})")
 
 
-def run(inputs: Iterable[Input], pipeline: Pipeline) -> Iterator[Row]:
+def run(
+    inputs: Iterable[Input], pipeline: Pipeline, keep: Callable[[Outputs], Outputs] = _all
+) -> Iterator[Row]:
     """A row for every input, in order, as soon as it is there.
 
-    A picture that fails keeps its place and its reason; its neighbours do not notice.
+    A picture that fails keeps its place and its reason; its neighbours do not notice. `keep`
+    gives what is wanted of a batch's outputs; it works in the engine's threads.
     """
     engine, workers = pipeline.engine, pipeline.workers
     batch_size = engine.description.batch_size
@@ -363,7 +375,7 @@ def run(inputs: Iterable[Input], pipeline: Pipeline) -> Iterator[Row]:
         if stopped.is_set():
             return []
         pixels[len(names) :] = 0
-        outputs = engine(pixels)
+        outputs = keep(engine(pixels))
         buffers.append(pixels)
         return [
             Row(name, {} if error else {layer: a[i] for layer, a in outputs.items()}, error)
@@ -448,24 +460,50 @@ def _empty_batch(batch_size: int, side: int) -> Pixels:
         ) from error
 
 
-def classification(row: Row, topk: int, labels: Labels | None) -> Classification:
-    """A row's logits as its `topk` most probable classes (ties: the lower index first)."""
+def top_classes(topk: int) -> Callable[[Outputs], Outputs]:
+    """What `run` is to keep for `classification`: the `topk` most probable classes of a batch.
+
+    A thousand logits a picture become ten numbers where the engine's threads work side by side,
+    not where the rows are written one after the other.
+    """
+
+    def top(outputs: Outputs) -> Outputs:
+        logits = outputs[LOGITS].astype(np.float64)
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+        best = _best(logits, min(topk, logits.shape[1]))
+        chosen = np.take_along_axis(probabilities, best, axis=1)
+        return {INDICES: best, PROBABILITIES: chosen.astype(np.float32)}
+
+    return top
+
+
+def _best(logits: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.intp]:
+    """Indices [N, k] of each row's highest logits, highest first (ties: the lower index first)."""
+    some = np.sort(np.argpartition(-logits, k - 1, axis=1)[:, :k], axis=1)
+    values = np.take_along_axis(logits, some, axis=1)
+    best = np.take_along_axis(some, np.argsort(-values, axis=1, kind="stable"), axis=1)
+    # where more than k are as high as the k-th, which of them were found is an accident
+    tied = (logits >= values.min(axis=1, keepdims=True)).sum(axis=1) != k
+    best[tied] = np.argsort(-logits[tied], axis=1, kind="stable")[:, :k]
+    return best
+
+
+def classification(row: Row, labels: Labels | None) -> Classification:
+    """A row of what `top_classes` keeps, with its labels."""
     if row.error is not None:
         return Classification(row.name, (), row.error)
-    logits = row.outputs[LOGITS].astype(np.float64)
-    exponentials = np.exp(logits - logits.max())
-    probabilities = (exponentials / exponentials.sum()).astype(np.float32)
-    best = np.argsort(-logits, kind="stable")[:topk]
+    best = zip(row.outputs[INDICES].tolist(), row.outputs[PROBABILITIES].tolist(), strict=True)
     return Classification(
         row.name,
         tuple(
             Prediction(
-                index=int(index),
+                index=index,
                 wnid=labels.wnids[index] if labels and labels.wnids else None,
                 label=labels.labels[index] if labels else None,
-                probability=float(probabilities[index]),
+                probability=probability,
             )
-            for index in best
+            for index, probability in best
         ),
     )
 

@@ -27,7 +27,6 @@ from r2ncli.formats import ROW_FORMATS, Format, Hdf5Format, RowFormat, check_par
 from r2ncli.inference import (
     Features,
     Progress,
-    Row,
     RunOptions,
     SourceOptions,
     classification,
@@ -36,6 +35,7 @@ from r2ncli.inference import (
     open_walk,
     run,
     split_options,
+    top_classes,
 )
 from r2ncli.pipeline import Pipeline, open_classifier, open_extractor
 from r2ncli.results import read_names, read_record, read_rows
@@ -109,9 +109,10 @@ def classify_to(
     return _run_to(
         out,
         walk,
-        pipeline,
         row_format(ROW_FORMATS[out.suffix.lower()], pipeline, topk),
-        lambda row: classification(row, topk, pipeline.labels),
+        lambda inputs: (
+            classification(row, pipeline.labels) for row in run(inputs, pipeline, top_classes(topk))
+        ),
         run_record(
             "classify",
             pipeline,
@@ -190,9 +191,10 @@ def extract_to(
     return _run_to(
         out,
         walk,
-        pipeline,
         Hdf5Format(pipeline.shapes, dtype),
-        lambda row: Features(row.name, row.outputs, row.error),
+        lambda inputs: (
+            Features(row.name, row.outputs, row.error) for row in run(inputs, pipeline)
+        ),
         run_record(
             "extract", pipeline, sources, layers=list(pipeline.shapes), pool=pool, dtype=dtype
         ),
@@ -397,9 +399,8 @@ def refuse_existing(out: Path, began: bool, choices: str = CHOICES) -> None:
 def _run_to(
     out: Path,
     walk: Walk,
-    pipeline: Pipeline,
     format: Format,
-    to_result: Callable[[Row], Any],
+    results_of: Callable[[Iterator[Input]], Iterator[Any]],
     record: dict[str, Any],
     overwrite: bool,
     resume: bool,
@@ -432,10 +433,10 @@ def _run_to(
             inputs = _begun(inputs, walk)
             partial.begin(record)
         if retry_failed:
-            tried = run(_failed_inputs(out, inputs, done), pipeline)
-            results = _with_failed_replaced(out, done, map(to_result, tried))
+            tried = results_of(_failed_inputs(out, inputs, done))
+            results = _with_failed_replaced(out, done, tried)
         else:
-            results = map(to_result, run(inputs, pipeline))
+            results = results_of(inputs)
         try:
             for result in results:
                 if result.error is not None and on_error == "fail":

@@ -15,8 +15,7 @@ import r2ncli
 from r2ncli.engine import EngineDescription
 from r2ncli.errors import CheckpointError, DeviceError, InputNotFoundError, UsageError
 from r2ncli.images import DecodeRules, decode
-from r2ncli.inference import Row as PipelineRow
-from r2ncli.inference import classification, run
+from r2ncli.inference import run, top_classes
 from r2ncli.pipeline import LOGITS, Pipeline, open_pipeline
 from r2ncli.sources import file_input
 
@@ -165,14 +164,36 @@ def test_topk_is_clamped_to_the_classes_and_must_be_positive(pictures, tiny_weig
         r2ncli.classify(pictures, weights=tiny_weights, topk=0)
 
 
+def ranked(logits, topk):
+    """Indices and probabilities of each row's `topk` highest logits, as `classify` keeps them."""
+    kept = top_classes(topk)({LOGITS: np.array(logits, dtype=np.float32)})
+    return kept["indices"].tolist(), kept["probabilities"].tolist()
+
+
 def test_equal_logits_are_ranked_by_their_index():
-    row = PipelineRow("x.jpg", {LOGITS: np.array([1, 3, 3, 0], dtype=np.float32)})
-    assert [p.index for p in classification(row, 4, None).predictions] == [1, 2, 0, 3]
+    assert ranked([[1, 3, 3, 0], [2, 2, 2, 2], [0, 1, 2, 3]], 4)[0] == [
+        [1, 2, 0, 3],
+        [0, 1, 2, 3],
+        [3, 2, 1, 0],
+    ]
+    assert ranked([[1, 3, 3, 3, 3, 3], [5, 4, 4, 4, 4, 4]], 2)[0] == [[1, 2], [0, 1]]
+
+
+def test_the_highest_logits_are_those_of_a_full_sort():
+    random = np.random.default_rng(0)
+    for logits in (random.normal(size=(50, 1000)), random.integers(0, 9, (50, 40))):
+        logits = logits.astype(np.float32)
+        for topk in (1, 5, 40):
+            full = np.argsort(-logits, axis=1, kind="stable")[:, :topk]
+            assert ranked(logits, topk)[0] == full.tolist()
+
+
+def test_what_is_no_number_comes_last():
+    assert ranked([[np.nan, 1, np.nan, 2]], 3)[0] == [[3, 1, 0]]
 
 
 def test_huge_logits_do_not_overflow():
-    row = PipelineRow("x.jpg", {LOGITS: np.array([1e4, -1e4], dtype=np.float32)})
-    assert [p.probability for p in classification(row, 2, None).predictions] == [1.0, 0.0]
+    assert ranked([[1e4, -1e4]], 2)[1] == [[1.0, 0.0]]
 
 
 def test_progress_tells_every_row_and_the_total(pictures, tiny_weights):
