@@ -389,10 +389,9 @@ def test_ctrl_c_at_a_terminal_leaves_no_traceback(tmp_path, make_pictures, tiny_
         os.link(folder / f"{n % 20:05d}.jpg", folder / f"{n:05d}.jpg")
     seen, code = in_a_terminal(
         "classify", folder, "--weights", tiny_weights, "-o", "x.csv",
-        cwd=tmp_path, stop_when=b"images/s",
+        cwd=tmp_path, stop_when=b"of 20,000",
     )  # fmt: skip
     assert code == 130
-    assert "of 20,000" in seen
     assert "Traceback" not in seen
     assert "go on with --resume" in seen
 
