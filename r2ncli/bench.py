@@ -226,14 +226,15 @@ def _model_speed(pipeline: Pipeline, architecture: Architecture, seconds: float)
     description = pipeline.engine.description
     rate, latencies = _forward(pipeline, seconds)
     flops = rate * forward_flops(architecture, pipeline.preprocessing.image_size)
-    product = matmul_flops_per_second(description.precision, description.device)
+    first, *others = description.device.split(",")
+    product = matmul_flops_per_second(description.precision, first)
     return ModelSpeed(
         description.precision,
         description.batch_size,
         rate,
         *_percentiles(latencies),
         flops_per_second=flops,
-        matmul_share=None if product is None else flops / product,
+        matmul_share=None if product is None else flops / (product * (1 + len(others))),
     )
 
 
@@ -244,10 +245,10 @@ def _forward(pipeline: Pipeline, seconds: float) -> tuple[float, list[float]]:
     """
     engine, description = pipeline.engine, pipeline.engine.description
     side = pipeline.preprocessing.image_size
-    shape = (description.batch_size, side, side, 3)
 
     def forward(deadline: float) -> list[float]:
-        pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        pixels = engine.empty_batch(side)
+        pixels[...] = np.random.default_rng(0).integers(0, 256, pixels.shape, dtype=np.uint8)
         latencies: list[float] = []
         while time.perf_counter() < deadline or len(latencies) < 2:
             start = time.perf_counter()

@@ -30,7 +30,6 @@ from r2ncli.engine import (
     Pixels,
 )
 from r2ncli.errors import (
-    DeviceError,
     FailedInputError,
     ImageError,
     InputNotFoundError,
@@ -389,7 +388,7 @@ def run(
         remaining = iter(inputs)
         ended = False
         while not ended:
-            pixels = buffers.pop() if buffers else _empty_batch(batch_size, side)
+            pixels = buffers.pop() if buffers else engine.empty_batch(side)
             names: list[str] = []
             decodes: list[Future[str | None]] = []
             # each is read as it comes: a source may hold back the next until this one is used
@@ -449,15 +448,6 @@ class _Threads:
             except BaseException as error:  # raised where the result is used
                 future.set_exception(error)
             del work, action, future  # what an input holds is free as soon as it was used
-
-
-def _empty_batch(batch_size: int, side: int) -> Pixels:
-    try:
-        return np.empty((batch_size, side, side, 3), dtype=np.uint8)
-    except MemoryError as error:
-        raise DeviceError(
-            f"not enough memory for batches of {batch_size}. Try a smaller --batch-size"
-        ) from error
 
 
 def top_classes(topk: int) -> Callable[[Outputs], Outputs]:

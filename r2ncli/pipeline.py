@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
@@ -138,10 +139,10 @@ def open_pipeline(
             raise UsageError(
                 "precision 'int8' is for backend 'openvino' on a CPU: here backend 'torch' runs"
             )
-        from r2ncli.engine import pytorch
+        from r2ncli.engine.devices import find_devices, find_precision
         from r2ncli.weights import load_checkpoint
 
-        pytorch.find_precision(precision, pytorch.find_device(device))
+        find_precision(precision, find_devices(device)[0])
         checkpoint = load_checkpoint(weights, on_progress=on_download)
         return assemble_pipeline(checkpoint, layers, pool, **options)
 
@@ -253,7 +254,8 @@ def assemble_pipeline(
     layers, pool
         As for `open_pipeline`.
     device : str
-        ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        ``auto`` (one card, or the CPU), ``cpu``, ``cuda`` (all cards of the first one's model) or
+        ``cuda:N``.
     backend : str
         ``torch``, ``openvino`` (for the CPU), or ``auto``: on a CPU openvino where it is
         installed, else torch.
@@ -287,14 +289,17 @@ def assemble_pipeline(
     shapes = _shapes(checkpoint, layers, pool, preprocessing)
     engine: Engine
     if find_backend(options.get("backend", "auto"), device) == "torch":
+        from r2ncli.engine.cuda import CudaEngine
+        from r2ncli.engine.devices import find_devices
         from r2ncli.engine.pytorch import TorchEngine
 
-        engine = TorchEngine(
+        devices = find_devices(device)
+        on_cards = devices[0].type == "cuda"
+        engine = (partial(CudaEngine, devices=devices) if on_cards else TorchEngine)(
             checkpoint.network,
             layers,
             pool,
             preprocessing,
-            device=device,
             precision=precision,
             batch_size=batch_size,
         )

@@ -12,9 +12,9 @@ from reference_weights import KIT, TINY, reference_input, reference_network, rel
 
 from r2ncli import engine
 from r2ncli.architectures import PUBLISHED, Preprocessing
-from r2ncli.engine import POOLS, cpu_has_bf16
-from r2ncli.engine import pytorch as torch_engine
-from r2ncli.engine.pytorch import BATCH_SIZES, TorchEngine, find_device, find_precision
+from r2ncli.engine import cpu_has_bf16
+from r2ncli.engine.devices import exact_settings, find_devices, find_precision
+from r2ncli.engine.pytorch import BATCH_SIZE, TorchEngine
 from r2ncli.errors import DeviceError, UsageError
 from r2ncli.model import layer_shapes
 
@@ -23,7 +23,6 @@ FULL = Preprocessing()
 
 tiny = pytest.mark.parametrize("architecture", TINY.values(), ids=TINY)
 needs_bf16 = pytest.mark.skipif(not cpu_has_bf16(), reason="this processor has no bfloat16")
-needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card")
 
 
 def noise(count, size=64, seed=0):
@@ -43,7 +42,7 @@ def normalised(pixels, preprocessing=SMALL):
 
 def fp32(network, outputs=("fc",), pool="none", batch_size=3, preprocessing=SMALL, **options):
     """An engine on the CPU in float32."""
-    options = {"device": "cpu", "precision": "fp32", "batch_size": batch_size} | options
+    options = {"precision": "fp32", "batch_size": batch_size} | options
     return TorchEngine(network, outputs, pool, preprocessing, **options)
 
 
@@ -221,6 +220,8 @@ def global_state():
         "random": torch.get_rng_state().tolist(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "benchmark": backends.cudnn.benchmark,
+        "deterministic convolutions": backends.cudnn.deterministic,
+        "sums in fp16": backends.cuda.matmul.allow_fp16_accumulation,
     }
 
 
@@ -262,7 +263,7 @@ def test_a_setting_that_a_backend_inherits_is_still_inherited_after_a_call(fp32_
 def test_calls_that_overlap_leave_the_setting_as_it_was(fp32_settings):
     torch.backends.mkldnn.conv.fp32_precision = "bf16"
     cpu = torch.device("cpu")
-    first, second = torch_engine._exact_fp32(cpu), torch_engine._exact_fp32(cpu)
+    first, second = exact_settings(cpu), exact_settings(cpu)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
@@ -325,38 +326,47 @@ def test_the_description_says_what_runs():
     assert (description.device, description.device_kind) == ("cpu", "cpu")
     assert description.device_model == engine.cpu_model() != ""
     assert description.precision == "fp32"
-    assert description.batch_size == BATCH_SIZES["cpu"]
+    assert description.batch_size == BATCH_SIZE
 
 
 @pytest.mark.parametrize("name", ["gpu", "mps", "cuda:", "cuda:x", "cuda:-1", "cuda:01", "", "CPU"])
 def test_an_unknown_device_is_refused_with_those_there_are(name):
     with pytest.raises(DeviceError, match=r"expected auto, cpu") as caught:
-        find_device(name)
+        find_devices(name)
     assert repr(name) in str(caught.value)
     assert caught.value.exit_code == 5
 
 
 def test_a_number_that_is_no_decimal_is_an_unknown_device():
     with pytest.raises(DeviceError, match="no device 'cuda:²'"):
-        find_device("cuda:²")
+        find_devices("cuda:²")
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:99"])
 def test_a_card_where_there_is_none_is_refused(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError, match=f"{name}'.* sees 0 CUDA cards. There are: cpu$"):
-        find_device(name)
-    assert find_device("auto") == torch.device("cpu")
+        find_devices(name)
+    assert find_devices("auto") == (torch.device("cpu"),)
 
 
 def test_a_card_beyond_the_last_is_refused_with_those_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(DeviceError, match=r"sees 2 CUDA cards\. There are: cpu, cuda:0, cuda:1$"):
-        find_device("cuda:99")
-    assert find_device("cuda") == find_device("auto") == torch.device("cuda:0")
-    assert find_device("cuda:1") == torch.device("cuda:1")
-    assert find_device("cpu") == torch.device("cpu")
+        find_devices("cuda:99")
+
+
+def test_auto_is_one_card_and_cuda_is_all_of_the_first_ones_model(monkeypatch):
+    models = ["NVIDIA H200", "NVIDIA T4", "NVIDIA H200"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda card: models[card.index])
+    first, second, third = (torch.device(f"cuda:{card}") for card in range(3))
+    assert find_devices("auto") == (first,)
+    assert find_devices("cuda") == (first, third)
+    assert find_devices("cuda:1") == (second,)
+    assert find_devices("cpu") == (torch.device("cpu"),)
 
 
 @pytest.mark.parametrize(
@@ -395,8 +405,6 @@ def test_an_engine_that_cannot_be_is_refused_before_it_is_built():
     network = reference_network(TINY["v1"])
     with pytest.raises(UsageError, match="fp16"):
         fp32(network, precision="fp16")
-    with pytest.raises(DeviceError, match="abacus"):
-        fp32(network, device="abacus")
 
 
 @pytest.mark.parametrize(
@@ -415,40 +423,3 @@ def test_a_device_that_fails_is_an_error_that_names_it(failure, words):
     run._network.modules.layer3.register_forward_pre_hook(fail)
     with pytest.raises(DeviceError, match=rf"^cpu \(.*\).*{words}"):
         run(noise(3))
-
-
-# --- a card ---------------------------------------------------------------------------
-
-
-@pytest.mark.cuda
-@needs_card
-@pytest.mark.parametrize(
-    ("precision", "tolerance"), [("fp32", 1e-5), ("fp16", 1e-2), ("bf16", 2e-2)]
-)
-def test_a_card_gives_the_plain_networks_logits(precision, tolerance):
-    network, pixels = reference_network("res2net50_v1b_26w_4s"), noise(2, 224)
-    with torch.no_grad():
-        expected = network(normalised(pixels, FULL))
-    options = {"device": "cuda", "precision": precision}
-    outputs = fp32(network, ["fc"], batch_size=2, preprocessing=FULL, **options)(pixels)
-    assert relative_error(outputs["fc"], expected) < tolerance
-
-
-@pytest.mark.cuda
-@needs_card
-@tiny
-@pytest.mark.parametrize("pool", POOLS)
-def test_a_card_gives_every_layer(architecture, pool):
-    network, pixels = reference_network(architecture), noise(3)
-    expected = plain_outputs(network, normalised(pixels))
-    outputs = fp32(network, list(expected), pool, device="cuda")(pixels)
-    for layer, array in outputs.items():
-        assert relative_error(array, pooled(expected[layer], pool)) < 1e-5, layer
-
-
-@pytest.mark.cuda
-@needs_card
-def test_a_card_leaves_torchs_global_state_as_it_was():
-    before = global_state()
-    fp32(reference_network(TINY["v1b"]), device="cuda")(noise(3))
-    assert global_state() == before

@@ -41,7 +41,8 @@ ROOMS = [
 ]
 WITH_TORCH = {
     *("model", "weights", "torchvision_models", "verification", "tensors", "conversion"),
-    *("engine/folding", "engine/kernels", "engine/fused", "engine/pytorch", "engine/graph"),
+    *("engine/devices", "engine/folding", "engine/kernels", "engine/fused"),
+    *("engine/pytorch", "engine/cuda", "engine/graph"),
 }
 WITH_TORCHVISION = {"torchvision_models"}  # the one file that is for its users
 WITH_TERMINAL = {"terminal", "options", "cli"}

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import r2ncli
-from r2ncli.engine import EngineDescription
+from r2ncli.engine import EngineDescription, empty_pixels
 from r2ncli.errors import CheckpointError, DeviceError, InputNotFoundError, UsageError
 from r2ncli.images import DecodeRules, decode
 from r2ncli.inference import run, top_classes
@@ -282,6 +282,9 @@ class CountingEngine:
     def __init__(self, batch_size, streams=1):
         self.description = EngineDescription("test", "", "cpu", "", "fp32", batch_size, streams)
         self.batches = []
+
+    def empty_batch(self, side):
+        return empty_pixels(self.description.batch_size, side)
 
     def __call__(self, pixels):
         self.batches.append(pixels.shape)

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from r2ncli.errors import UsageError
+from r2ncli.errors import DeviceError, UsageError
 
 Pixels = npt.NDArray[np.uint8]
 Outputs = Mapping[str, npt.NDArray[np.float32]]
@@ -36,13 +36,16 @@ class EngineDescription:
     backend, library : str
         The engine's name, and its library with the version.
     device, device_model : str
-        ``cpu`` or ``cuda:N``, and the processor's or card's name.
+        ``cpu``, ``cuda:N`` or ``cuda:N,M``, and the processor's or cards' name.
     precision : str
         The precision executed: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
     batch_size : int
         Pictures in every batch, the last one included (it is padded).
     streams : int
         Batches that it executes at the same time, each in a thread that calls it.
+    executed_batch_size : int or None
+        Pictures that it has computed at a time at the least, where the memory did not suffice
+        for a whole batch; None where it did.
     """
 
     backend: str
@@ -52,6 +55,7 @@ class EngineDescription:
     precision: str
     batch_size: int
     streams: int = 1
+    executed_batch_size: int | None = None
 
     @property
     def device_kind(self) -> str:
@@ -66,13 +70,27 @@ class Engine(Protocol):
     def description(self) -> EngineDescription:
         """What really runs."""
 
+    def empty_batch(self, side: int) -> Pixels:
+        """Memory for one batch of pictures of `side` pixels, from where it is read fastest.
+
+        Returns
+        -------
+        uint8 array [batch_size, side, side, 3]
+            C-contiguous, of any values.
+
+        Raises
+        ------
+        DeviceError
+            There is not enough memory.
+        """
+
     def __call__(self, pixels: Pixels) -> Outputs:
         """The outputs for one batch.
 
         Parameters
         ----------
         pixels : uint8 array [batch_size, H, W, 3]
-            C-contiguous RGB.
+            C-contiguous RGB; it may be used again when the call has ended.
 
         Returns
         -------
@@ -84,6 +102,16 @@ class Engine(Protocol):
         DeviceError
             The device failed.
         """
+
+
+def empty_pixels(batch_size: int, side: int) -> Pixels:
+    """A batch's pixels in ordinary memory (see `Engine.empty_batch`)."""
+    try:
+        return np.empty((batch_size, side, side, 3), dtype=np.uint8)
+    except MemoryError as error:
+        raise DeviceError(
+            f"not enough memory for batches of {batch_size}. Try a smaller --batch-size"
+        ) from error
 
 
 def pooled_shape(shape: tuple[int, ...], pool: str) -> tuple[int, ...]:
@@ -116,9 +144,9 @@ def find_backend(backend: str, device: str) -> str:
 def _is_cpu(device: str) -> bool:
     if device == "cpu" or (device == "auto" and not cuda_cards()):
         return True
-    from r2ncli.engine.pytorch import find_device
+    from r2ncli.engine.devices import find_devices
 
-    return find_device(device).type == "cpu"  # a card that torch cannot use does not count
+    return find_devices(device)[0].type == "cpu"  # a card that torch cannot use does not count
 
 
 def cuda_cards() -> int:

@@ -23,6 +23,7 @@ from r2ncli.engine import (
     cores,
     cpu_model,
     cpu_precisions,
+    empty_pixels,
 )
 from r2ncli.errors import DeviceError, UsageError
 
@@ -159,6 +160,9 @@ class OpenVinoEngine:
         self._idle: SimpleQueue[InferRequest] = SimpleQueue()
         for _ in range(streams):
             self._idle.put(self._network.create_infer_request())
+
+    def empty_batch(self, side: int) -> Pixels:
+        return empty_pixels(self.description.batch_size, side)
 
     def __call__(self, pixels: Pixels) -> Outputs:
         request = self._idle.get()
