@@ -37,10 +37,10 @@ from r2ncli.inference import (
     split_options,
     top_classes,
 )
-from r2ncli.pipeline import Pipeline, open_classifier, open_extractor
+from r2ncli.pipeline import Pipeline, PipelineOptions, open_classifier, open_extractor
 from r2ncli.results import read_names, read_record, read_rows
 from r2ncli.sources import Input, PathLike, Walk, printable
-from r2ncli.writers import PartialOutput, partial_folder, record_path
+from r2ncli.writers import PartialOutput, begun_record, partial_folder, record_path
 
 SCHEMA = 1
 DTYPES = ("float32", "float16")
@@ -76,7 +76,7 @@ def classify_to(
     topk : int
         Classes a picture; at most the network's number of them.
     overwrite, resume : bool
-        Start again over what is there, or go on with it.
+        Start again over what is there, or go on with it, with its batch size unless one is given.
     retry_failed : bool
         Try the failed rows of the finished `output` again and keep the others. Limits may have
         been raised since, nothing else that decides values.
@@ -104,6 +104,8 @@ def classify_to(
         retry_failed=retry_failed,
     )
     sources, execution = split_options(options)
+    if resume or retry_failed:
+        execution = _with_begun_batch_size(execution, out)
     walk = open_walk(paths, on_warning, **sources)
     pipeline = open_classifier(topk, on_warning, **execution)
     return _run_to(
@@ -160,7 +162,7 @@ def extract_to(
     dtype : str
         ``float32`` or ``float16``, as stored.
     overwrite, resume : bool
-        Start again over what is there, or go on with it.
+        Start again over what is there, or go on with it, with its batch size unless one is given.
     retry_failed : bool
         Try the failed rows of the finished `output` again and keep the others. Limits may have
         been raised since, nothing else that decides values.
@@ -186,6 +188,8 @@ def extract_to(
         output, (".h5",), overwrite=overwrite, resume=resume, retry_failed=retry_failed
     )
     sources, execution = split_options(options)
+    if resume or retry_failed:
+        execution = _with_begun_batch_size(execution, out)
     walk = open_walk(paths, on_warning, **sources)
     pipeline = open_extractor(layers, pool, on_warning, **execution)
     return _run_to(
@@ -456,6 +460,18 @@ def _run_to(
         record["end"] = _now()
         partial.finish(record)
     return record
+
+
+def _with_begun_batch_size(execution: PipelineOptions, out: Path) -> PipelineOptions:
+    """`execution`, which names no batch size, with the one that `out` was begun with.
+
+    It decides the values' last bits, and what suits a device is not what every version thinks.
+    """
+    begun = begun_record(out) or read_record(out)
+    batch_size = begun.get("batch_size")
+    if execution.get("batch_size") is not None or not isinstance(batch_size, int) or batch_size < 1:
+        return execution
+    return {**execution, "batch_size": batch_size}
 
 
 def _begun(inputs: Iterator[Input], walk: Walk) -> Iterator[Input]:

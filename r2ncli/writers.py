@@ -94,17 +94,12 @@ class PartialOutput:
         OutputError
             There are blocks, and no record that can be read.
         """
-        try:
-            record = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            record = None
-        if not isinstance(record, dict):
-            if self.blocks():
-                raise OutputError(
-                    f"{self.folder / 'run.json'}: damaged or missing, so its blocks cannot be "
-                    "resumed. --overwrite starts again"
-                )
-            return None
+        record = begun_record(self.output)
+        if record is None and self.blocks():
+            raise OutputError(
+                f"{self.folder / 'run.json'}: damaged or missing, so its blocks cannot be "
+                "resumed. --overwrite starts again"
+            )
         return record
 
     def names(self) -> Iterator[tuple[str, bool]]:
@@ -227,6 +222,15 @@ class PartialOutput:
 def partial_folder(output: Path) -> Path:
     """Where an output grows: beside it, ``OUT.partial``."""
     return output.with_name(output.name + ".partial")
+
+
+def begun_record(output: Path) -> dict[str, Any] | None:
+    """The record that an unfinished output was begun with; None where there is none to read."""
+    try:
+        record = json.loads((partial_folder(output) / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def record_path(output: Path) -> Path:

@@ -237,6 +237,43 @@ def test_a_suffix_in_capitals_is_the_same(tmp_path, pictures, tiny_weights):
         assert write(tmp_path / name, pictures, weights=tiny_weights, resume=True) == record
 
 
+@pytest.mark.parametrize("kind", ["csv", "h5"])
+@pytest.mark.parametrize("finished", [False, True])
+def test_resume_takes_the_batch_size_that_was_begun_with(
+    tmp_path, pictures, tiny_weights, kind, finished
+):
+    write, out = (r2ncli.extract_to if kind == "h5" else r2ncli.classify_to), tmp_path / f"x.{kind}"
+    stop = None if finished else stop_after(7)
+    with suppress(StopAfterError):
+        write(out, pictures, weights=tiny_weights, batch_size=3, on_progress=stop)
+    record = write(out, pictures, weights=tiny_weights, resume=True)
+    assert (record["batch_size"], record["counts"]["ok"]) == (3, 20)
+    with pytest.raises(OutputError, match="batch_size was 3, is 4"):
+        write(out, pictures, weights=tiny_weights, batch_size=4, resume=True)
+
+
+def test_failed_rows_are_tried_again_with_the_batch_size_of_the_others(
+    tmp_path, pictures, tiny_weights
+):
+    (pictures / "00003.jpg").write_bytes(b"")
+    out = tmp_path / "x.csv"
+    r2ncli.classify_to(out, pictures, weights=tiny_weights, batch_size=3)
+    record = r2ncli.classify_to(out, pictures, weights=tiny_weights, retry_failed=True)
+    assert (record["batch_size"], record["counts"]["failed"]) == (3, 1)
+
+
+@pytest.mark.parametrize("batch_size", [None, "8", 0, -1, 2.5, [8]])
+def test_a_batch_size_that_cannot_be_is_not_taken(tmp_path, pictures, tiny_weights, batch_size):
+    out = tmp_path / "x.csv"
+    with pytest.raises(StopAfterError):
+        r2ncli.classify_to(out, pictures, weights=tiny_weights, on_progress=stop_after(5))
+    begun = tmp_path / "x.csv.partial" / "run.json"
+    record = json.loads(begun.read_text())
+    begun.write_text(json.dumps(record | {"batch_size": batch_size}))
+    resumed = r2ncli.classify_to(out, pictures, weights=tiny_weights, resume=True)
+    assert resumed["batch_size"] == record["batch_size"]
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_resume_refuses_another_setting_and_names_it(tmp_path, pictures, tiny_weights, finished):
     stop = None if finished else stop_after(5)
