@@ -44,6 +44,7 @@ from r2ncli.writers import PartialOutput, begun_record, partial_folder, record_p
 
 SCHEMA = 1
 DTYPES = ("float32", "float16")
+EXECUTED = "executed_batch_size"  # in the record only where memory did not hold a whole batch
 CHOICES = "--overwrite starts again, --resume goes on with it"
 
 OnProgress = Callable[[Progress], None]
@@ -427,6 +428,7 @@ def _run_to(
         if begun is not None:
             _check_resumable(begun, record, partial.folder)
             record["start"] = begun["start"]
+            _keep_halving(record, begun)
             done, failed = _skip_done(partial, inputs)
         elif resume and out.exists():
             _check_resumable(read_record(out), record, out)
@@ -435,6 +437,8 @@ def _run_to(
         else:
             record["start"] = _now()
             inputs = _begun(inputs, walk)
+            if retry_failed:
+                _keep_halving(record, finished)
             partial.begin(record)
         if retry_failed:
             tried = results_of(_failed_inputs(out, inputs, done))
@@ -445,6 +449,8 @@ def _run_to(
             for result in results:
                 if result.error is not None and on_error == "fail":
                     raise failed_input(result.path, result.error)
+                if _note_halving(record, pipeline):
+                    partial.amend(record)  # before a row that it concerns
                 partial.append(result)
                 done += 1
                 failed += result.error is not None
@@ -460,6 +466,21 @@ def _run_to(
         record["end"] = _now()
         partial.finish(record)
     return record
+
+
+def _note_halving(record: dict[str, Any], pipeline: Pipeline) -> bool:
+    """Note that the device computes less than a batch at a time; whether that is news."""
+    executed = pipeline.engine.description.executed_batch_size
+    if executed is None or executed >= record.get(EXECUTED, record["batch_size"]):
+        return False
+    record[EXECUTED] = executed
+    return True
+
+
+def _keep_halving(record: dict[str, Any], begun: dict[str, Any]) -> None:
+    """What was noted of rows that are kept holds still."""
+    if EXECUTED in begun:
+        record[EXECUTED] = begun[EXECUTED]
 
 
 def _with_begun_batch_size(execution: PipelineOptions, out: Path) -> PipelineOptions:

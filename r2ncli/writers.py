@@ -128,6 +128,10 @@ class PartialOutput:
         self._next_block = 0
         self._write("run.json", json_bytes(record))
 
+    def amend(self, record: Record) -> None:
+        """Take `record` in place of the one that was begun with; the blocks stay."""
+        self._write("run.json", json_bytes(record))
+
     def append(self, row: Any) -> None:
         """Add a row; a block that is full is written."""
         self._rows.append(row)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -27,8 +29,9 @@ from r2ncli.engine.cuda import SLOTS, CudaEngine, suitable_batch_size
 from r2ncli.engine.devices import exact_settings, find_devices, find_precision, out_of_memory
 from r2ncli.engine.folding import FoldedNetwork
 from r2ncli.errors import DeviceError
+from r2ncli.results import read_record, read_rows
 
-CPU = torch.device("cpu")
+CPU = torch.device("cpu", 0)
 GIB = 2**30
 
 
@@ -135,7 +138,9 @@ def test_a_batchs_memory_outlives_its_engine():
 
 
 def test_a_batch_that_memory_cannot_hold_is_an_error_that_says_so():
-    with pytest.raises(DeviceError, match=r"can be pinned for batches of 3 \(cpu\).*--batch-size"):
+    with pytest.raises(
+        DeviceError, match=r"can be pinned for batches of 3 \(cpu:0\).*--batch-size"
+    ):
         engine().empty_batch(10**9)
 
 
@@ -271,9 +276,9 @@ def test_memory_for_not_even_one_picture_is_an_error_that_names_the_device(memor
     run = engine(batch_size=4)
     memory.holds = 0
     for _ in range(SLOTS + 1):  # no call waits for a slot that is not given back
-        with pytest.raises(DeviceError, match=r"^cpu \(.*\): out of memory at batch size 4\. "):
+        with pytest.raises(DeviceError, match=r"^cpu:0 \(.*\): out of memory at batch size 4\. "):
             run(noise(4))
-    with pytest.raises(DeviceError, match=r"^cpu \(.*\): out of memory .* --batch-size"):
+    with pytest.raises(DeviceError, match=r"^cpu:0 \(.*\): out of memory .* --batch-size"):
         engine(batch_size=4)
     memory.holds = 1000
     assert np.isfinite(run(noise(4))["fc"]).all()
@@ -297,7 +302,7 @@ def test_what_a_broken_off_call_left_is_not_kept(memory):
 def test_another_failure_halves_nothing():
     run = engine(batch_size=4)
     for failure, kind, words in (
-        (torch.AcceleratorError("unplugged"), DeviceError, r"^cpu \(.*\) failed: unplugged"),
+        (torch.AcceleratorError("unplugged"), DeviceError, r"^cpu:0 \(.*\) failed: unplugged"),
         (RuntimeError("a bug"), RuntimeError, "a bug"),
     ):
 
@@ -355,6 +360,88 @@ def test_rows_of_several_devices_come_in_input_order(pictures, tiny_weights, two
     plain = r2ncli.extract(pictures, **options, device="cpu", backend="openvino", precision="fp32")
     for row, other in zip(ours, plain, strict=True):
         assert relative_error(row.features["layer2"], other.features["layer2"]) < 1e-5
+
+
+def logits_of(out):
+    """The rows of a CSV of one class, or of features, as an array."""
+    if out.suffix == ".h5":
+        with h5py.File(out) as file:
+            return file["features/layer2"][:]
+    return np.array([row.predictions[0].probability for row in read_rows(out)])
+
+
+@pytest.mark.parametrize("kind", ["csv", "h5"])
+@pytest.mark.parametrize(
+    ("row", "executed"), [(0, 2), (9, 1)], ids=["at the start", "in the middle"]
+)
+def test_the_record_of_a_run_says_that_batches_were_halved(
+    tmp_path, make_pictures, tiny_weights, two_devices, memory, kind, row, executed
+):
+    pictures = make_pictures(tmp_path / "many", 80)  # far more than are under way at a time
+    write = r2ncli.classify_to if kind == "csv" else partial(r2ncli.extract_to, layers=["layer2"])
+    options = {"weights": tiny_weights, "batch_size": 4, "workers": 1} | two_devices
+    whole, halved = tmp_path / f"whole.{kind}", tmp_path / f"halved.{kind}"
+    record = write(whole, pictures, **options)
+    assert "executed_batch_size" not in record
+
+    def run_out(progress):
+        if progress.done == row:
+            memory.holds = 1
+
+    if row == 0:
+        memory.holds = 3
+    again = write(halved, pictures, on_progress=run_out, **options)
+    assert again["batch_size"] == 4
+    assert again["executed_batch_size"] == executed
+    assert read_record(halved) == again
+    assert again["fingerprint"] == record["fingerprint"]
+    assert relative_error(logits_of(halved), logits_of(whole)) < 1e-5
+
+
+def test_a_resumed_record_keeps_that_earlier_batches_were_halved(
+    tmp_path, pictures, tiny_weights, two_devices, memory
+):
+    options = {"weights": tiny_weights, "batch_size": 4} | two_devices
+    out = tmp_path / "x.csv"
+
+    def stop(progress):
+        if progress.done == 2:
+            raise KeyboardInterrupt
+
+    memory.holds = 3
+    with pytest.raises(KeyboardInterrupt):
+        r2ncli.classify_to(out, pictures, on_progress=stop, **options)
+    begun = json.loads((tmp_path / "x.csv.partial" / "run.json").read_text())
+    assert begun["executed_batch_size"] == 2
+    memory.holds = 1000
+    record = r2ncli.classify_to(out, pictures, resume=True, **options)
+    assert record["executed_batch_size"] == 2
+    (pictures / "00003.jpg").write_bytes(b"")
+    r2ncli.classify_to(out, pictures, overwrite=True, **options)
+    memory.holds = 1
+    r2ncli.classify_to(out, pictures, overwrite=True, **options)
+    memory.holds = 1000
+    record = r2ncli.classify_to(out, pictures, retry_failed=True, **options)
+    assert record["executed_batch_size"] == 1
+
+
+def test_a_run_goes_on_with_another_number_of_devices(
+    tmp_path, pictures, tiny_weights, two_devices, monkeypatch
+):
+    options = {"weights": tiny_weights, "batch_size": 4} | two_devices
+    whole, out = tmp_path / "whole.csv", tmp_path / "x.csv"
+    record = r2ncli.classify_to(whole, pictures, **options)
+
+    def stop(progress):
+        if progress.done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        r2ncli.classify_to(out, pictures, on_progress=stop, **options)
+    monkeypatch.setattr(pytorch, "TorchEngine", partial(CudaEngine, devices=[CPU]))
+    resumed = r2ncli.classify_to(out, pictures, resume=True, **options)
+    assert (record["device"]["name"], resumed["device"]["name"]) == ("cpu:0,0", "cpu:0")
+    assert out.read_bytes() == whole.read_bytes()
 
 
 # --- cards --------------------------------------------------------------------------------
@@ -490,7 +577,7 @@ def test_a_card_with_little_memory_computes_in_halves():
     gc.collect()
     torch.cuda.empty_cache()
     memory = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(1.5 * GIB / memory, 0)
+    torch.cuda.set_per_process_memory_fraction(0.5 * GIB / memory, 0)
     try:
         run = card_engine(network, **options)
         assert run.description.executed_batch_size < 256

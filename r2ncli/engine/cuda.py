@@ -153,8 +153,9 @@ class CudaEngine:
     def description(self) -> EngineDescription:
         """What really runs."""
         rows = min(card.rows for card in self._cards)
-        halved = rows < self._description.batch_size
-        return replace(self._description, executed_batch_size=rows if halved else None)
+        if rows == self._description.batch_size:
+            return self._description
+        return replace(self._description, executed_batch_size=rows)
 
     def empty_batch(self, side: int) -> Pixels:
         shape = self._description.batch_size, side, side, 3
