@@ -35,7 +35,10 @@ Weights = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(
-        "--device", help="auto, cpu, cuda or cuda:N.", show_default="auto", rich_help_panel=NETWORK
+        "--device",
+        help="auto, cpu, cuda (all cards of the first one's model) or cuda:N.",
+        show_default="auto",
+        rich_help_panel=NETWORK,
     ),
 ]
 Backend = Annotated[

@@ -44,8 +44,8 @@ class EngineDescription:
     streams : int
         Batches that it executes at the same time, each in a thread that calls it.
     executed_batch_size : int or None
-        Pictures that it has computed at a time at the least, where the memory did not suffice
-        for a whole batch; None where it did.
+        Pictures computed at a time, the fewest so far, where the memory did not hold what a
+        whole batch takes; None where it did.
     """
 
     backend: str

@@ -238,6 +238,7 @@ class _Card:
         self.rows = shape[0]
         self._shape = shape
         self._device = device
+        self._model = _model(device)
         self._on_card = device.type == "cuda"
         self._torch: Any = torch.cuda if self._on_card else torch.cpu
         self._lock = threading.Lock()
@@ -390,4 +391,4 @@ class _Card:
             yield
 
     def _errors(self) -> AbstractContextManager[None]:
-        return device_errors(str(self._device), _model(self._device), self._shape[0])
+        return device_errors(str(self._device), self._model, self._shape[0])
