@@ -24,6 +24,7 @@ from test_engine import (
 )
 
 import r2ncli
+from r2ncli.bench import bench
 from r2ncli.engine import POOLS, cpu_model, cuda, pytorch
 from r2ncli.engine.cuda import SLOTS, CudaEngine, suitable_batch_size
 from r2ncli.engine.devices import exact_settings, find_devices, find_precision, out_of_memory
@@ -598,3 +599,14 @@ def test_several_cards_give_the_same_rows():
         together = [outputs["fc"] for outputs in threads.map(run, batches)]
     for rows, pixels in zip(together, batches, strict=True):
         assert np.array_equal(rows, alone(pixels)["fc"])
+
+
+@pytest.mark.cuda
+@needs_card
+def test_bench_measures_all_cards_together(pictures, tiny_weights):
+    report = bench(
+        [pictures], weights=tiny_weights, device="cuda", precisions=["fp32"], batch_sizes=[2],
+        seconds=0.02,
+    )  # fmt: skip
+    assert report.engine.streams == SLOTS * len(find_devices("cuda"))
+    assert all(speed.matmul_share > 0 for speed in report.model)

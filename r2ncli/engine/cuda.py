@@ -43,10 +43,11 @@ from r2ncli.model import Res2Net, layer_shapes
 SLOTS = 3  # of each card
 WARM_UPS = 3  # torch's advice before a capture: what is loaded or built at first use is then there
 
-# Pictures a batch at 224 x 224, by a word of the card's name; enough to keep all of it busy.
+# Pictures a batch at 224 x 224, by a word of the card's name: more for more multiprocessors. By
+# reasoning, not by measurement.
 BATCH_SIZES = {"T4": 64, "L4": 128, "A10": 128, "A100": 256, "H100": 256, "H200": 512, "B200": 512}
-# … and by its memory in GiB at least: all of those not named, and the most for those that are,
-# a part of whose memory may be all that one sees.
+# And by its memory, GiB at least: for cards of other names, and at most for these, since a part of
+# a card may be all that one sees.
 BATCH_SIZES_BY_MEMORY = ((60, 512), (20, 256), (10, 128), (0, 64))
 MOST_OUTPUT_BYTES = 2**29  # of a batch; each slot has them twice, on the card and pinned
 
