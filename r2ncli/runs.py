@@ -22,6 +22,7 @@ from PIL import features as pillow_features
 
 from r2ncli import __version__
 from r2ncli.checkpoints import Labels
+from r2ncli.engine import Engine
 from r2ncli.errors import OutputError, UsageError
 from r2ncli.formats import ROW_FORMATS, Format, Hdf5Format, RowFormat, check_parquet
 from r2ncli.inference import (
@@ -112,6 +113,7 @@ def classify_to(
     return _run_to(
         out,
         walk,
+        pipeline.engine,
         row_format(ROW_FORMATS[out.suffix.lower()], pipeline, topk),
         lambda inputs: (
             classification(row, pipeline.labels) for row in run(inputs, pipeline, top_classes(topk))
@@ -196,6 +198,7 @@ def extract_to(
     return _run_to(
         out,
         walk,
+        pipeline.engine,
         Hdf5Format(pipeline.shapes, dtype),
         lambda inputs: (
             Features(row.name, row.outputs, row.error) for row in run(inputs, pipeline)
@@ -404,6 +407,7 @@ def refuse_existing(out: Path, began: bool, choices: str = CHOICES) -> None:
 def _run_to(
     out: Path,
     walk: Walk,
+    engine: Engine,
     format: Format,
     results_of: Callable[[Iterator[Input]], Iterator[Any]],
     record: dict[str, Any],
@@ -449,7 +453,7 @@ def _run_to(
             for result in results:
                 if result.error is not None and on_error == "fail":
                     raise failed_input(result.path, result.error)
-                if _note_halving(record, pipeline):
+                if _note_halving(record, engine):
                     partial.amend(record)  # before a row that it concerns
                 partial.append(result)
                 done += 1
@@ -468,9 +472,9 @@ def _run_to(
     return record
 
 
-def _note_halving(record: dict[str, Any], pipeline: Pipeline) -> bool:
+def _note_halving(record: dict[str, Any], engine: Engine) -> bool:
     """Note that the device computes less than a batch at a time; whether that is news."""
-    executed = pipeline.engine.description.executed_batch_size
+    executed = engine.description.executed_batch_size
     if executed is None or executed >= record.get(EXECUTED, record["batch_size"]):
         return False
     record[EXECUTED] = executed
