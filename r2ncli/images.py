@@ -63,7 +63,8 @@ class DecodeRules:
     ----------
     decode : str
         ``exact``: every pixel as Pillow decodes it at full size; ``auto``: a JPEG that is much
-        larger than what the network sees is decoded at 1/2, 1/4 or 1/8 of its size.
+        larger than what the network sees is decoded at 1/2, 1/4 or 1/8 of its size; ``gpu``:
+        JPEGs that a card decodes are decoded there (see `jpegs`), the others as ``exact``.
     max_pixels, max_bytes : int
         A picture, or a file, beyond it is a failed row.
     frame, orientation, alpha, profile, depth, resize : str
@@ -124,7 +125,7 @@ def _decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) ->
             raise ImageError(
                 f"{width} x {height} pixels, more than --max-pixels {rules.max_pixels:,}"
             )
-        scale = 1 if rules.decode == "exact" else _reduce(image, preprocessing)
+        scale = _reduce(image, preprocessing) if rules.decode == "auto" else 1
         _load(image, content)
         orientation = _orientation(image)  # after loading: Pillow turns a TIFF by itself
         if scale == 1:
@@ -133,15 +134,34 @@ def _decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) ->
         to_srgb = _conversion(image.info.get("icc_profile"), image.mode, opaque.mode)
     if to_srgb is None and opaque.mode == "CMYK":
         opaque = opaque.convert("RGB")
-    size = (height, width) if orientation in _SIDEWAYS else (width, height)
-    transpose, to_stored = _UPRIGHT.get(orientation, (None, _as_it_is))
     # of the full size, then scaled: a box of the reduced one, which is rounded up, would be off
-    box = to_stored(_crop_box(size, preprocessing), size)
+    box = stored_box((width, height), orientation, preprocessing)
     left, top, right, bottom = (edge / scale for edge in box)
     square = (preprocessing.image_size, preprocessing.image_size)
     resized = opaque.resize(square, Resampling.BILINEAR, box=(left, top, right, bottom))
+    return finished(resized, orientation, to_srgb)
+
+
+def finished(
+    resized: Image.Image, orientation: int, to_srgb: ImageCms.ImageCmsTransform | None
+) -> Pixels:
+    """The network's input: a resized picture in sRGB, and upright."""
     rgb = resized.convert("RGB") if to_srgb is None else to_srgb.apply(resized)
+    transpose = _UPRIGHT.get(orientation, (None, _as_it_is))[0]
     return np.asarray(rgb if transpose is None else rgb.transpose(transpose))
+
+
+def header_rules(content: bytes) -> tuple[int, ImageCms.ImageCmsTransform | None]:
+    """What the header of a greyscale or RGB picture asks for: its orientation, and its profile.
+
+    Raises
+    ------
+    ImageError
+        Its header cannot be read.
+    """
+    with _open(content) as image:
+        profile = image.info.get("icc_profile")
+        return _orientation(image), _conversion(profile, image.mode, image.mode)
 
 
 # --- open ---------------------------------------------------------------------------
@@ -415,6 +435,13 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 # --- geometry -----------------------------------------------------------------------
 
 Box = tuple[float, float, float, float]
+
+
+def stored_box(size: tuple[int, int], orientation: int, preprocessing: Preprocessing) -> Box:
+    """What the network sees of a picture stored with `size` (width, height): left to bottom."""
+    upright = (size[1], size[0]) if orientation in _SIDEWAYS else size
+    _, to_stored = _UPRIGHT.get(orientation, (None, _as_it_is))
+    return to_stored(_crop_box(upright, preprocessing), upright)
 
 
 def _crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> Box:

@@ -33,7 +33,8 @@ ROOMS = [
         "tensors",
     ),
     *("archives", "selection", "remote", "patterns", "sources"),
-    *("images", "calibration", "cache", "engine", "conversion", "pipeline", "inference"),
+    *("images", "jpegs", "card_decoding", "calibration", "cache", "engine", "conversion"),
+    *("pipeline", "inference"),
     *("formats", "writers", "results"),
     *("runs", "comparison", "shards"),
     *("bench", "terminal", "options", "cli"),
@@ -43,6 +44,7 @@ WITH_TORCH = {
     *("model", "weights", "torchvision_models", "verification", "tensors", "conversion"),
     *("engine/devices", "engine/folding", "engine/kernels", "engine/fused"),
     *("engine/pytorch", "engine/cuda", "engine/graph"),
+    "card_decoding",
 }
 WITH_TORCHVISION = {"torchvision_models"}  # the one file that is for its users
 WITH_TERMINAL = {"terminal", "options", "cli"}
