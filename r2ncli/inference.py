@@ -2,6 +2,9 @@
 
     names ──► decode threads ──► batches ──► a thread a stream ──► rows, in input order
 
+With `--decode gpu` the decode threads hand on the JPEGs that a card decodes as they are, and
+the stream's thread has them decoded into its batch.
+
 Everything between is bounded: as many batches are under way as keep the threads and the
 engine's streams busy, however many pictures there are.
 """
@@ -36,6 +39,7 @@ from r2ncli.errors import (
     UsageError,
 )
 from r2ncli.images import decode
+from r2ncli.jpegs import Jpeg
 from r2ncli.pipeline import (
     LOGITS,
     Pipeline,
@@ -343,7 +347,7 @@ def run(
     A picture that fails keeps its place and its reason; its neighbours do not notice. `keep`
     gives what is wanted of a batch's outputs; it works in the engine's threads.
     """
-    engine, workers = pipeline.engine, pipeline.workers
+    engine, workers, card_decoder = pipeline.engine, pipeline.workers, pipeline.card_decoder
     batch_size = engine.description.batch_size
     streams = engine.description.streams
     ahead = 1 + streams + -(-2 * workers // batch_size)  # batches under way: all threads busy
@@ -352,27 +356,49 @@ def run(
     pending: deque[Future[list[Row]]] = deque()
     stopped = threading.Event()
 
-    def read_and_decode(source: Input, pixels: Pixels) -> str | None:
+    def read_and_decode(source: Input, pixels: Pixels) -> Jpeg | str | None:
         if stopped.is_set():
             return "interrupted"
         try:
             content = source.read(pipeline.rules.max_bytes)
+        except ImageError as error:
+            return failed(error, pixels)
+        if card_decoder is not None and (jpeg := card_decoder.accept(content)) is not None:
+            return jpeg
+        return decode_into(pixels, content)
+
+    def decode_into(pixels: Pixels, content: bytes) -> str | None:
+        try:
             pixels[...] = decode(content, pipeline.preprocessing, pipeline.rules)
         except ImageError as error:
-            pixels[...] = 0
-            return str(error)
+            return failed(error, pixels)
         return None
 
-    def outcome(decoded: Future[str | None]) -> str | None:
+    def failed(error: ImageError, pixels: Pixels) -> str:
+        pixels[...] = 0
+        return str(error)
+
+    def outcome(decoded: Future[Jpeg | str | None]) -> Jpeg | str | None:
         while not stopped.is_set():
             with suppress(TimeoutError):
                 return decoded.result(0.2)
         return "interrupted"
 
-    def finish(names: list[str], pixels: Pixels, decodes: list[Future[str | None]]) -> list[Row]:
-        errors = [outcome(decoded) for decoded in decodes]
+    def decode_on_card(outcomes: list[Jpeg | str | None], pixels: Pixels) -> list[str | None]:
+        jpegs = {i: found for i, found in enumerate(outcomes) if isinstance(found, Jpeg)}
+        errors = [None if isinstance(found, Jpeg) else found for found in outcomes]
+        if card_decoder is not None and jpegs:
+            for i in card_decoder(jpegs, pixels):
+                errors[i] = decode_into(pixels[i], jpegs[i].content)
+        return errors
+
+    def finish(
+        names: list[str], pixels: Pixels, decodes: list[Future[Jpeg | str | None]]
+    ) -> list[Row]:
+        outcomes = [outcome(decoded) for decoded in decodes]
         if stopped.is_set():
             return []
+        errors = decode_on_card(outcomes, pixels)
         pixels[len(names) :] = 0
         outputs = keep(engine(pixels))
         buffers.append(pixels)
@@ -390,7 +416,7 @@ def run(
         while not ended:
             pixels = buffers.pop() if buffers else engine.empty_batch(side)
             names: list[str] = []
-            decodes: list[Future[str | None]] = []
+            decodes: list[Future[Jpeg | str | None]] = []
             # each is read as it comes: a source may hold back the next until this one is used
             for source in islice(remaining, batch_size):
                 pool = fetchers if source.remote else decoders

@@ -90,7 +90,12 @@ Workers = Annotated[
 ]
 Decode = Annotated[
     str | None,
-    typer.Option("--decode", help="auto or exact.", show_default="auto", rich_help_panel=PICTURES),
+    typer.Option(
+        "--decode",
+        help="auto, exact, or gpu (baseline JPEGs on the CUDA card; needs r2ncli[gpu-decode]).",
+        show_default="auto",
+        rich_help_panel=PICTURES,
+    ),
 ]
 ImageSize = Annotated[
     int | None,

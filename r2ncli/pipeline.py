@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
@@ -30,6 +31,7 @@ from r2ncli.engine import (
     BACKENDS,
     POOLS,
     Engine,
+    EngineDescription,
     Pixels,
     cores,
     cpu_model,
@@ -42,10 +44,12 @@ from r2ncli.selection import MAX_BYTES
 from r2ncli.sources import PathLike
 
 if TYPE_CHECKING:
+    from r2ncli.card_decoding import CardDecoder
     from r2ncli.weights import Checkpoint
 
 LOGITS = "fc"  # the module whose output the logits are
-DECODES = ("auto", "exact")
+DECODES = ("auto", "exact", "gpu")
+GPU = DECODES[-1]
 INT8 = "int8"
 MAX_WORKERS = 256
 
@@ -89,6 +93,7 @@ class Pipeline:
     pool: str
     shapes: dict[str, tuple[int, ...]]  # of one picture's outputs, by layer
     calibration: Calibration | None = None  # where the precision is int8
+    card_decoder: CardDecoder | None = None  # where JPEGs are decoded on the card
 
 
 def open_pipeline(
@@ -142,12 +147,15 @@ def open_pipeline(
         from r2ncli.engine.devices import find_devices, find_precision
         from r2ncli.weights import load_checkpoint
 
-        find_precision(precision, find_devices(device)[0])
+        found = find_devices(device)[0]
+        find_precision(precision, found)
+        _check_decoding(options, found.type)
         checkpoint = load_checkpoint(weights, on_progress=on_download)
         return assemble_pipeline(checkpoint, layers, pool, **options)
 
     from r2ncli.engine import openvino
 
+    _check_decoding(options, "cpu")
     layers = _distinct(layers)
     rules, workers, warn = _rules(options), _workers(options), on_warning or _ignore
     calibration = options.get("calibration")
@@ -267,7 +275,8 @@ def assemble_pipeline(
         Decode threads; None means one a core.
     decode : str
         ``exact``: every pixel decoded at full size; ``auto``: JPEGs of more than twice the
-        resize target reduced while they are decoded, within a grey level in the mean.
+        resize target reduced while they are decoded, within a grey level in the mean;
+        ``gpu``: baseline JPEGs decoded on the CUDA card, the others as ``exact``.
     image_size : int or None
         The network's input in pixels; the resize target keeps the checkpoint's ratio.
     no_crop : bool
@@ -322,6 +331,7 @@ def assemble_pipeline(
         labels=checkpoint.labels,
         pool=pool,
         shapes=shapes,
+        card_decoder=_card_decoder(options, engine.description, preprocessing),
     )
 
 
@@ -378,6 +388,34 @@ def _rules(options: ExecutionOptions) -> DecodeRules:
         options.get("max_pixels", MAX_PIXELS),
         options.get("max_bytes", MAX_BYTES),
     )
+
+
+def _check_decoding(options: ExecutionOptions, device_kind: str) -> None:
+    """Raise a UsageError where JPEGs are to be decoded on a card that does not run, or without
+    the libraries for it."""
+    if options.get("decode") != GPU:
+        return
+    if device_kind != "cuda":
+        raise UsageError(
+            f"decode 'gpu' is for a CUDA card, and this runs on the {device_kind}: give --device "
+            "cuda where there is a card, or --decode auto"
+        )
+    for library, source in (("torchcodec", "'r2ncli[gpu-decode]'"), ("triton", "triton")):
+        if find_spec(library) is None:
+            raise UsageError(f"decode 'gpu' needs {library}: pip install {source}")
+
+
+def _card_decoder(
+    options: ExecutionOptions, description: EngineDescription, preprocessing: Preprocessing
+) -> CardDecoder | None:
+    _check_decoding(options, description.device_kind)
+    if options.get("decode") != GPU:
+        return None
+    from r2ncli.card_decoding import CardDecoder
+    from r2ncli.engine.devices import find_devices
+
+    card = find_devices(options.get("device", "auto"))[0]
+    return CardDecoder(card, preprocessing, _rules(options))
 
 
 def _workers(options: ExecutionOptions) -> int:

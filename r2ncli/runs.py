@@ -239,6 +239,8 @@ def run_record(
     `packages` are those that write its output, beyond the ones that every run needs.
     """
     description = pipeline.engine.description
+    if pipeline.card_decoder is not None:
+        packages = (*packages, "torchcodec")
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "command": command,
@@ -305,7 +307,7 @@ def deciding_settings(record: dict[str, Any]) -> dict[str, Any]:
         "device": ("kind", "model"),
         "calibration": ("sha256",),
         "versions": (
-            *("r2n", "engine", "pillow", "libjpeg", "littlecms2", "pillow-heif"),
+            *("r2n", "engine", "pillow", "libjpeg", "littlecms2", "pillow-heif", "torchcodec"),
             "pyarrow",  # Parquet names its writer
         ),
     }
