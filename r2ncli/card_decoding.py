@@ -100,7 +100,7 @@ class CardDecoder:
         with self._device_errors(), self._own_stream() as wait:
             squares = torch.empty(batch.shape, dtype=torch.uint8, device=self._device)
             for rows in _parts(jpegs):
-                decoded = self._decoded([jpegs[row] for row in rows])
+                decoded = self._decoded([jpegs[row] for row in rows], wait)
                 pictures = {
                     row: picture
                     for row, picture in zip(rows, decoded, strict=True)
@@ -122,7 +122,9 @@ class CardDecoder:
                 pixels[row] = finished(square, orientation, to_srgb)
         return refused
 
-    def _decoded(self, jpegs: Sequence[Jpeg]) -> list[torch.Tensor | None]:
+    def _decoded(
+        self, jpegs: Sequence[Jpeg], wait: Callable[[], object]
+    ) -> list[torch.Tensor | None]:
         """uint8 [1 or 3, height, width] of each; None where it is refused."""
         encoded = [torch.frombuffer(jpeg.encoded, dtype=torch.uint8) for jpeg in jpegs]
         try:
@@ -130,9 +132,10 @@ class CardDecoder:
         except torch.AcceleratorError:
             raise
         except RuntimeError as error:  # whose fault it is, or whether there was too little memory
+            wait()  # what was begun may still be written, to memory that is free now
             if len(jpegs) > 1:
                 half = len(jpegs) // 2
-                return self._decoded(jpegs[:half]) + self._decoded(jpegs[half:])
+                return self._decoded(jpegs[:half], wait) + self._decoded(jpegs[half:], wait)
             if isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY.search(str(error)):
                 width, height = jpegs[0].size
                 raise DeviceError(

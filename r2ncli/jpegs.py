@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from PIL.ImageCms import ImageCmsTransform
 
-from r2ncli.errors import ImageError
 from r2ncli.images import DecodeRules, header_rules
 
 
@@ -71,7 +70,7 @@ def for_card(content: bytes, rules: DecodeRules) -> Jpeg | None:
     if exif or any(_is_profile(content, *segment) for segment in segments):
         try:
             orientation, to_srgb = header_rules(content)
-        except (ImageError, OSError):  # the CPU says what is wrong with it
+        except Exception:  # Pillow raises whatever a damaged header makes it: the CPU says so
             return None
     grey = frames[0][5] == 1
     return Jpeg(content, encoded, size, grey, orientation, to_srgb)
