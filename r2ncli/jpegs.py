@@ -51,57 +51,62 @@ def for_card(content: bytes, rules: DecodeRules) -> Jpeg | None:
     """
     if content[:2] != b"\xff\xd8" or content[-2:] != b"\xff\xd9":
         return None
-    marked = _segments(content)
-    if marked is None:
+    segments = _segments(content)
+    if not _NEEDED <= segments.keys() <= _USUAL or len(segments[_SOF0]) > 1:
         return None
-    segments, scan = marked
-    frames = [content[start:end] for marker, start, end in segments if marker == _SOF0]
-    adobe = [content[start:end] for marker, start, end in segments if marker == _APP14]
-    if len(frames) != 1 or not {_DQT, _DHT} <= {marker for marker, _, _ in segments}:
-        return None
-    size = _size(frames[0], scan, adobe)
+    frame, scan = (content[slice(*segments[marker][0])] for marker in (_SOF0, _SOS))
+    adobe = [content[start:end] for start, end in segments.get(_APP14, ())]
+    size = _size(frame, scan, adobe)
     if size is None or not _fits(size, rules):
         return None
-    exif = [(start - 4, end) for marker, start, end in segments if marker == _APP1]
-    encoded = bytearray(content)
-    for start, end in reversed(exif):
-        del encoded[start:end]
+    metadata = [content[start:end] for start, end in segments.get(_APP1, ())]
+    profile = any(content.startswith(b"ICC_PROFILE", at) for at, _ in segments.get(_APP2, ()))
     orientation, to_srgb = 1, None
-    if exif or any(_is_profile(content, *segment) for segment in segments):
+    if profile or _may_be_turned(metadata):
         try:
             orientation, to_srgb = header_rules(content)
         except Exception:  # Pillow raises whatever a damaged header makes it: the CPU says so
             return None
-    grey = frames[0][5] == 1
-    return Jpeg(content, encoded, size, grey, orientation, to_srgb)
+    encoded = bytearray(content)
+    for start, end in reversed(segments.get(_APP1, ())):
+        del encoded[start - 4 : end]
+    return Jpeg(content, encoded, size, frame[5] == 1, orientation, to_srgb)
 
 
 _SOF0, _DHT, _SOS, _DQT, _DRI, _COM = 0xC0, 0xC4, 0xDA, 0xDB, 0xDD, 0xFE
-_APPLICATION = range(0xE0, 0xF0)
 _APP1, _APP2, _APP14 = 0xE1, 0xE2, 0xEE
+_NEEDED = {_SOF0, _DHT, _DQT, _SOS}
+_USUAL = {*_NEEDED, _DRI, _COM, *range(0xE0, 0xF0)}
 
 _MOST_A_SIDE = 16384
 _MOST_PIXELS = 1 << 26  # 192 MB as RGB: offsets in it fit into 32 bits
 _MOST_TIMES_AS_HIGH = 100  # Pillow 12.2 resizes what is higher in two steps
 
-Segment = tuple[int, int, int]  # marker, start and end of what it holds
+
+def _segments(content: bytes) -> dict[int, list[tuple[int, int]]]:
+    """Where the segments up to the first scan's header begin and end, by their markers."""
+    segments: dict[int, list[tuple[int, int]]] = {}
+    at, last, marker = 2, len(content) - 4, 0
+    while at < last and content[at] == 0xFF and marker != _SOS:
+        marker = content[at + 1]
+        start, at = at + 4, at + 2 + (content[at + 2] << 8 | content[at + 3])
+        segments.setdefault(marker if start <= at else 0, []).append((start, at))
+    return segments
 
 
-def _segments(content: bytes) -> tuple[list[Segment], bytes] | None:
-    """The segments before the first scan, and the scan's header; None for an unusual layout."""
-    segments: list[Segment] = []
-    at = 2
-    while at + 4 <= len(content) and content[at] == 0xFF:
-        marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4])
-        start, at = at + 4, at + 2 + length
-        if length < 2 or at > len(content):
-            return None
-        if marker == _SOS:
-            return segments, content[start:at]
-        if marker not in _APPLICATION and marker not in (_SOF0, _DHT, _DQT, _DRI, _COM):
-            return None
-        segments.append((marker, start, at))
-    return None
+def _may_be_turned(metadata: list[bytes]) -> bool:
+    """Whether Pillow could find an orientation other than 1 in EXIF and XMP.
+
+    A look for its bytes, many times quicker than to read either: not everywhere where they
+    are they mean it, but it is nowhere where they are not.
+    """
+    turned = any(
+        held.count(tag) != held.count(tag + upright)
+        for held in metadata
+        for tag, upright in ((b"\1\x12", b"\0\3\0\0\0\1\0\1"), (b"\x12\1", b"\3\0\1\0\0\0\1\0"))
+    )
+    in_two = sum(held.startswith(b"Exif") for held in metadata) > 1
+    return turned or in_two or any(b"tiff:Orientation" in held for held in metadata)
 
 
 def _size(frame: bytes, scan: bytes, adobe: list[bytes]) -> tuple[int, int] | None:
@@ -133,7 +138,3 @@ def _fits(size: tuple[int, int], rules: DecodeRules) -> bool:
         and height <= _MOST_TIMES_AS_HIGH * width
         and width * height <= min(rules.max_pixels, _MOST_PIXELS)
     )
-
-
-def _is_profile(content: bytes, marker: int, start: int, end: int) -> bool:
-    return marker == _APP2 and content[start:end].startswith(b"ICC_PROFILE\0")

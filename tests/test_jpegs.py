@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +98,9 @@ FOR_CPU: dict[str, Callable[[], bytes]] = {
     "no tables": lambda: jpeg().replace(b"\xff\xc4", b"\xff\xfe"),
     "two frames": lambda: with_segment(jpeg(), 0xC0, jpeg()[frame(jpeg()) :][:15]),
     "a segment beyond its end": lambda: patched(jpeg(), 4, b"\xff\xff"),
+    "a segment shorter than its length": lambda: with_segment(jpeg(), 0xE5, b"").replace(
+        b"\xe5\0\2", b"\xe5\0\1", 1
+    ),
     "nothing but markers": lambda: b"\xff\xd8\xff\xd9",
     "nothing": lambda: b"",
     "PNG": lambda: b"\x89PNG\r\n\x1a\n" + bytes(20),
@@ -139,7 +143,29 @@ def test_a_card_is_handed_the_picture_as_it_is_stored(orientation: int) -> None:
     assert found.encoded == jpeg((40, 20))
 
 
+@given(st.data())
+@settings(max_examples=300, deadline=None)
 @pytest.mark.filterwarnings("ignore")  # Pillow's asides about metadata; r2n ignores them too
+def test_an_orientation_is_found_wherever_pillow_finds_one(data: st.DataObject) -> None:
+    order = data.draw(st.sampled_from(["<", ">"]))
+    tags = data.draw(st.lists(st.sampled_from([0x0112, 0x010F, 0x1201, 0x0312]), max_size=4))
+    entry = st.tuples(st.sampled_from([1, 3, 3, 3, 4]), st.integers(0, 2), st.integers(0, 9))
+    entries = b"".join(
+        struct.pack(order + "HHIHH", tag, *data.draw(entry), data.draw(st.integers(0, 0x1201)))
+        for tag in tags
+    )
+    mark = b"II*\0\x08\0\0\0" if order == "<" else b"MM\0*\0\0\0\x08"
+    exif = b"Exif\0\0" + mark + struct.pack(order + "H", len(tags)) + entries + bytes(4)
+    content = with_segment(jpeg((40, 20)), 0xE1, exif)
+    if data.draw(st.booleans()):
+        xmp = f'<a tiff:Orientation="{data.draw(st.integers(1, 8))}"/>'.encode()
+        content = with_segment(content, 0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp)
+    found = for_card(content, RULES)
+    if found is not None:
+        assert found.orientation == header_rules(content)[0]
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("at", [6, 10, 14, 16, 22, 24])
 @pytest.mark.parametrize("value", [b"\0", b"\xff"])
 def test_a_damaged_exif_counts_as_it_does_on_the_cpu(at: int, value: bytes) -> None:
