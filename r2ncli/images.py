@@ -131,7 +131,7 @@ def _decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) ->
         if scale == 1:
             width, height = image.size
         opaque = _opaque(image)
-        to_srgb = _conversion(image.info.get("icc_profile"), image.mode, opaque.mode)
+        to_srgb = conversion(image.info.get("icc_profile"), image.mode, opaque.mode)
     if to_srgb is None and opaque.mode == "CMYK":
         opaque = opaque.convert("RGB")
     # of the full size, then scaled: a box of the reduced one, which is rounded up, would be off
@@ -161,7 +161,7 @@ def header_rules(content: bytes) -> tuple[int, ImageCms.ImageCmsTransform | None
     """
     with _open(content) as image:
         profile = image.info.get("icc_profile")
-        return _orientation(image), _conversion(profile, image.mode, image.mode)
+        return _orientation(image), conversion(profile, image.mode, image.mode)
 
 
 # --- open ---------------------------------------------------------------------------
@@ -386,7 +386,7 @@ def _range_of(values: npt.NDArray[Any], declared: float | None) -> float:
     raise ImageError(f"values from {low:g} to {high:g}: outside 0 to {candidates[-1]:g}")
 
 
-def _conversion(profile: object, stored: str, mode: str) -> ImageCms.ImageCmsTransform | None:
+def conversion(profile: object, stored: str, mode: str) -> ImageCms.ImageCmsTransform | None:
     """What brings resized pixels of `mode` to sRGB; None where there is nothing to do.
 
     It is applied after resizing, to image_size x image_size pixels: converting a phone's

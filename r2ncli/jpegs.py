@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from PIL.ImageCms import ImageCmsTransform
 
-from r2ncli.images import DecodeRules, header_rules
+from r2ncli.images import DecodeRules, conversion, header_rules
 
 
 @dataclass(frozen=True)
@@ -59,22 +59,30 @@ def for_card(content: bytes, rules: DecodeRules) -> Jpeg | None:
     size = _size(frame, scan, adobe)
     if size is None or not _fits(size, rules):
         return None
+    grey = frame[5] == 1
     metadata = [content[start:end] for start, end in segments.get(_APP1, ())]
-    profile = any(content.startswith(b"ICC_PROFILE", at) for at, _ in segments.get(_APP2, ()))
+    profiles = [part for part in segments.get(_APP2, ()) if content.startswith(_PROFILE, part[0])]
     orientation, to_srgb = 1, None
-    if profile or _may_be_turned(metadata):
+    if _may_be_turned(metadata) or len(profiles) > 1:
         try:
             orientation, to_srgb = header_rules(content)
         except Exception:  # Pillow raises whatever a damaged header makes it: the CPU says so
             return None
+    elif profiles:
+        start, end = profiles[0]
+        if content[start + 13 : start + 14] != b"\1" or start > segments[_SOF0][0][0]:
+            return None  # one of several, without the others
+        mode = "L" if grey else "RGB"
+        to_srgb = conversion(content[start + 14 : end], mode, mode)
     encoded = bytearray(content)
     for start, end in reversed(segments.get(_APP1, ())):
         del encoded[start - 4 : end]
-    return Jpeg(content, encoded, size, frame[5] == 1, orientation, to_srgb)
+    return Jpeg(content, encoded, size, grey, orientation, to_srgb)
 
 
 _SOF0, _DHT, _SOS, _DQT, _DRI, _COM = 0xC0, 0xC4, 0xDA, 0xDB, 0xDD, 0xFE
 _APP1, _APP2, _APP14 = 0xE1, 0xE2, 0xEE
+_PROFILE = b"ICC_PROFILE\0"  # and a number, and the number of segments that it is in
 _NEEDED = {_SOF0, _DHT, _DQT, _SOS}
 _USUAL = {*_NEEDED, _DRI, _COM, *range(0xE0, 0xF0)}
 
@@ -100,13 +108,20 @@ def _may_be_turned(metadata: list[bytes]) -> bool:
     A look for its bytes, many times quicker than to read either: not everywhere where they
     are they mean it, but it is nowhere where they are not.
     """
-    turned = any(
-        held.count(tag) != held.count(tag + upright)
+    if sum(held.startswith(b"Exif") for held in metadata) > 1:  # one in two pieces
+        return True
+    return any(
+        held.count(tag) != sum(held.count(tag + upright) for upright in uprights)
         for held in metadata
-        for tag, upright in ((b"\1\x12", b"\0\3\0\0\0\1\0\1"), (b"\x12\1", b"\3\0\1\0\0\0\1\0"))
+        for tag, uprights in _ORIENTATION.items()
     )
-    in_two = sum(held.startswith(b"Exif") for held in metadata) > 1
-    return turned or in_two or any(b"tiff:Orientation" in held for held in metadata)
+
+
+_ORIENTATION = {  # as big-endian and little-endian EXIF begin it, and XMP; and how 1 goes on
+    b"\1\x12": (b"\0\3\0\0\0\1\0\1",),
+    b"\x12\1": (b"\3\0\1\0\0\0\1\0",),
+    b"tiff:Orientation": (b'="1"', b">1<"),
+}
 
 
 def _size(frame: bytes, scan: bytes, adobe: list[bytes]) -> tuple[int, int] | None:

@@ -758,8 +758,8 @@ def test_a_damaged_profile_is_ignored() -> None:
 
 def test_a_profile_that_no_one_uses_up_to_its_last_byte_is_not_kept() -> None:
     huge = PROFILES["adobe rgb"].ljust(images._MAX_PROFILE_BYTES + 1, b"\0")
-    assert images._conversion(huge, "RGB", "RGB") is None
-    assert images._conversion(huge[:-1], "RGB", "RGB") is not None
+    assert images.conversion(huge, "RGB", "RGB") is None
+    assert images.conversion(huge[:-1], "RGB", "RGB") is not None
     images._transform.cache_clear()
 
 

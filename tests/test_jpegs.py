@@ -101,6 +101,7 @@ FOR_CPU: dict[str, Callable[[], bytes]] = {
     "a segment shorter than its length": lambda: with_segment(jpeg(), 0xE5, b"").replace(
         b"\xe5\0\2", b"\xe5\0\1", 1
     ),
+    "a part of a profile": lambda: with_segment(jpeg(), 0xE2, b"ICC_PROFILE\0\1\2" + bytes(99)),
     "nothing but markers": lambda: b"\xff\xd8\xff\xd9",
     "nothing": lambda: b"",
     "PNG": lambda: b"\x89PNG\r\n\x1a\n" + bytes(20),
@@ -143,6 +144,20 @@ def test_a_card_is_handed_the_picture_as_it_is_stored(orientation: int) -> None:
     assert found.encoded == jpeg((40, 20))
 
 
+@pytest.mark.parametrize("name", ["display p3", "grey 1.8", "ink"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_profile_counts_as_it_does_on_the_cpu(name: str, mode: str) -> None:
+    profile = PROFILES[name]
+    for content in (
+        jpeg(mode=mode, icc_profile=profile),
+        jpeg(mode=mode, icc_profile=profile + bytes(70_000)),  # in two segments
+        jpeg(mode=mode, icc_profile=profile[:200]),
+    ):
+        found = for_card(content, RULES)
+        assert found is not None
+        assert (found.to_srgb is None) == (header_rules(content)[1] is None)
+
+
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 @pytest.mark.filterwarnings("ignore")  # Pillow's asides about metadata; r2n ignores them too
@@ -158,7 +173,9 @@ def test_an_orientation_is_found_wherever_pillow_finds_one(data: st.DataObject) 
     exif = b"Exif\0\0" + mark + struct.pack(order + "H", len(tags)) + entries + bytes(4)
     content = with_segment(jpeg((40, 20)), 0xE1, exif)
     if data.draw(st.booleans()):
-        xmp = f'<a tiff:Orientation="{data.draw(st.integers(1, 8))}"/>'.encode()
+        value = data.draw(st.integers(1, 8))
+        form = data.draw(st.sampled_from(['<a tiff:Orientation="%d"/>', "<tiff:Orientation>%d</"]))
+        xmp = (form % value).encode()
         content = with_segment(content, 0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp)
     found = for_card(content, RULES)
     if found is not None:
