@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -126,7 +127,7 @@ class CardDecoder:
         self, jpegs: Sequence[Jpeg], wait: Callable[[], object]
     ) -> list[torch.Tensor | None]:
         """uint8 [1 or 3, height, width] of each; None where it is refused."""
-        encoded = [torch.frombuffer(jpeg.encoded, dtype=torch.uint8) for jpeg in jpegs]
+        encoded = [_bytes_as_tensor(jpeg.encoded) for jpeg in jpegs]
         try:
             decoded = self._decode_jpeg(encoded, mode="UNCHANGED", device=self._device)
         except torch.AcceleratorError:
@@ -211,7 +212,9 @@ class CardDecoder:
         Image.new("RGB", (16, 16)).save(content, "JPEG")
         jpeg = self.accept(content.getvalue())
         assert jpeg is not None
-        encoded = torch.frombuffer(jpeg.encoded, dtype=torch.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's only one, that bytes cannot be written to
+            encoded = _bytes_as_tensor(jpeg.encoded)
         try:
             self._decode_jpeg([encoded], device=self._device)
         except RuntimeError as error:
@@ -221,6 +224,11 @@ class CardDecoder:
             ) from error
         side = self._preprocessing.image_size
         self({0: jpeg}, np.empty((1, side, side, 3), np.uint8))
+
+
+def _bytes_as_tensor(content: bytes) -> torch.Tensor:
+    """uint8 [length]: without a copy, and to be read only."""
+    return torch.frombuffer(content, dtype=torch.uint8)
 
 
 _NO_MEMORY = re.compile(r"out of memory|: 5\b")  # nvJPEG's status 5: its allocation failed

@@ -21,7 +21,7 @@ class Jpeg:
     ----------
     content : bytes
         The file.
-    encoded : bytearray
+    encoded : bytes
         The file without EXIF, by which a decoder would turn the picture.
     size : tuple of int
         Width and height as stored.
@@ -34,7 +34,7 @@ class Jpeg:
     """
 
     content: bytes
-    encoded: bytearray
+    encoded: bytes
     size: tuple[int, int]
     grey: bool
     orientation: int
@@ -74,9 +74,9 @@ def for_card(content: bytes, rules: DecodeRules) -> Jpeg | None:
             return None  # one of several, without the others
         mode = "L" if grey else "RGB"
         to_srgb = conversion(content[start + 14 : end], mode, mode)
-    encoded = bytearray(content)
+    encoded = content
     for start, end in reversed(segments.get(_APP1, ())):
-        del encoded[start - 4 : end]
+        encoded = encoded[: start - 4] + encoded[end:]
     return Jpeg(content, encoded, size, grey, orientation, to_srgb)
 
 

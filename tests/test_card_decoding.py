@@ -117,7 +117,7 @@ def resized(module: Any, device: str) -> Iterator[tuple[Any, Any]]:
             planes = torch.from_numpy(pixels).permute(2, 0, 1)
             # as libjpeg leaves them, and as nvJPEG does
             pictures[row] = (planes if row % 2 else planes.contiguous()).to(device)
-            jpegs[row] = Jpeg(b"", bytearray(), (width, height), False, orientation, None)
+            jpegs[row] = Jpeg(b"", b"", (width, height), False, orientation, None)
         squares = torch.zeros((len(sizes), SIDE, SIDE, 3), dtype=torch.uint8, device=device)
         decoder._resize(pictures, jpegs, squares)
         yield np.stack(expected), squares.cpu().numpy()
