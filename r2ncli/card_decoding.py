@@ -68,7 +68,7 @@ class CardDecoder:
         self._device = torch.device(device)
         self._preprocessing = preprocessing
         self._rules = rules
-        self._own = threading.local()
+        self._streams = threading.local()
         self._check()
 
     def accept(self, content: bytes) -> Jpeg | None:
@@ -189,10 +189,10 @@ class CardDecoder:
             yield lambda: None
             return
         with torch.cuda.device(self._device):
-            if not hasattr(self._own, "stream"):
-                self._own.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(self._own.stream):
-                yield self._own.stream.synchronize
+            if not hasattr(self._streams, "own"):
+                self._streams.own = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(self._streams.own):
+                yield self._streams.own.synchronize
 
     @contextmanager
     def _device_errors(self) -> Iterator[None]:
@@ -210,7 +210,7 @@ class CardDecoder:
         """Decode a picture: what is missing must not look as if every picture were damaged."""
         content = BytesIO()
         Image.new("RGB", (16, 16)).save(content, "JPEG")
-        jpeg = self.accept(content.getvalue())
+        jpeg = for_card(content.getvalue(), DecodeRules("gpu"))
         assert jpeg is not None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's only one, that bytes cannot be written to

@@ -20,11 +20,9 @@ import torch
 from icc_profiles import PROFILES
 from PIL import Image
 from test_jpegs import FOR_CARD, jpeg, patched
-from typer.testing import CliRunner
 
 from r2ncli import pipeline
 from r2ncli.architectures import Preprocessing
-from r2ncli.cli import app
 from r2ncli.errors import DeviceError, UsageError
 from r2ncli.images import DecodeRules, decode
 from r2ncli.inference import open_walk, run
@@ -374,13 +372,6 @@ def test_decoding_on_a_card_needs_a_card(tiny_weights: Path, backend: str) -> No
         open_classifier(1, weights=tiny_weights, device="cpu", backend=backend, decode="gpu")
 
 
-def test_the_command_line_says_that_a_card_is_needed(tiny_weights: Path, pictures: Path) -> None:
-    arguments = ["classify", str(pictures), "--weights", str(tiny_weights), "--device", "cpu"]
-    done = CliRunner().invoke(app, [*arguments, "--decode", "gpu"])
-    assert done.exit_code == 2
-    assert "decode 'gpu' is for a CUDA card" in done.output
-
-
 @pytest.mark.parametrize("library", ["torchcodec", "triton"])
 def test_a_library_that_is_not_there_is_named(
     library: str, monkeypatch: pytest.MonkeyPatch
@@ -392,6 +383,11 @@ def test_a_library_that_is_not_there_is_named(
     with pytest.raises(UsageError, match=rf"^decode 'gpu' needs {library}: pip install "):
         pipeline._check_decoding({"decode": "gpu"}, "cuda")
     pipeline._check_decoding({"decode": "exact"}, "cuda")
+
+
+def test_no_limit_on_pictures_is_in_the_way_of_the_first_look(interpreted: Any) -> None:
+    decoder = interpreted.CardDecoder("cpu", SMALL, DecodeRules("gpu", max_pixels=1, max_bytes=1))
+    assert decoder.accept(jpeg()) is None
 
 
 def test_a_torchcodec_without_nvjpeg_is_told_at_the_start(
