@@ -17,11 +17,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, TypedDict, TypeVar, Unpack, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +51,7 @@ from r2ncli.sources import Input, PathLike, Walk, as_sequence
 
 Array = npt.NDArray[np.float32]
 Outputs = Mapping[str, npt.NDArray[Any]]  # of a batch or of a picture, by name
-T = TypeVar("T")
+Outcome = Jpeg | str | None  # of a picture: for the card, why it failed, or decoded
 
 FETCHERS = 16  # threads that wait for networks, far more than cores
 ON_ERROR = ("continue", "fail")
@@ -356,7 +355,7 @@ def run(
     pending: deque[Future[list[Row]]] = deque()
     stopped = threading.Event()
 
-    def read_and_decode(source: Input, pixels: Pixels) -> Jpeg | str | None:
+    def read_and_decode(source: Input, pixels: Pixels) -> Outcome:
         if stopped.is_set():
             return "interrupted"
         try:
@@ -366,6 +365,13 @@ def run(
         if card_decoder is not None and (jpeg := card_decoder.accept(content)) is not None:
             return jpeg
         return decode_into(pixels, content)
+
+    def decide(batch: _Batch, number: int, source: Input) -> None:
+        try:
+            outcome: Outcome | BaseException = read_and_decode(source, batch.pixels[number])
+        except BaseException as error:  # raised where the batch is used
+            outcome = error
+        batch.decide(number, outcome)
 
     def decode_into(pixels: Pixels, content: bytes) -> str | None:
         try:
@@ -378,13 +384,7 @@ def run(
         pixels[...] = 0
         return str(error)
 
-    def outcome(decoded: Future[Jpeg | str | None]) -> Jpeg | str | None:
-        while not stopped.is_set():
-            with suppress(TimeoutError):
-                return decoded.result(0.2)
-        return "interrupted"
-
-    def decode_on_card(outcomes: list[Jpeg | str | None], pixels: Pixels) -> list[str | None]:
+    def decode_on_card(outcomes: list[Outcome], pixels: Pixels) -> list[str | None]:
         jpegs = {i: found for i, found in enumerate(outcomes) if isinstance(found, Jpeg)}
         errors = [None if isinstance(found, Jpeg) else found for found in outcomes]
         if card_decoder is not None and jpegs:
@@ -392,19 +392,19 @@ def run(
                 errors[i] = decode_into(pixels[i], jpegs[i].content)
         return errors
 
-    def finish(
-        names: list[str], pixels: Pixels, decodes: list[Future[Jpeg | str | None]]
-    ) -> list[Row]:
-        outcomes = [outcome(decoded) for decoded in decodes]
+    def finish(batch: _Batch) -> list[Row]:
+        while not batch.ready.wait(0.2):
+            if stopped.is_set():
+                return []
+        errors = decode_on_card(batch.outcomes(), batch.pixels)
         if stopped.is_set():
             return []
-        errors = decode_on_card(outcomes, pixels)
-        pixels[len(names) :] = 0
-        outputs = keep(engine(pixels))
-        buffers.append(pixels)
+        batch.pixels[len(batch.names) :] = 0
+        outputs = keep(engine(batch.pixels))
+        buffers.append(batch.pixels)
         return [
             Row(name, {} if error else {layer: a[i] for layer, a in outputs.items()}, error)
-            for i, (name, error) in enumerate(zip(names, errors, strict=True))
+            for i, (name, error) in enumerate(zip(batch.names, errors, strict=True))
         ]
 
     decoders = _Threads(workers, "r2n-decode")
@@ -414,18 +414,15 @@ def run(
         remaining = iter(inputs)
         ended = False
         while not ended:
-            pixels = buffers.pop() if buffers else engine.empty_batch(side)
-            names: list[str] = []
-            decodes: list[Future[Jpeg | str | None]] = []
+            batch = _Batch(buffers.pop() if buffers else engine.empty_batch(side))
             # each is read as it comes: a source may hold back the next until this one is used
             for source in islice(remaining, batch_size):
                 pool = fetchers if source.remote else decoders
-                decodes.append(pool.submit(read_and_decode, source, pixels[len(names)]))
-                names.append(source.name)
+                pool.submit(partial(decide, batch, batch.add(source.name), source))
                 del source
-            ended = len(names) < batch_size
-            if names:
-                pending.append(runner.submit(finish, names, pixels, decodes))
+            ended = len(batch.names) < batch_size
+            if batch.close():
+                pending.append(runner.submit(finish, batch))
             while pending and (ended or len(pending) >= ahead or pending[0].done()):
                 yield from pending.popleft().result()
     except BaseException:
@@ -440,6 +437,58 @@ def run(
         fetchers.end()
 
 
+class _Batch:
+    """Pictures on their way to the engine: a row of pixels each, and what became of it.
+
+    One object a batch, not one a picture: a card takes more pictures a second than Python makes
+    futures for them.
+
+    Attributes
+    ----------
+    names : list of str
+        In the order in which they were added.
+    pixels : uint8 array [batch_size, H, W, 3]
+    ready : Event
+        Set when it is closed and every picture has its outcome.
+    """
+
+    def __init__(self, pixels: Pixels) -> None:
+        self.names: list[str] = []
+        self.pixels = pixels
+        self.ready = threading.Event()
+        self._outcomes: list[Outcome | BaseException] = []
+        self._done: list[int] = []  # to append is atomic, so no picture waits for a lock
+        self._closed = False
+
+    def add(self, name: str) -> int:
+        """Take one more picture in; its number."""
+        self.names.append(name)
+        self._outcomes.append(None)
+        return len(self.names) - 1
+
+    def close(self) -> bool:
+        """Say that there is no more to add; whether there is anything at all."""
+        self._closed = True
+        self._look()
+        return bool(self.names)
+
+    def decide(self, number: int, outcome: Outcome | BaseException) -> None:
+        self._outcomes[number] = outcome
+        self._done.append(number)
+        self._look()
+
+    def outcomes(self) -> list[Outcome]:
+        """What became of the pictures; raises what is no fault of theirs."""
+        for outcome in self._outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return cast(list[Outcome], self._outcomes)
+
+    def _look(self) -> None:
+        if self._closed and len(self._done) == len(self.names):
+            self.ready.set()
+
+
 class _Threads:
     """At most so many threads, for which nobody waits at the end of the program.
 
@@ -450,16 +499,14 @@ class _Threads:
         self._most = most
         self._name = name
         self._count = 0
-        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
-        self._work = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
-    def submit(self, action: Callable[..., T], *arguments: Any) -> Future[T]:
-        future: Future[T] = Future()
-        self._work.put((future, partial(action, *arguments)))
+    def submit(self, action: Callable[[], None]) -> None:
+        """Have an action done, which raises nothing."""
+        self._work.put(action)
         if self._count < self._most:
             self._count += 1
             threading.Thread(target=self._run, name=self._name, daemon=True).start()
-        return future
 
     def end(self) -> None:
         """Let every thread end once there is no more work."""
@@ -467,13 +514,9 @@ class _Threads:
             self._work.put(None)
 
     def _run(self) -> None:
-        while (work := self._work.get()) is not None:
-            future, action = work
-            try:
-                future.set_result(action())
-            except BaseException as error:  # raised where the result is used
-                future.set_exception(error)
-            del work, action, future  # what an input holds is free as soon as it was used
+        while (action := self._work.get()) is not None:
+            action()
+            del action  # what an input holds is free as soon as it was used
 
 
 def top_classes(topk: int) -> Callable[[Outputs], Outputs]:

@@ -132,7 +132,7 @@ def read_file(path: str, max_bytes: int) -> bytes:
             if before.st_size > max_bytes:
                 raise too_large(max_bytes, before.st_size)
             content = file.read(before.st_size + 1)  # it may grow meanwhile
-            while content and len(content) <= max_bytes and (more := file.read(1 << 20)):
+            while content and len(content) <= max_bytes and (more := file.read(1 << 16)):
                 content += more
             after = os.fstat(file.fileno())
     except OSError as error:
