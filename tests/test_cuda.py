@@ -26,7 +26,7 @@ from test_engine import (
 import r2ncli
 from r2ncli.bench import bench
 from r2ncli.engine import POOLS, cpu_model, cuda, pytorch
-from r2ncli.engine.cuda import SLOTS, CudaEngine, suitable_batch_size
+from r2ncli.engine.cuda import SLOTS, CudaEngine, quickest_form, suitable_batch_size
 from r2ncli.engine.devices import exact_settings, find_devices, find_precision, out_of_memory
 from r2ncli.engine.folding import FoldedNetwork
 from r2ncli.errors import DeviceError
@@ -58,7 +58,7 @@ class LittleMemory(FoldedNetwork):
 def memory(monkeypatch):
     """The class of every network that is built; its `holds` may be changed."""
     kind = type("LittleMemory", (LittleMemory,), {})
-    monkeypatch.setattr(cuda, "_network", kind)
+    monkeypatch.setattr(cuda, "quickest_form", lambda *_: kind)
     return kind
 
 
@@ -188,6 +188,24 @@ def test_what_decides_a_cards_values_is_ours_for_a_while():
 
 
 # --- what runs ----------------------------------------------------------------------------
+
+
+def test_fused_kernels_are_for_cards_alone():
+    network = reference_network(TINY["v1"])
+    for dtype in (torch.float32, torch.bfloat16):
+        assert quickest_form(network, ["fc"], "avg", SMALL, CPU, dtype) is FoldedNetwork
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kernels_that_round_otherwise_are_right_and_others_wrong(dtype):
+    random = torch.Generator().manual_seed(0)
+    values = torch.randn((2, 1000), generator=random)
+    rounded = values.to(dtype).float()
+    assert cuda._alike(rounded, values, dtype)
+    shifted = values.roll(1, dims=1)
+    damaged = values.clone()
+    damaged[1, 7] = torch.nan
+    assert not any(cuda._alike(wrong, values, dtype) for wrong in (shifted, damaged, -values))
 
 
 def test_the_description_says_what_runs():
@@ -610,3 +628,13 @@ def test_bench_measures_all_cards_together(pictures, tiny_weights):
     )  # fmt: skip
     assert report.engine.streams == SLOTS * len(find_devices("cuda"))
     assert all(speed.matmul_share > 0 for speed in report.model)
+
+
+@pytest.mark.cuda
+@needs_card
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_card_from_ampere_on_runs_the_fused_kernels(precision):
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this card is older")
+    run = card_engine(reference_network("res2net50_v1b_26w_4s"), precision=precision)
+    assert "triton" in run.description.library

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from itertools import chain
 from math import prod
 from queue import SimpleQueue
@@ -143,7 +144,12 @@ class CudaEngine:
             streams=SLOTS * len(devices),
         )
         shape, dtype = (batch_size, side, side, 3), DTYPES[precision]
-        network_on = partial(_network, network, outputs, pool, preprocessing, dtype=dtype)
+        with device_errors(str(first), _model(first), batch_size):
+            form = quickest_form(network, outputs, pool, preprocessing, first, dtype)
+        if form is not FoldedNetwork:  # the fingerprint tells the forms apart
+            library = f"{self._description.library}, triton {version('triton')}"
+            self._description = replace(self._description, library=library)
+        network_on = partial(form, network, outputs, pool, preprocessing, dtype=dtype)
         self._cards = [_Card(device, network_on, shape) for device in devices]
         slots = [card.new_slots() for card in self._cards]
         self._idle: SimpleQueue[_Slot] = SimpleQueue()
@@ -171,16 +177,47 @@ class CudaEngine:
             self._idle.put(slot)
 
 
-def _network(
+def quickest_form(
     network: Res2Net,
     outputs: Sequence[str],
     pool: str,
     preprocessing: Preprocessing,
     device: torch.device,
     dtype: torch.dtype,
-) -> InferenceNetwork:
-    """The form of `network` that is quickest on a card."""
-    return FoldedNetwork(network, outputs, pool, preprocessing, device, dtype)
+) -> Callable[..., InferenceNetwork]:
+    """The form of `network` to run on a card: `FusedNetwork` where it can, else `FoldedNetwork`.
+
+    Its kernels are for tensor cores of half precision from Ampere on, and Triton needs a C
+    compiler to build them. What they give is compared with torch's own functions here, on the
+    card and before any picture: a compiler's fault must not become a row.
+    """
+    if device.type != "cuda" or dtype == torch.float32:
+        return FoldedNetwork
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return FoldedNetwork
+    side = preprocessing.image_size
+    pixels = torch.arange(2 * side * side * 3, device=device) % 251
+    pixels = pixels.to(torch.uint8).view(2, side, side, 3)
+    with exact_settings(device), torch.inference_mode(), torch.cuda.device(device):
+        try:
+            from r2ncli.engine.fused import FusedNetwork
+
+            fused, folded = (
+                form(network, outputs, pool, preprocessing, device, dtype)(pixels)
+                for form in (FusedNetwork, FoldedNetwork)
+            )
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception:  # no Triton, no C compiler, or one that fails: whatever they raise
+            return FoldedNetwork
+        alike = all(_alike(fused[name], folded[name], dtype) for name in outputs)
+    return FusedNetwork if alike else FoldedNetwork
+
+
+def _alike(ours: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways of rounding explain the difference: a wrong kernel is far off."""
+    error, most = (ours - expected).abs().max(), expected.abs().max()
+    return bool(error <= 8 * torch.finfo(dtype).eps * most)  # false for NaN
 
 
 def _names(devices: Sequence[torch.device]) -> str:
