@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from r2ncli import __version__
+from r2ncli.errors import R2NError
 
 FORMAT = 1
 LIMIT = 2_000_000_000  # bytes; the least recently used entries beyond it go
@@ -27,6 +28,7 @@ SUFFIX = ".network"
 ALIGNMENT = 64  # where the graph begins: what executes it likes whole cache lines
 
 Bytes = npt.NDArray[np.uint8]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,21 +48,31 @@ def cache_folder() -> Path:
     return Path(user_cache_dir("r2n", appauthor=False))
 
 
-def kept_entry(
-    settings: Mapping[str, Any], make: Callable[[], Entry], on_warning: Callable[[str], None]
-) -> Entry:
-    """The entry of these settings, out of the cache or else made, and kept if it can be."""
+def loaded_entry(
+    settings: Mapping[str, Any],
+    make: Callable[[], Entry],
+    load: Callable[[Entry], T],
+    on_warning: Callable[[str], None],
+) -> tuple[Entry, T]:
+    """The entry of these settings, and what `load` makes of it.
+
+    It comes out of the cache, or it is made and kept if it can be. One that cannot be loaded
+    is another's, whole as it may be: it is made once more, and what fails then is raised.
+    """
     entry = read_entry(settings)
-    if entry is None:
-        entry = make()
-        try:
-            write_entry(settings, entry)
-        except OSError as error:
-            on_warning(
-                f"the compiled network cannot be kept in {cache_folder()}: {error.strerror}; "
-                "R2N_CACHE names another folder"
-            )
-    return entry
+    if entry is not None:
+        with suppress(R2NError):
+            return entry, load(entry)
+    entry = make()
+    loaded = load(entry)
+    try:
+        write_entry(settings, entry)
+    except OSError as error:
+        on_warning(
+            f"the compiled network cannot be kept in {cache_folder()}: {error.strerror}; "
+            "R2N_CACHE names another folder"
+        )
+    return entry, loaded
 
 
 def read_entry(settings: Mapping[str, Any]) -> Entry | None:

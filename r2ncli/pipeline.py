@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from r2ncli.architectures import Preprocessing
-from r2ncli.cache import Entry, kept_entry
+from r2ncli.cache import Entry, loaded_entry
 from r2ncli.calibration import Calibration, Sample, choose_sample, decoded
 from r2ncli.checkpoints import (
     Labels,
@@ -34,6 +34,7 @@ from r2ncli.engine import (
     EngineDescription,
     Pixels,
     cores,
+    cpu_flags,
     cpu_model,
     find_backend,
     pooled_shape,
@@ -175,6 +176,7 @@ def open_pipeline(
     settings = {
         "library": openvino.library(),
         "processor": cpu_model(),
+        "instructions": cpu_flags(),
         "sha256": sha256,
         "metadata": metadata,
         "layers": layers,
@@ -208,9 +210,12 @@ def open_pipeline(
         graph = _graph(loaded, layers, pool, preprocessing, precision, batch_size, pixels)
         return Entry(facts, graph)
 
-    entry = kept_entry(settings, compile_checkpoint, warn)
+    def load(entry: Entry) -> openvino.OpenVinoEngine:
+        return openvino.OpenVinoEngine(entry.graph, layers, precision)
+
+    entry, engine = loaded_entry(settings, compile_checkpoint, load, warn)
     return Pipeline(
-        engine=openvino.OpenVinoEngine(entry.graph, layers, precision),
+        engine=engine,
         preprocessing=preprocessing,
         rules=rules,
         workers=workers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 import r2ncli
-from r2ncli import cache
-from r2ncli.cache import Entry, cache_folder, read_entry, write_entry
+from r2ncli import cache, pipeline
+from r2ncli.cache import Entry, cache_folder, loaded_entry, read_entry, write_entry
+from r2ncli.errors import DeviceError
 
 SETTINGS = {"sha256": "ab", "layers": ("fc",), "batch_size": 8}
 ENTRY = Entry({"variant": "tiny", "classes": 6}, np.tile(np.arange(256, dtype=np.uint8), 40))
@@ -138,6 +140,12 @@ def test_without_the_variable_it_is_the_platforms_folder(monkeypatch):
 # --- in a run -------------------------------------------------------------------------
 
 
+def settings_of(file):
+    content = file.read_bytes()
+    size = int.from_bytes(content[32:40], "little")
+    return json.loads(content[40 : 40 + size])["settings"]
+
+
 def rows(*args, **options):
     return list(r2ncli.classify(*args, backend="openvino", **options))
 
@@ -156,6 +164,47 @@ def test_a_damaged_entry_is_rebuilt_by_the_next_run(pictures, tiny_weights):
     entry.write_bytes(entry.read_bytes()[:-100])
     assert rows(pictures, weights=tiny_weights) == first
     assert len(files()) == 1
+
+
+@pytest.mark.parametrize("length", [0, 100, 100_000])
+def test_a_whole_entry_that_openvino_cannot_load_is_rebuilt_once(pictures, tiny_weights, length):
+    first = rows(pictures, weights=tiny_weights)
+    (entry,) = files()
+    settings = settings_of(entry)
+    whole = read_entry(settings)
+    write_entry(settings, Entry(whole.facts, whole.graph[:length].copy()))
+    assert rows(pictures, weights=tiny_weights) == first
+    rebuilt = entry.read_bytes()
+    assert len(rebuilt) > 100_000 + length
+    assert rows(pictures, weights=tiny_weights) == first
+    assert entry.read_bytes() == rebuilt
+    assert files() == [entry]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_cannot_be_loaded_though_just_made_is_an_error_and_is_not_kept(there):
+    made = []
+
+    def make():
+        made.append("once")
+        return Entry({}, ENTRY.graph)
+
+    def load(_entry):
+        raise DeviceError("no memory")
+
+    if there:
+        write_entry(SETTINGS, ENTRY)
+    with pytest.raises(DeviceError, match="no memory"):
+        loaded_entry(SETTINGS, make, load, print)
+    assert made == ["once"]
+    assert is_the_entry(read_entry(SETTINGS)) if there else read_entry(SETTINGS) is None
+
+
+def test_a_processor_with_other_instructions_has_another_entry(pictures, tiny_weights, monkeypatch):
+    first = rows(pictures, weights=tiny_weights)
+    monkeypatch.setattr(pipeline, "cpu_flags", lambda: ["sse2"])
+    assert rows(pictures, weights=tiny_weights) == first
+    assert len(files()) == 2
 
 
 def test_labels_beside_the_checkpoint_may_change(pictures, tiny_weights, tmp_path):

@@ -197,14 +197,20 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware."""
-    flags: Sequence[str] = ()
+def cpu_flags() -> list[str]:
+    """The instructions that this processor has, as the system names them; none where it does not.
+
+    Virtual processors of one name may differ in them.
+    """
     for line in _cpuinfo():
         if line.startswith(("flags", "Features")):
-            flags = line.partition(":")[2].split()
-            break
-    return any(flag in flags for flag in ("amx_bf16", "avx512_bf16", "bf16"))
+            return sorted(line.partition(":")[2].split())
+    return []
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 in hardware."""
+    return not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(cpu_flags())
 
 
 def _cpuinfo() -> list[str]:

@@ -200,7 +200,8 @@ def _device_errors(batch_size: int) -> Iterator[None]:
     """A failure of OpenVINO in the user's words."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    # the last where it quotes what it could not read
+    except (RuntimeError, MemoryError, UnicodeDecodeError) as error:
         reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
         hint = f" at batch size {batch_size}. Try a smaller --batch-size" if batch_size else ""
         raise DeviceError(f"cpu ({cpu_model()}): OpenVINO failed{hint}: {reason}") from error
