@@ -278,6 +278,8 @@ def run_record(
         "precision": description.precision,
         "batch_size": description.batch_size,
         "threads": pipeline.workers,
+        "streams": description.streams,
+        "stream_threads": description.stream_threads,
         "shard": sources.get("shard"),
     }
     if pipeline.calibration is not None:

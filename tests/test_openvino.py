@@ -213,7 +213,8 @@ def test_the_description_says_what_runs():
     assert (description.device, description.device_kind) == ("cpu", "cpu")
     assert description.device_model == engine.cpu_model() != ""
     assert description.precision == "fp32"
-    assert (description.batch_size, description.streams) == (2, 2)
+    assert (description.batch_size, description.streams) == (2, min(2, engine.cores()))
+    assert 1 <= description.stream_threads <= engine.cores()
 
 
 @needs_bf16

@@ -24,6 +24,8 @@ from PIL import features
 
 import r2ncli
 from r2ncli import runs
+from r2ncli.engine import cores
+from r2ncli.engine import openvino as openvino_engine
 from r2ncli.errors import InputNotFoundError, OutputError, UsageError
 from r2ncli.images import DecodeRules
 from r2ncli.inference import Classification
@@ -97,6 +99,8 @@ def test_the_record_says_what_ran(tmp_path, pictures, tiny_weights):
     assert record["preprocessing"]["resize_size"] == 72
     assert record["decode_rules"]["max_pixels"] == 10_000
     assert (record["precision"], record["batch_size"], record["threads"]) == ("fp32", 4, 2)
+    assert 1 <= record["streams"] <= cores()
+    assert 1 <= record["stream_threads"] <= cores()
     assert record["versions"]["r2n"] == r2ncli.__version__
     assert record["start"] <= record["end"]
     assert set(record["device"]) == {"name", "kind", "model"}
@@ -311,6 +315,23 @@ def test_the_number_of_threads_may_change_on_resume(tmp_path, pictures, tiny_wei
         r2ncli.classify_to(out, pictures, weights=tiny_weights, on_progress=stop_after(9))
     r2ncli.classify_to(out, pictures, weights=tiny_weights, workers=7, resume=True)
     assert len(read_csv(out)) == 20
+
+
+def test_the_number_of_streams_is_recorded_and_may_change_on_resume(
+    tmp_path, pictures, tiny_weights, monkeypatch
+):
+    out, whole = tmp_path / "x.csv", tmp_path / "whole.csv"
+    r2ncli.classify_to(whole, pictures, weights=tiny_weights, backend="openvino")
+    with pytest.raises(StopAfterError):
+        r2ncli.classify_to(
+            out, pictures, weights=tiny_weights, backend="openvino", on_progress=stop_after(9)
+        )
+    monkeypatch.setattr(openvino_engine, "_streams", lambda _cores: 1)
+    record = r2ncli.classify_to(
+        out, pictures, weights=tiny_weights, backend="openvino", resume=True
+    )
+    assert (record["streams"], record["stream_threads"]) == (1, cores())
+    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_an_output_that_exists_is_kept_unless_told_otherwise(tmp_path, pictures, tiny_weights):

@@ -43,6 +43,8 @@ class EngineDescription:
         Pictures in every batch, the last one included (it is padded).
     streams : int
         Batches that it executes at the same time, each in a thread that calls it.
+    stream_threads : int
+        Threads that one batch is computed with at the most.
     executed_batch_size : int or None
         Pictures computed at a time, the fewest so far, where the memory did not hold what a
         whole batch takes; None where it did.
@@ -55,6 +57,7 @@ class EngineDescription:
     precision: str
     batch_size: int
     streams: int = 1
+    stream_threads: int = 1
     executed_batch_size: int | None = None
 
     @property

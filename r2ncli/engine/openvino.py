@@ -143,6 +143,9 @@ class OpenVinoEngine:
             )
         self._graph = graph  # its weights are used where they lie
         self._outputs = tuple(outputs)
+        streams, threads = (
+            self._network.get_property(name) for name in ("NUM_STREAMS", "INFERENCE_NUM_THREADS")
+        )
         self.description = EngineDescription(
             backend="openvino",
             library=library(),
@@ -151,6 +154,7 @@ class OpenVinoEngine:
             precision=_executed(self._network),
             batch_size=int(self._network.inputs[0].shape[0]),
             streams=streams,
+            stream_threads=-(-threads // streams),
         )
         if self.description.precision != precision:
             raise UsageError(
