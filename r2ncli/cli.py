@@ -271,6 +271,7 @@ def classify(
             on_warning=report.sentence,
             on_progress=report.row,
             on_download=report.download,
+            on_quantising=report.quantising,
             **options,
         )
         return _finished(report, record, output)
@@ -295,9 +296,8 @@ def _classify_to_stdout(
     with Report("classify", quiet, bar=not lines, failures=not lines) as report:
         sources, execution = split_options(options)
         walk = open_walk(paths, report.sentence, **sources)
-        pipeline = open_classifier(
-            topk, report.sentence, **execution | {"on_download": report.download}
-        )
+        execution |= {"on_download": report.download, "on_quantising": report.quantising}
+        pipeline = open_classifier(topk, report.sentence, **execution)
         on_error = sources.get("on_error", "continue")
         rows = walked_rows(walk, pipeline, report.row, on_error, top_classes(topk))
         results = (classification(row, pipeline.labels) for row in rows)

@@ -76,6 +76,7 @@ class PipelineOptions(ExecutionOptions, total=False):
 
     weights: str | os.PathLike[str] | None
     on_download: OnProgress | None
+    on_quantising: Callable[[int], None] | None
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def open_pipeline(
     *,
     weights: str | os.PathLike[str] | None = None,
     on_download: OnProgress | None = None,
+    on_quantising: Callable[[int], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
     **options: Unpack[ExecutionOptions],
 ) -> Pipeline:
@@ -121,9 +123,10 @@ def open_pipeline(
         A checkpoint file, a published network's name, or ``demo`` (see `find_checkpoint`).
     on_download : callable, optional
         Called with a `DownloadProgress` while weights are downloaded.
+    on_quantising : callable, optional
+        Called with the number of pictures before a network is quantised, which takes a while.
     on_warning : callable, optional
-        Takes a sentence if the cache cannot be written, calibration pictures fail, or
-        quantising begins, which takes a while.
+        Takes a sentence if the cache cannot be written or calibration pictures fail.
     calibration : path, sequence of paths, or None
         Pictures that the precision ``int8`` is calibrated with (see `choose_sample`), which
         needs them; for logits.
@@ -199,7 +202,8 @@ def open_pipeline(
         pixels = None
         if sample is not None:
             pixels = decoded(sample, preprocessing, rules, workers, warn)
-            warn(f"quantising with {len(pixels)} pictures, which the next run finds in the cache")
+            if on_quantising:
+                on_quantising(len(pixels))
         loaded = load_file(path, sha256)
         facts = {
             "variant": loaded.variant,

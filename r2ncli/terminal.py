@@ -125,6 +125,12 @@ class Report:
         if progress.received == progress.total:
             self._end_bar()
 
+    def quantising(self, pictures: int) -> None:
+        """Tell what takes so long."""
+        if not self.quiet:
+            found = "which the next run finds in the cache"
+            self.sentence(f"quantising with {pictures} pictures, {found}")
+
     def sentence(self, text: str) -> None:
         """Say something without tearing the progress line."""
         if self._bar is None:

@@ -237,9 +237,9 @@ def test_a_run_records_int8_and_the_samples_digest(pictures, tiny_weights, tmp_p
     options = {"weights": tiny_weights, "precision": "int8"}
     out = tmp_path / "out.csv"
     said = []
-    options["on_warning"] = said.append
+    options |= {"on_quantising": said.append, "on_warning": pytest.fail}
     record = r2ncli.classify_to(out, pictures, calibration=[pictures], **options)
-    assert said == ["quantising with 20 pictures, which the next run finds in the cache"]
+    assert said == [20]
     assert record["precision"] == "int8"
     sample = choose_sample(pictures, RULES, 1, ignore)
     assert record["calibration"] == {"sha256": sample.sha256, "pictures": 20}
@@ -247,7 +247,7 @@ def test_a_run_records_int8_and_the_samples_digest(pictures, tiny_weights, tmp_p
 
     never_again()
     assert r2ncli.classify_to(out, pictures, calibration=pictures, resume=True, **options) == record
-    assert len(said) == 1
+    assert said == [20]
     exact = r2ncli.classify(pictures, weights=tiny_weights, precision="fp32")
     for ours, theirs in zip(results.read_rows(out), exact, strict=True):
         assert ours.predictions[0].probability == pytest.approx(
@@ -297,5 +297,6 @@ def test_a_warm_run_imports_neither_torch_nor_nncf(pictures, tiny_weights, tmp_p
         for _ in range(2)
     ]  # fmt: skip
     assert [run.stderr.split()[-2:] for run in runs] == [["True", "False"], ["False", "False"]]
+    assert "quantising" not in runs[0].stderr  # -q
     assert runs[0].stdout == runs[1].stdout
     assert runs[0].stdout.count(",ok,") == 20

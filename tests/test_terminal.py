@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from r2ncli.inference import Classification, Prediction
-from r2ncli.terminal import picture_line, plain
+from r2ncli.terminal import Report, picture_line, plain
 
 
 @pytest.mark.parametrize(("width", "classes"), [(46, 3), (45, 2), (34, 2), (33, 1), (5, 1)])
@@ -26,3 +26,10 @@ def test_a_network_without_labels_shows_class_numbers():
 
 def test_control_characters_are_escaped_and_letters_of_any_script_kept():
     assert plain("a\x1b[31m\r\n\x07é画") == "a\\x1b[31m\\r\\n\\x07é画"
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_quantising_is_told_as_progress_is_and_not_to_who_wants_quiet(quiet, capsys):
+    Report("classify", quiet).quantising(300)
+    expected = "quantising with 300 pictures, which the next run finds in the cache\n"
+    assert capsys.readouterr() == ("", "" if quiet else expected)
