@@ -1,11 +1,13 @@
 """Side by side with what people use instead: whole processes, in turns, on the same pictures.
 
     python examples/compare_peers.py --pictures 1000 --rounds 5
+    python examples/compare_peers.py --peers timm_best,r2n_extract
 
 Everyone classifies the same JPEGs with the same weights (random ones unless --weights names a
 file: they are as fast) and writes the five best classes to a CSV file. Every round runs all of
 them one after the other; what counts is the median of each round's ratios, with their spread.
-The model alone is measured in the same rounds. Needs timm (and openvino for its row).
+What r2n compiles, or quantises, once is compiled before. The model alone is measured in the same
+rounds. Needs timm (and openvino for its rates, nncf for int8).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -127,17 +130,22 @@ def r2n_extract(folder: str, weights: str, out: str) -> None:
     _command("extract", folder, "--weights", weights, "-q", *layer, "-o", features)
 
 
+def r2n_int8(folder: str, weights: str, out: str) -> None:
+    """The command in int8, calibrated with 300 of the pictures."""
+    int8 = ("--precision", "int8", "--calibration", folder)
+    _command("classify", folder, "--weights", weights, "-q", *int8, "-o", out, "--overwrite")
+
+
 def _command(*arguments: str) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "r2ncli", *arguments])
 
 
-PEERS: tuple[Callable[[str, str, str], None], ...] = (
-    timm_default,
-    timm_best,
-    plain_script,
-    r2n,
-    r2n_extract,
-)
+PEERS: dict[str, Callable[[str, str, str], None]] = {
+    peer.__name__: peer
+    for peer in (timm_default, timm_best, plain_script, r2n, r2n_extract, r2n_int8)
+}
+MODEL = "model"  # not a process: the rates of the model alone
+CHOICES = ", ".join([*PEERS, MODEL])
 
 
 # --- the model alone ------------------------------------------------------------------------------
@@ -201,42 +209,64 @@ def compare(
     weights: Annotated[Path | None, typer.Option(help="A .pth file of the network.")] = None,
     rounds: Annotated[int, typer.Option(help="Times that everyone runs.")] = 5,
     seconds: Annotated[float, typer.Option(help="For each rate of the model alone.")] = 6.0,
-    peer: Annotated[list[str] | None, typer.Option(help="Only these; r2n always.")] = None,
+    peers: Annotated[str | None, typer.Option(help=f"Only these of {CHOICES}; r2n too.")] = None,
 ) -> None:
     """Run everyone in turns and print the ratios of their times to r2n's."""
+    chosen = _chosen(peers)
     with tempfile.TemporaryDirectory(prefix="r2n-compare-") as room:
+        os.environ["R2N_CACHE"] = str(Path(room, "cache"))
         here = folder or _generated(Path(room, "pictures"), pictures)
         file = weights or _random_weights(Path(room, "random.pth"))
         out = Path(room, "out.csv")
-        chosen = [p for p in PEERS if p is r2n or not peer or p.__name__ in peer]
-        took: dict[str, list[float]] = {p.__name__: [] for p in chosen}
+        took: dict[str, list[float]] = {name: [] for name in PEERS if name in chosen}
         alone: dict[str, list[float]] = {}
-        _time(r2n, here, file, out)  # what is converted or compiled once is, for everyone
+        for name in took:
+            if name.startswith("r2n"):
+                _time(name, here, file, out)
         for number in range(rounds):
-            for one in chosen:
-                took[one.__name__].append(_time(one, here, file, out))
-            for name, rate in r2n_bench(str(file), str(here), seconds).items():
-                alone.setdefault(f"r2n {name}", []).append(rate)
-            for name, rate in openvino_model(str(file), seconds):
-                alone.setdefault(f"openvino {name}", []).append(rate)
+            for name, times in took.items():
+                times.append(_time(name, here, file, out))
+            if MODEL in chosen:
+                for name, rate in r2n_bench(str(file), str(here), seconds).items():
+                    alone.setdefault(f"r2n {name}", []).append(rate)
+                for name, rate in openvino_model(str(file), seconds):
+                    alone.setdefault(f"openvino {name}", []).append(rate)
             print(f"round {number + 1} of {rounds}", file=sys.stderr)
-    ratios = {
-        name: [theirs / ours for theirs, ours in zip(times, took["r2n"], strict=True)]
-        for name, times in took.items()
-    }
-    print(f"{'whole process':<28}{'median s':>10}{'times r2n':>12}   spread")
+    ratios = {base: _ratios(took, base) for base in ("r2n", "r2n_int8") if base in took}
+    print(f"{'whole process':<24}{'median s':>9}", *(f"   times {base}'s" for base in ratios))
     for name, times in took.items():
-        spread = f"{min(ratios[name]):.2f} to {max(ratios[name]):.2f}"
-        median = statistics.median(ratios[name])
-        print(f"{name:<28}{statistics.median(times):>10.1f}{median:>12.2f}   {spread}")
-    print(f"\n{'images/s':<28}{'median':>10}{'least':>12}{'most':>9}")
+        cells = [f"   {_with_spread(each[name]):<22}" for each in ratios.values()]
+        print(f"{name:<24}{statistics.median(times):>9.1f}", *cells)
+    if alone:
+        print(f"\n{'images/s':<28}{'median':>10}{'least':>12}{'most':>9}")
     for name, rates in alone.items():
         print(f"{name:<28}{statistics.median(rates):>10.1f}{min(rates):>12.1f}{max(rates):>9.1f}")
     print(json.dumps({"seconds": took, "ratios": ratios, "images_per_second": alone}))
 
 
-def _time(one: Callable[[str, str, str], None], folder: Path, weights: Path, out: Path) -> float:
-    command = [sys.executable, __file__, "--run", one.__name__, str(folder), str(weights)]
+def _chosen(peers: str | None) -> set[str]:
+    if peers is not None:
+        chosen = {"r2n", *peers.split(",")}
+        if unknown := chosen - {*PEERS, MODEL}:
+            raise typer.BadParameter(f"{', '.join(unknown)}: expected some of {CHOICES}")
+        return chosen
+    return {*PEERS, MODEL} - ({"r2n_int8"} if find_spec("nncf") is None else set())
+
+
+def _ratios(took: dict[str, list[float]], base: str) -> dict[str, list[float]]:
+    """Everyone's time over that of `base` in the same round."""
+    return {
+        name: [theirs / ours for theirs, ours in zip(times, took[base], strict=True)]
+        for name, times in took.items()
+    }
+
+
+def _with_spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def _time(name: str, folder: Path, weights: Path, out: Path) -> float:
+    command = [sys.executable, __file__, "--run", name, str(folder), str(weights)]
     start = time.perf_counter()
     subprocess.run([*command, str(out)], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
@@ -263,6 +293,6 @@ def _random_weights(file: Path) -> Path:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--run"]:
         name, *arguments = sys.argv[2:]
-        next(p for p in PEERS if p.__name__ == name)(*arguments)
+        PEERS[name](*arguments)
     else:
         typer.run(compare)

@@ -294,13 +294,26 @@ def feature_file(path: Path, vectors: np.ndarray, failed: np.ndarray) -> h5py.Fi
 # --- compare_peers ----------------------------------------------------------------------------
 
 
+def compare_peers(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / "compare_peers.py"), "--rounds", "1", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.slow
-def test_peers_are_compared_on_the_same_pictures_in_turns(tmp_path: Path) -> None:
-    arguments = ["--pictures", "4", "--rounds", "1", "--seconds", "0.1", "--peer", "timm_best"]
-    command = [sys.executable, str(EXAMPLES / "compare_peers.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    ("peers", "compared"),
+    [("timm_best,model", {"timm_best", "r2n"}), ("r2n_extract", {"r2n", "r2n_extract"})],
+)
+def test_peers_are_compared_on_the_same_pictures_in_turns(peers: str, compared: set[str]) -> None:
+    done = compare_peers("--pictures", "4", "--seconds", "0.1", "--peers", peers)
     assert done.returncode == 0, (done.stdout, done.stderr)
     report = json.loads(done.stdout.splitlines()[-1])
-    assert set(report["ratios"]) == {"timm_best", "r2n"}
-    assert report["ratios"]["r2n"] == [1.0]
-    assert {"r2n model", "r2n whole"} < set(report["images_per_second"])
+    assert set(report["ratios"]["r2n"]) == compared
+    assert report["ratios"]["r2n"]["r2n"] == [1.0]
+    assert ({"r2n model", "r2n whole"} < set(report["images_per_second"])) == ("model" in peers)
+
+
+def test_peers_that_nobody_knows_are_refused_with_those_there_are() -> None:
+    done = compare_peers("--peers", "tim")
+    assert done.returncode == 2
+    assert "timm_default" in done.stderr
