@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -314,6 +315,52 @@ def test_engines_in_several_threads_do_not_mix_their_outputs():
     for thread in threads:
         thread.join()
     assert same == [True, True]
+
+
+@pytest.fixture
+def three_threads():
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)  # as `one_thread` has it
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
+def test_the_bytes_do_not_depend_on_how_many_threads_torch_has(precision, request):
+    network = reference_network(TINY["v1b"])
+    batches = [noise(3, 96, seed) for seed in range(9)]
+
+    def run():
+        return TorchEngine(
+            network, ["fc", "layer2"], "avg", Preprocessing(96, 96), device="cpu",
+            precision=precision, batch_size=3,
+        )  # fmt: skip
+
+    one = run()
+    expected = [one(pixels) for pixels in batches]
+    request.getfixturevalue("three_threads")
+    several = run()
+    assert (one.description.streams, several.description.streams) == (1, 3)
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(several, batches))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_stream_is_one_thread_and_other_threads_keep_what_they_had(three_threads):
+    run, meanwhile, all_at_once = fp32(reference_network(TINY["v1"])), [], threading.Barrier(3)
+
+    def look(*_arguments):
+        all_at_once.wait()
+        meanwhile.append((torch.get_num_threads(), threading.get_ident()))
+
+    run._network.modules.layer1.register_forward_hook(look)
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(run, [noise(3)] * 3))
+    assert [count for count, _ in meanwhile] == [1, 1, 1]
+    assert len({thread for _, thread in meanwhile}) == 3
+    assert torch.get_num_threads() == 3
+    with ThreadPoolExecutor(1) as another:
+        assert another.submit(torch.get_num_threads).result() == 3
 
 
 # --- devices and precisions -----------------------------------------------------------

@@ -7,6 +7,7 @@ place, and nothing runs after the deepest output that is asked for.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -22,7 +23,7 @@ InferenceNetwork = Callable[[Tensor], dict[str, Tensor]]
 
 
 class FoldedNetwork:
-    """An `InferenceNetwork` of torch's own functions.
+    """An `InferenceNetwork` of torch's own functions; several threads may call it at a time.
 
     Parameters
     ----------
@@ -55,7 +56,7 @@ class FoldedNetwork:
         self._outputs = tuple(outputs)
         self._pool = pool
         self._dtype = dtype
-        self._captured: dict[str, Tensor] = {}
+        self._captured = threading.local()  # several threads may be in a forward pass
         fast = rewritten(network, outputs).to(device, dtype)
         self.modules = fast.to(memory_format=torch.channels_last)
         self._shift, self._scale = normalisation(preprocessing, device)
@@ -76,12 +77,12 @@ class FoldedNetwork:
     def capture(self, name: str, output: Tensor) -> None:
         """Keep a copy now: the activation that follows works in place."""
         full = output.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        self._captured[name] = pooled(full, self._pool)
+        vars(self._captured)[name] = pooled(full, self._pool)
 
     def captured(self) -> dict[str, Tensor]:
-        """The outputs of the forward pass that has run, which is forgotten."""
-        captured, self._captured = self._captured, {}
-        return {name: captured[name] for name in self._outputs}
+        """The outputs of the forward pass that has run in this thread, which is forgotten."""
+        captured = vars(self._captured)
+        return {name: captured.pop(name) for name in self._outputs}
 
 
 def normalisation(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
