@@ -41,19 +41,25 @@ NUMPY, TRITON = (tuple(map(int, v.split(".")[:2])) for v in (np.__version__, tri
 needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 
 
+def card_decoding(*, interpreted: bool) -> Any:
+    """The module: one more, beside that of the other tests, with its kernel as is wanted."""
+    name = "r2ncli.card_decoding"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", str(int(interpreted)))  # counts where one is defined
+        real = sys.modules.pop(name, None)
+        module = importlib.import_module(name)
+        del sys.modules[name]
+        if real is not None:
+            sys.modules[name] = real
+    return module
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Any]:
-    """The module with its kernel interpreted, on the CPU: a second one beside the real."""
+    """The module with its kernel interpreted, on the CPU."""
     if TRITON < (3, 7) and NUMPY >= (2, 4):
         pytest.skip("this triton's interpreter does not know this numpy")
-    name = "r2ncli.card_decoding"
-    real = sys.modules.pop(name, None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # which counts where a kernel is defined
-        module = importlib.import_module(name)
-    del sys.modules[name]
-    if real is not None:
-        sys.modules[name] = real
+    module = card_decoding(interpreted=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_BLOCK", SIDE * SIDE)  # interpreting takes as long for a wide one
         yield module
@@ -129,7 +135,7 @@ def test_a_resize_is_pillows_to_the_last_bit(interpreted: Any) -> None:
 @pytest.mark.cuda
 @needs_card
 def test_a_resize_on_a_card_is_pillows_to_the_last_bit() -> None:
-    for expected, ours in resized(importlib.import_module("r2ncli.card_decoding"), "cuda"):
+    for expected, ours in resized(card_decoding(interpreted=False), "cuda"):
         np.testing.assert_array_equal(ours, expected)
 
 
@@ -139,7 +145,7 @@ def test_the_kernel_compiles_for_cards_that_are_not_here(capability: int, tmp_pa
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = importlib.import_module("r2ncli.card_decoding")._resize_all
+    kernel = card_decoding(interpreted=False)._resize_all
     types = {"pictures": "*i64", "tables": "*i32", "squares": "*u8", "side": "i32"}
     source = ASTSource(kernel, {**types, "block": "constexpr"}, {"block": 256})
     with pytest.MonkeyPatch.context() as patch:
@@ -258,9 +264,8 @@ def test_nvjpegs_pixels_are_near_libjpegs(capsys: pytest.CaptureFixture[str]) ->
     The bound is what README promises of reduced decoding too. It was set without a card at
     hand: the figures that this prints on one are the first to be measured.
     """
-    module = importlib.import_module("r2ncli.card_decoding")
     imagenet = Preprocessing()
-    decoder = module.CardDecoder("cuda", imagenet, RULES)
+    decoder = card_decoding(interpreted=False).CardDecoder("cuda", imagenet, RULES)
     random = np.random.default_rng(0)
     for subsampling in ("4:4:4", "4:2:2", "4:2:0"):
         for size in ((500, 375), (320, 480), (1600, 1200)):
