@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
+from itertools import cycle
 
 import numpy as np
 import numpy.typing as npt
@@ -35,12 +36,12 @@ _AT_ONCE = 1 << 27  # pixels decoded in one call: 400 MB of the card, and a batc
 
 
 class CardDecoder:
-    """Decodes and resizes JPEGs on a card; several threads may call it, each on its own stream.
+    """Decodes and resizes JPEGs on cards, taken in turns; several threads may call it.
 
     Parameters
     ----------
-    device : str or torch.device
-        The card.
+    devices : sequence of torch.device
+        Cards of one model.
     preprocessing : Preprocessing
         Gives the crop and the size.
     rules : DecodeRules
@@ -55,7 +56,7 @@ class CardDecoder:
     """
 
     def __init__(
-        self, device: str | torch.device, preprocessing: Preprocessing, rules: DecodeRules
+        self, devices: Sequence[torch.device], preprocessing: Preprocessing, rules: DecodeRules
     ) -> None:
         try:
             from torchcodec.decoders import decode_jpeg
@@ -64,12 +65,9 @@ class CardDecoder:
                 f"decode 'gpu' needs a torchcodec that fits torch {torch.__version__}: "
                 f"pip install 'r2ncli[gpu-decode]' ({_first_line(error)})"
             ) from error
-        self._decode_jpeg = decode_jpeg
-        self._device = torch.device(device)
-        self._preprocessing = preprocessing
         self._rules = rules
-        self._streams = threading.local()
-        self._check()
+        cards = [_Card(device, preprocessing, decode_jpeg) for device in devices]
+        self._turns = cycle(cards)
 
     def accept(self, content: bytes) -> Jpeg | None:
         """The JPEG that this decodes, or None where `content` is for the CPU."""
@@ -96,6 +94,26 @@ class CardDecoder:
         DeviceError
             The card fails, or one picture alone is too much for its memory.
         """
+        return next(self._turns).decode(jpegs, pixels)
+
+
+class _Card:
+    """One card's decoder, with a stream for each thread that calls it."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        preprocessing: Preprocessing,
+        decode_jpeg: Callable[..., list[torch.Tensor]],
+    ) -> None:
+        self._device = device
+        self._preprocessing = preprocessing
+        self._decode_jpeg = decode_jpeg
+        self._streams = threading.local()
+        self._check()
+
+    def decode(self, jpegs: Mapping[int, Jpeg], pixels: Pixels) -> list[int]:
+        """See `CardDecoder.__call__`."""
         batch = torch.from_numpy(pixels)
         refused: list[int] = []
         with self._device_errors(), self._own_stream() as wait:
@@ -223,7 +241,7 @@ class CardDecoder:
                 "Use --decode auto"
             ) from error
         side = self._preprocessing.image_size
-        self({0: jpeg}, np.empty((1, side, side, 3), np.uint8))
+        self.decode({0: jpeg}, np.empty((1, side, side, 3), np.uint8))
 
 
 def _bytes_as_tensor(content: bytes) -> torch.Tensor:
@@ -271,7 +289,7 @@ def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
 Axis = tuple[bool, int, int, Table]  # horizontal; size, taps, table
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def _axes(
     size: tuple[int, int], orientation: int, preprocessing: Preprocessing
 ) -> tuple[Axis, Axis]:
@@ -289,7 +307,7 @@ def _axes(
 _TALL_VERTICALLY_FIRST = int(PIL.__version__.partition(".")[0]) >= 13
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def _weights(size: int, low: float, high: float, side: int) -> tuple[int, Table]:
     """What of `size` pixels each of `side` output pixels is made of, from `low` to `high`.
 

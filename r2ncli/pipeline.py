@@ -423,8 +423,8 @@ def _card_decoder(
     from r2ncli.card_decoding import CardDecoder
     from r2ncli.engine.devices import find_devices
 
-    card = find_devices(options.get("device", "auto"))[0]
-    return CardDecoder(card, preprocessing, _rules(options))
+    cards = find_devices(options.get("device", "auto"))
+    return CardDecoder(cards, preprocessing, _rules(options))
 
 
 def _workers(options: ExecutionOptions) -> int:

@@ -11,6 +11,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def interpreted() -> Iterator[Any]:
 
 @pytest.fixture
 def on_cpu(interpreted: Any) -> Any:
-    return interpreted.CardDecoder("cpu", SMALL, RULES)
+    return interpreted.CardDecoder([torch.device("cpu")], SMALL, RULES)
 
 
 def accepted(content: bytes) -> Jpeg:
@@ -109,7 +110,7 @@ def resized(module: Any, device: str) -> Iterator[tuple[Any, Any]]:
     """Random pixels of every geometry, resized by Pillow and by the kernel, in batches."""
     random = np.random.default_rng(1)
     for crop in {preprocessing for _, preprocessing in geometries()}:
-        decoder = module.CardDecoder(device, crop, RULES)
+        card = next(module.CardDecoder([torch.device(device)], crop, RULES)._turns)
         sizes = [size for size, preprocessing in geometries() if preprocessing == crop]
         pictures, jpegs, expected = {}, {}, []
         for row, (width, height) in enumerate(sizes):
@@ -123,7 +124,7 @@ def resized(module: Any, device: str) -> Iterator[tuple[Any, Any]]:
             pictures[row] = (planes if row % 2 else planes.contiguous()).to(device)
             jpegs[row] = Jpeg(b"", b"", (width, height), False, orientation, None)
         squares = torch.zeros((len(sizes), SIDE, SIDE, 3), dtype=torch.uint8, device=device)
-        decoder._resize(pictures, jpegs, squares)
+        card._resize(pictures, jpegs, squares)
         yield np.stack(expected), squares.cpu().numpy()
 
 
@@ -210,14 +211,14 @@ def test_a_picture_of_another_size_than_declared_is_refused(on_cpu: Any) -> None
 
 @pytest.mark.parametrize("most", [1, 2, 5])
 def test_a_batch_too_large_for_the_memory_is_decoded_in_parts(on_cpu: Any, most: int) -> None:
-    real = on_cpu._decode_jpeg
+    real = next(on_cpu._turns)._decode_jpeg
 
     def too_little_memory(encoded: list[torch.Tensor], **options: Any) -> Any:
         if len(encoded) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(encoded, **options)
 
-    on_cpu._decode_jpeg = too_little_memory
+    next(on_cpu._turns)._decode_jpeg = too_little_memory
     jpegs = {row: accepted(jpeg((40 + row, 50))) for row in range(7)}
     pixels = np.zeros((7, SIDE, SIDE, 3), np.uint8)
     assert on_cpu(jpegs, pixels) == []
@@ -238,7 +239,7 @@ def test_a_card_that_fails_is_no_damaged_picture(on_cpu: Any, error: RuntimeErro
     def failing(_encoded: list[torch.Tensor], **_options: Any) -> Any:
         raise error
 
-    on_cpu._decode_jpeg = failing
+    next(on_cpu._turns)._decode_jpeg = failing
     with pytest.raises(DeviceError, match=r"^cpu(: out of memory| failed) while decoding"):
         on_cpu({0: accepted(jpeg())}, np.zeros((1, SIDE, SIDE, 3), np.uint8))
 
@@ -265,7 +266,7 @@ def test_nvjpegs_pixels_are_near_libjpegs(capsys: pytest.CaptureFixture[str]) ->
     hand: the figures that this prints on one are the first to be measured.
     """
     imagenet = Preprocessing()
-    decoder = card_decoding(interpreted=False).CardDecoder("cuda", imagenet, RULES)
+    decoder = card_decoding(interpreted=False).CardDecoder([torch.device("cuda")], imagenet, RULES)
     random = np.random.default_rng(0)
     for subsampling in ("4:4:4", "4:2:2", "4:2:0"):
         for size in ((500, 375), (320, 480), (1600, 1200)):
@@ -308,7 +309,7 @@ def pipelines(tiny_weights: Path, interpreted: Any) -> tuple[Pipeline, Pipeline]
         1, weights=tiny_weights, device="cpu", backend="torch", decode="exact", batch_size=4
     )
     rules = DecodeRules("gpu")
-    decoder = interpreted.CardDecoder("cpu", one.preprocessing, rules)
+    decoder = interpreted.CardDecoder([torch.device("cpu")], one.preprocessing, rules)
     return one, replace(one, rules=rules, card_decoder=decoder)
 
 
@@ -351,7 +352,7 @@ def test_a_card_that_fails_ends_the_run(mixed: Path, pipelines: tuple[Pipeline, 
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
     decoder: Any = pipelines[1].card_decoder
-    decoder._decode_jpeg = failing
+    next(decoder._turns)._decode_jpeg = failing
     with open_walk([mixed]) as walk, pytest.raises(DeviceError, match="failed while decoding"):
         list(run(walk, pipelines[1]))
 
@@ -390,8 +391,28 @@ def test_a_library_that_is_not_there_is_named(
     pipeline._check_decoding({"decode": "exact"}, "cuda")
 
 
+def test_cards_decode_in_turns(interpreted: Any) -> None:
+    decoder = interpreted.CardDecoder([torch.device("cpu")] * 2, SMALL, RULES)
+    found = decoder.accept(jpeg())
+    batches = np.zeros((3, 1, SMALL.image_size, SMALL.image_size, 3), dtype=np.uint8)
+    used = []
+    for card in (next(decoder._turns), next(decoder._turns)):
+        card._decode_jpeg = partial(noted, card._decode_jpeg, used, card)
+    for batch in batches:
+        assert decoder({0: found}, batch) == []
+    assert used[0] is used[2] is not used[1]
+    assert (batches == batches[0]).all()
+
+
+def noted(decode_jpeg: Any, used: list[Any], card: Any, *arguments: Any, **options: Any) -> Any:
+    used.append(card)
+    return decode_jpeg(*arguments, **options)
+
+
 def test_no_limit_on_pictures_is_in_the_way_of_the_first_look(interpreted: Any) -> None:
-    decoder = interpreted.CardDecoder("cpu", SMALL, DecodeRules("gpu", max_pixels=1, max_bytes=1))
+    decoder = interpreted.CardDecoder(
+        [torch.device("cpu")], SMALL, DecodeRules("gpu", max_pixels=1, max_bytes=1)
+    )
     assert decoder.accept(jpeg()) is None
 
 
@@ -405,4 +426,4 @@ def test_a_torchcodec_without_nvjpeg_is_told_at_the_start(
 
     monkeypatch.setattr(torchcodec.decoders, "decode_jpeg", without)
     with pytest.raises(DeviceError, match="there: torchcodec was not compiled with nvJPEG support"):
-        interpreted.CardDecoder("cpu", SMALL, RULES)
+        interpreted.CardDecoder([torch.device("cpu")], SMALL, RULES)
