@@ -139,9 +139,10 @@ def shared(kernel, capability, columns, **constants):
         if of_pointer or name.startswith(("depth", "channels", "stride0", "stride1", "stride2")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options=kernels._launch(columns)
-    )
+    options = kernels._launch(columns)
+    if kernel is kernels._stem:
+        options |= {"num_warps": 8, "num_stages": 1}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return compiled.metadata.shared
 
 capability = int(sys.argv[1])

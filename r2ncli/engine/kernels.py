@@ -55,7 +55,8 @@ def stem_convolution(
         ROWS=ROWS,
         COLUMNS=columns,
         DEPTH=32,
-        **_launch(columns),
+        # a pass or a few: bytes that are fetched ahead one by one would take registers to spare
+        **_launch(columns) | {"num_warps": 8, "num_stages": 1},
     )
     return out
 
