@@ -251,7 +251,10 @@ def logits_are_the_plain_ones(section: Section, name: str) -> None:
     expected = hooked(network, pixels, ("fc",))["fc"]
     for precision in section.precisions():
         engine = section.pipeline(network, precision=precision, batch_size=4).engine
-        section.within_limit(f"{name} {precision}", engine(pixels)["fc"], expected, precision)
+        what = (
+            f"{name} {precision}, {engine.description.library}"  # which names Triton where it ran
+        )
+        section.within_limit(what, engine(pixels)["fc"], expected, precision)
 
 
 def architectures(section: Section) -> None:
