@@ -197,7 +197,9 @@ def json_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 def _utf8(label: str | None) -> str | None:
     """`label` with what is no text, half of a surrogate pair from a JSON file, escaped."""
-    return label and label.encode("utf-8", "backslashreplace").decode()
+    if label is None or label.isascii():
+        return label
+    return label.encode("utf-8", "backslashreplace").decode()
 
 
 def _json_text(cell: str | int | np.float32 | None) -> str:
@@ -224,10 +226,11 @@ def _csv_text(rows: Iterable[Sequence[object]]) -> str:
 
 
 def _csv_cell(cell: object) -> str:
-    text = "" if cell is None else str(cell)  # of a float32 the shortest that gives it back
-    if _QUOTED(text):
-        return '"' + text.replace('"', '""') + '"'
-    return text
+    if not isinstance(cell, str):
+        return "" if cell is None else str(cell)  # of a float32 the shortest that gives it back
+    if _QUOTED(cell):
+        return '"' + cell.replace('"', '""') + '"'
+    return cell
 
 
 _QUOTED = re.compile(r'[,"\n\r]').search
