@@ -331,7 +331,7 @@ def test_the_bytes_do_not_depend_on_how_many_threads_torch_has(precision, reques
 
     def run():
         return TorchEngine(
-            network, ["fc", "layer2"], "avg", Preprocessing(96, 96), device="cpu",
+            network, ["fc", "layer2"], "avg", Preprocessing(96, 96),
             precision=precision, batch_size=3,
         )  # fmt: skip
 
