@@ -46,9 +46,13 @@ def assert_alike(network, names, pixels, pool="none"):
 
 
 @tiny
-@pytest.mark.parametrize("pool", ["avg", "max", "none"])
-def test_fused_steps_are_the_plain_networks(architecture, pool):
-    assert_alike(reference_network(architecture), STEPS, noise(2, 47), pool)
+def test_fused_steps_are_the_plain_networks(architecture):
+    assert_alike(reference_network(architecture), STEPS, noise(2, 47))
+
+
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_fused_steps_are_pooled_as_the_plain_networks(pool):
+    assert_alike(reference_network(TINY["v1"]), STEPS, noise(2, 47), pool)
 
 
 @tiny
@@ -60,9 +64,9 @@ def test_all_layers_at_once_are_the_plain_networks(architecture):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["v1b", "2 splits in 2 groups"])
-def test_each_layer_alone_is_the_plain_networks(name):
+def test_layers_alone_are_the_plain_networks(name):
     network = reference_network(TINY[name])
-    for layer in layer_shapes(TINY[name], 32):
+    for layer in list(layer_shapes(TINY[name], 32))[::4]:
         assert_alike(network, (layer,), noise(1, 32))
 
 
@@ -87,7 +91,7 @@ def test_nothing_runs_after_the_deepest_layer():
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
-    network, pixels = reference_network(TINY["v1b"]), noise(3, 47)
+    network, pixels = reference_network(TINY["v1"]), noise(3, 33)
     together = outputs_of(FusedNetwork, network, ["layer3", "fc"], pixels)
     for row in (0, 2):
         alone = outputs_of(FusedNetwork, network, ["layer3", "fc"], pixels[row : row + 1])

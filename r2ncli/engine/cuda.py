@@ -306,7 +306,7 @@ class _Card:
         another call may enqueue a copy on the same stream: the event is then later than it need
         be, never earlier.
         """
-        with self._errors(), torch.inference_mode():
+        with self._errors(), torch.no_grad():
             with self._torch.stream(self._upload):
                 slot.pixels.copy_(torch.from_numpy(pixels), non_blocking=True)
                 slot.uploaded.record()
@@ -424,8 +424,12 @@ class _Card:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """What is enqueued meanwhile goes to the compute stream, and its card is the current."""
-        with torch.inference_mode(), self._torch.stream(self._compute):
+        """What is enqueued meanwhile goes to the compute stream, and its card is the current.
+
+        Not in inference mode: after a first capture there, torch (2.11, pytorch#166792) refuses
+        all others outside it, the caller's own among them.
+        """
+        with torch.no_grad(), self._torch.stream(self._compute):
             yield
 
     def _errors(self) -> AbstractContextManager[None]:
