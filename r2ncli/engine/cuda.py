@@ -93,14 +93,8 @@ class CudaEngine:
 
     Parameters
     ----------
-    network : Res2Net
-        In eval mode, float32, on the CPU; it is copied, not changed.
-    outputs : sequence of str
-        Names of modules (`layer_shapes`) whose outputs are wanted.
-    pool : str
-        ``avg`` or ``max`` over height and width, or ``none``.
-    preprocessing : Preprocessing
-        Gives the mean, the standard deviation and the size.
+    network, outputs, pool, preprocessing
+        As for `FoldedNetwork`.
     devices : sequence of torch.device
         Cards of one model (`find_devices`).
     precision : str

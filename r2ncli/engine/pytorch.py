@@ -27,14 +27,8 @@ class TorchEngine:
 
     Parameters
     ----------
-    network : Res2Net
-        In eval mode, float32, on the CPU; it is copied, not changed.
-    outputs : sequence of str
-        Names of modules (`layer_shapes`) whose outputs are wanted.
-    pool : str
-        ``avg`` or ``max`` over height and width, or ``none``.
-    preprocessing : Preprocessing
-        Gives the mean and standard deviation; the size is the batches'.
+    network, outputs, pool, preprocessing
+        As for `FoldedNetwork`.
     precision : str
         ``auto`` or one that the processor can do.
     batch_size : int or None
