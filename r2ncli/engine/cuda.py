@@ -94,7 +94,7 @@ class CudaEngine:
     Parameters
     ----------
     network, outputs, pool, preprocessing
-        As for `FoldedNetwork`.
+        As for `FoldedNetwork`; the pictures have the preprocessing's size.
     devices : sequence of torch.device
         Cards of one model (`find_devices`).
     precision : str
