@@ -92,7 +92,7 @@ Decode = Annotated[
     str | None,
     typer.Option(
         "--decode",
-        help="auto, exact, or gpu (baseline JPEGs on the CUDA card; needs r2ncli[gpu-decode]).",
+        help="auto, exact, or gpu (baseline JPEGs on the CUDA card; needs the extra gpu-decode).",
         show_default="auto",
         rich_help_panel=PICTURES,
     ),
