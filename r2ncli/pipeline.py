@@ -126,7 +126,8 @@ def open_pipeline(
     on_quantising : callable, optional
         Called with the number of pictures before a network is quantised, which takes a while.
     on_warning : callable, optional
-        Takes a sentence if the cache cannot be written or calibration pictures fail.
+        Takes a sentence if the cache cannot be written, calibration pictures fail, or a card
+        cannot run the quickest kernels.
     calibration : path, sequence of paths, or None
         Pictures that the precision ``int8`` is calibrated with (see `choose_sample`), which
         needs them; for logits.
@@ -155,7 +156,10 @@ def open_pipeline(
         find_precision(precision, found)
         _check_decoding(options, found.type)
         checkpoint = load_checkpoint(weights, on_progress=on_download)
-        return assemble_pipeline(checkpoint, layers, pool, **options)
+        pipeline = assemble_pipeline(checkpoint, layers, pool, **options)
+        if on_warning and pipeline.engine.description.remark:
+            on_warning(pipeline.engine.description.remark)
+        return pipeline
 
     from r2ncli.engine import openvino
 

@@ -58,7 +58,7 @@ class LittleMemory(FoldedNetwork):
 def memory(monkeypatch):
     """The class of every network that is built; its `holds` may be changed."""
     kind = type("LittleMemory", (LittleMemory,), {})
-    monkeypatch.setattr(cuda, "quickest_form", lambda *_: kind)
+    monkeypatch.setattr(cuda, "quickest_form", lambda *_: (kind, None))
     return kind
 
 
@@ -193,7 +193,18 @@ def test_what_decides_a_cards_values_is_ours_for_a_while():
 def test_fused_kernels_are_for_cards_alone():
     network = reference_network(TINY["v1"])
     for dtype in (torch.float32, torch.bfloat16):
-        assert quickest_form(network, ["fc"], "avg", SMALL, CPU, dtype) is FoldedNetwork
+        form = quickest_form(network, ["fc"], "avg", SMALL, CPU, dtype)
+        assert form == (FoldedNetwork, None)
+
+
+def test_slower_kernels_are_told_with_their_reason(pictures, tiny_weights, monkeypatch):
+    monkeypatch.setattr(pytorch, "TorchEngine", partial(CudaEngine, devices=[CPU]))
+    reason = "cannot be built (no C compiler)"
+    monkeypatch.setattr(cuda, "quickest_form", lambda *_: (FoldedNetwork, reason))
+    said = []
+    options = {"weights": tiny_weights, "backend": "torch", "device": "cpu"}
+    assert list(r2ncli.classify(pictures, on_warning=said.append, **options, batch_size=2))
+    assert said == [f"cpu:0: the quicker kernels {reason}, so torch's own run; see the README"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

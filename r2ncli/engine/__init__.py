@@ -48,6 +48,8 @@ class EngineDescription:
     executed_batch_size : int or None
         Pictures computed at a time, the fewest so far, where the memory did not hold what a
         whole batch takes; None where it did.
+    remark : str or None
+        A sentence about what runs in place of something quicker, and why.
     """
 
     backend: str
@@ -59,6 +61,7 @@ class EngineDescription:
     streams: int = 1
     stream_threads: int = 1
     executed_batch_size: int | None = None
+    remark: str | None = None
 
     @property
     def device_kind(self) -> str:

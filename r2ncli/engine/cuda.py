@@ -139,10 +139,13 @@ class CudaEngine:
         )
         shape, dtype = (batch_size, side, side, 3), DTYPES[precision]
         with device_errors(str(first), _model(first), batch_size):
-            form = quickest_form(network, outputs, pool, preprocessing, first, dtype)
+            form, reason = quickest_form(network, outputs, pool, preprocessing, first, dtype)
         if form is not FoldedNetwork:  # the fingerprint tells the forms apart
             library = f"{self._description.library}, triton {version('triton')}"
             self._description = replace(self._description, library=library)
+        if reason:
+            remark = f"{first}: the quicker kernels {reason}, so torch's own run; see the README"
+            self._description = replace(self._description, remark=remark)
         network_on = partial(form, network, outputs, pool, preprocessing, dtype=dtype)
         self._cards = [_Card(device, network_on, shape) for device in devices]
         slots = [card.new_slots() for card in self._cards]
@@ -178,17 +181,19 @@ def quickest_form(
     preprocessing: Preprocessing,
     device: torch.device,
     dtype: torch.dtype,
-) -> Callable[..., InferenceNetwork]:
+) -> tuple[Callable[..., InferenceNetwork], str | None]:
     """The form of `network` to run on a card: `FusedNetwork` where it can, else `FoldedNetwork`.
+
+    And why not the first, where the card could.
 
     Its kernels are for tensor cores of half precision from Ampere on, and Triton needs a C
     compiler to build them. What they give is compared with torch's own functions here, on the
     card and before any picture: a compiler's fault must not become a row.
     """
     if device.type != "cuda" or dtype == torch.float32:
-        return FoldedNetwork
+        return FoldedNetwork, None
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return FoldedNetwork
+        return FoldedNetwork, None
     side = preprocessing.image_size
     pixels = torch.arange(2 * side * side * 3, device=device) % 251
     pixels = pixels.to(torch.uint8).view(2, side, side, 3)
@@ -202,10 +207,14 @@ def quickest_form(
             )
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        except Exception:  # no Triton, no C compiler, or one that fails: whatever they raise
-            return FoldedNetwork
-        alike = all(_alike(fused[name], folded[name], dtype) for name in outputs)
-    return FusedNetwork if alike else FoldedNetwork
+        except (
+            Exception
+        ) as error:  # no Triton, no C compiler, or one that fails, whatever it raises
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return FoldedNetwork, f"cannot be built ({reason})"
+        if not all(_alike(fused[name], folded[name], dtype) for name in outputs):
+            return FoldedNetwork, "are wrong"
+    return FusedNetwork, None
 
 
 def _alike(ours: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
