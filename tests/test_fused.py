@@ -11,13 +11,12 @@ from reference_weights import TINY, reference_network, relative_error
 
 pytest.importorskip("triton")
 
+from test_kernels import DEVICE, pytestmark  # noqa: F401
+
 from r2ncli.architectures import PUBLISHED, Preprocessing
 from r2ncli.engine.folding import FoldedNetwork
 from r2ncli.engine.fused import FusedNetwork
 from r2ncli.model import Res2Net, layer_shapes
-
-# without a card the kernels run in Triton's interpreter (see conftest)
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 STEPS = ("relu", "maxpool", "layer1.0", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc")
 

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812, as the field calls it
@@ -19,6 +21,15 @@ from r2ncli.engine.kernels import (
     stem_convolution,
 )
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # triton 3.6
+    pytest.mark.skipif(
+        not torch.cuda.is_available()
+        and version("triton") < "3.7"
+        and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
+        reason="this triton's interpreter does not know this numpy",
+    ),
+]
 # without a card the kernels run in Triton's interpreter (see conftest)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -120,7 +131,7 @@ def test_half_precision_is_summed_in_float32_and_rounded_once(dtype):
 
 COMPILE = """
 import json, sys
-import triton
+import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from r2ncli.engine import kernels
@@ -139,7 +150,7 @@ def shared(kernel, capability, columns, **constants):
         if of_pointer or name.startswith(("depth", "channels", "stride0", "stride1", "stride2")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = kernels._launch(columns)
+    options = kernels._launch(columns, torch.empty(0, dtype=torch.float16))
     if kernel is kernels._stem:
         options |= {"num_warps": 8, "num_stages": 1}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
