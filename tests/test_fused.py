@@ -86,7 +86,7 @@ def test_a_dilated_network_is_fused_too(output_stride):
 def test_nothing_runs_after_the_deepest_layer():
     network = reference_network(TINY["v1"])
     form = FusedNetwork(network, ["layer2.0"], "avg", Preprocessing(64, 64), DEVICE, torch.float32)
-    assert form.depth == 4  # stem, max pool, layer1's block, layer2's first
+    assert len(form._steps) == 4  # stem, max pool, layer1's block, layer2's first
 
 
 def test_a_row_does_not_depend_on_its_neighbours():

@@ -56,7 +56,7 @@ class FoldedNetwork:
         self._outputs = tuple(outputs)
         self._pool = pool
         self._dtype = dtype
-        self._captured = threading.local()  # several threads may be in a forward pass
+        self._captured = threading.local()
         fast = rewritten(network, outputs).to(device, dtype)
         self.modules = fast.to(memory_format=torch.channels_last)
         self._shift, self._scale = normalisation(preprocessing, device)

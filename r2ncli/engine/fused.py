@@ -35,11 +35,6 @@ class FusedNetwork:
     """An `InferenceNetwork` of the kernels in `kernels`, for what `FoldedNetwork` takes.
 
     It runs on CUDA cards, and on the CPU in Triton's interpreter.
-
-    Attributes
-    ----------
-    depth : int
-        How many steps run, up to the deepest output that is asked for.
     """
 
     def __init__(
@@ -59,7 +54,6 @@ class FusedNetwork:
         ]
         last = max(i for i, step in enumerate(steps) if any(map(step.has, outputs)))
         self._steps = steps[: last + 1]
-        self.depth = len(self._steps)
         self._outputs = tuple(outputs)
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
