@@ -29,7 +29,7 @@ from torchvision.transforms import (
     ToTensor,
 )
 
-from r2ncli.weights import load_checkpoint
+from r2ncli.weights.loading import load_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

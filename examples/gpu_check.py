@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu_pictures import NEEDS_CARD, PHOTOS, decoding, end_to_end, nvidia_smi, ratio, timm_process
-from reference_weights import TINY, reference_network, relative_error
+from support.reference_weights import TINY, reference_network, relative_error
 
 import r2ncli
 from r2ncli.architectures import DEFAULT_NETWORK, PUBLISHED, Preprocessing
@@ -56,11 +56,11 @@ from r2ncli.engine.devices import DTYPES, exact_settings
 from r2ncli.engine.folding import FoldedNetwork
 from r2ncli.engine.fused import FusedNetwork
 from r2ncli.errors import DeviceError
-from r2ncli.images import DecodeRules, decode
-from r2ncli.inference import open_walk, run
+from r2ncli.images.decode import DecodeRules, decode
 from r2ncli.model import Res2Net, forward_flops, layer_shapes
-from r2ncli.pipeline import Pipeline, assemble_pipeline, open_pipeline
-from r2ncli.weights import Checkpoint
+from r2ncli.pipeline import open_walk, run
+from r2ncli.predictor import Pipeline, assemble_pipeline, open_pipeline
+from r2ncli.weights.loading import Checkpoint
 
 LIMITS = {"fp32": 1e-4, "fp16": 3e-3, "bf16": 1e-2}  # max|difference| / max|plain fp32 on a CPU|
 CHANNELS_LAST = torch.channels_last

@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from reference_weights import TINY, reference_network
+from support.reference_weights import TINY, reference_network
 from torch import Tensor
 
 from r2ncli.architectures import Preprocessing
 from r2ncli.engine import Engine, EngineDescription, Outputs, Pixels, cores
-from r2ncli.inference import run
-from r2ncli.sources import file_input
+from r2ncli.pipeline import run
+from r2ncli.sources.walk import file_input
 
 if TYPE_CHECKING:
     from gpu_check import Call, Section

@@ -38,8 +38,8 @@ from torch.nn import functional
 from r2ncli import Architecture, Preprocessing, R2NError, Res2Net, classify_to
 from r2ncli.engine import cpu_has_bf16
 from r2ncli.model import Bottle2neck
-from r2ncli.selection import SUFFIXES
-from r2ncli.weights import StateDict, load_state_dict
+from r2ncli.sources.selection import SUFFIXES
+from r2ncli.weights.loading import StateDict, load_state_dict
 
 ARCHITECTURE = Architecture(
     layers=(1, 2, 2, 1),

@@ -18,10 +18,6 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from r2ncli.architectures import Architecture as Architecture
     from r2ncli.architectures import Preprocessing as Preprocessing
-    from r2ncli.comparison import Difference as Difference
-    from r2ncli.comparison import diff as diff
-    from r2ncli.conversion import Conversion as Conversion
-    from r2ncli.conversion import convert as convert
     from r2ncli.errors import CheckpointError as CheckpointError
     from r2ncli.errors import DeviceError as DeviceError
     from r2ncli.errors import FailedInputError as FailedInputError
@@ -29,29 +25,33 @@ if TYPE_CHECKING:
     from r2ncli.errors import OutputError as OutputError
     from r2ncli.errors import R2NError as R2NError
     from r2ncli.errors import UsageError as UsageError
-    from r2ncli.inference import Classification as Classification
-    from r2ncli.inference import Features as Features
-    from r2ncli.inference import Prediction as Prediction
-    from r2ncli.inference import Progress as Progress
-    from r2ncli.inference import classify as classify
-    from r2ncli.inference import extract as extract
     from r2ncli.model import Res2Net as Res2Net
+    from r2ncli.outputs.diff import Difference as Difference
+    from r2ncli.outputs.diff import diff as diff
+    from r2ncli.outputs.merge import merge as merge
+    from r2ncli.outputs.rows import Classification as Classification
+    from r2ncli.outputs.rows import Features as Features
+    from r2ncli.outputs.rows import Prediction as Prediction
+    from r2ncli.pipeline import Progress as Progress
+    from r2ncli.pipeline import classify as classify
+    from r2ncli.pipeline import extract as extract
     from r2ncli.runs import classify_to as classify_to
     from r2ncli.runs import extract_to as extract_to
-    from r2ncli.shards import merge as merge
-    from r2ncli.verification import verify_weights as verify_weights
-    from r2ncli.weights import load_model as load_model
-    from r2ncli.weights import res2net50_14w_8s as res2net50_14w_8s
-    from r2ncli.weights import res2net50_26w_4s as res2net50_26w_4s
-    from r2ncli.weights import res2net50_26w_6s as res2net50_26w_6s
-    from r2ncli.weights import res2net50_26w_8s as res2net50_26w_8s
-    from r2ncli.weights import res2net50_48w_2s as res2net50_48w_2s
-    from r2ncli.weights import res2net50_v1b_26w_4s as res2net50_v1b_26w_4s
-    from r2ncli.weights import res2net101_26w_4s as res2net101_26w_4s
-    from r2ncli.weights import res2net101_v1b_26w_4s as res2net101_v1b_26w_4s
-    from r2ncli.weights import res2next50 as res2next50
+    from r2ncli.weights.convert import Conversion as Conversion
+    from r2ncli.weights.convert import convert as convert
+    from r2ncli.weights.loading import load_model as load_model
+    from r2ncli.weights.loading import res2net50_14w_8s as res2net50_14w_8s
+    from r2ncli.weights.loading import res2net50_26w_4s as res2net50_26w_4s
+    from r2ncli.weights.loading import res2net50_26w_6s as res2net50_26w_6s
+    from r2ncli.weights.loading import res2net50_26w_8s as res2net50_26w_8s
+    from r2ncli.weights.loading import res2net50_48w_2s as res2net50_48w_2s
+    from r2ncli.weights.loading import res2net50_v1b_26w_4s as res2net50_v1b_26w_4s
+    from r2ncli.weights.loading import res2net101_26w_4s as res2net101_26w_4s
+    from r2ncli.weights.loading import res2net101_v1b_26w_4s as res2net101_v1b_26w_4s
+    from r2ncli.weights.loading import res2next50 as res2next50
+    from r2ncli.weights.verify import verify_weights as verify_weights
 
-_ROOMS = {
+_MODULES = {
     "architectures": ("Architecture", "Preprocessing"),
     "errors": (
         "R2NError",
@@ -63,7 +63,7 @@ _ROOMS = {
         "FailedInputError",
     ),
     "model": ("Res2Net",),
-    "weights": (
+    "weights.loading": (
         "load_model",
         "res2net50_v1b_26w_4s",
         "res2net101_v1b_26w_4s",
@@ -75,14 +75,15 @@ _ROOMS = {
         "res2net101_26w_4s",
         "res2next50",
     ),
-    "verification": ("verify_weights",),
-    "conversion": ("convert", "Conversion"),
-    "inference": ("classify", "extract", "Classification", "Prediction", "Features", "Progress"),
+    "weights.verify": ("verify_weights",),
+    "weights.convert": ("convert", "Conversion"),
+    "outputs.rows": ("Classification", "Prediction", "Features"),
+    "pipeline": ("classify", "extract", "Progress"),
     "runs": ("classify_to", "extract_to"),
-    "comparison": ("diff", "Difference"),
-    "shards": ("merge",),
+    "outputs.diff": ("diff", "Difference"),
+    "outputs.merge": ("merge",),
 }
-_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [*_HOME]
 

@@ -20,19 +20,20 @@ from PIL import Image
 
 from r2ncli import __version__
 from r2ncli.architectures import DEFAULT_NETWORK, PUBLISHED, Architecture, Preprocessing
-from r2ncli.checkpoints import imagenet_labels
 from r2ncli.engine import EngineDescription
 from r2ncli.errors import ImageError, UsageError
-from r2ncli.formats import CsvFormat
-from r2ncli.images import decode
-from r2ncli.inference import Classification, classification, no_image_found, run, top_classes
-from r2ncli.pipeline import LOGITS, Pipeline, assemble_pipeline
+from r2ncli.images.decode import decode
+from r2ncli.outputs.formats import CsvFormat
+from r2ncli.outputs.partial import PartialOutput
+from r2ncli.outputs.rows import Classification
+from r2ncli.pipeline import classification, no_image_found, run, top_classes
+from r2ncli.predictor import LOGITS, Pipeline, assemble_pipeline
 from r2ncli.runs import row_format
-from r2ncli.sources import Input, PathLike, file_input, find_images
-from r2ncli.writers import PartialOutput
+from r2ncli.sources.walk import Input, PathLike, file_input, find_images
+from r2ncli.weights.checkpoints import imagenet_labels
 
 if TYPE_CHECKING:
-    from r2ncli.weights import Checkpoint
+    from r2ncli.weights.loading import Checkpoint
 
 MOST_PICTURES = 2000  # names taken from a folder; they are repeated as often as it takes
 TOPK = 5
@@ -196,7 +197,7 @@ def _random_checkpoint() -> Checkpoint:
     import torch
 
     from r2ncli.model import Res2Net
-    from r2ncli.weights import Checkpoint
+    from r2ncli.weights.loading import Checkpoint
 
     with torch.random.fork_rng(devices=[]):
         network = Res2Net(PUBLISHED[DEFAULT_NETWORK].architecture).eval()
@@ -211,7 +212,7 @@ def _random_checkpoint() -> Checkpoint:
 
 
 def _checkpoint_at_hand(weights: str | os.PathLike[str]) -> Checkpoint:
-    from r2ncli.weights import load_checkpoint
+    from r2ncli.weights.loading import load_checkpoint
 
     return load_checkpoint(weights, download=False)
 

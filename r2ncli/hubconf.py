@@ -10,7 +10,7 @@ dependencies = ["torch", "safetensors"]
 
 # the package need not be installed: this checkout's is the one that is meant
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from r2ncli.weights import (  # noqa: E402
+from r2ncli.weights.loading import (  # noqa: E402
     load_model,
     res2net50_14w_8s,
     res2net50_26w_4s,

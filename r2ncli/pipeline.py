@@ -1,483 +1,543 @@
-"""A network made ready to run on pictures: options and a checkpoint become a `Pipeline`."""
+"""Inputs become rows: decode threads, batches, engine, results in input order.
+
+    names ──► decode threads ──► batches ──► a thread a stream ──► rows, in input order
+
+With `--decode gpu` the decode threads hand on the JPEGs that a card decodes as they are, and
+the stream's thread has them decoded into its batch.
+
+Everything between is bounded: as many batches are under way as keep the threads and the
+engine's streams busy, however many pictures there are.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import queue
+import re
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from itertools import islice
+from typing import Any, TypedDict, Unpack, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from r2ncli.architectures import Preprocessing
-from r2ncli.cache import Entry, loaded_entry
-from r2ncli.calibration import Calibration, Sample, choose_sample, decoded
-from r2ncli.checkpoints import (
-    Labels,
-    checked_sha256,
-    find_checkpoint,
-    labels_of,
-    preprocessing_of,
-    read_metadata,
-)
-from r2ncli.containers import container
-from r2ncli.downloads import OnProgress
 from r2ncli.engine import (
-    BACKENDS,
-    POOLS,
-    Engine,
-    EngineDescription,
     Pixels,
-    cores,
-    cpu_flags,
-    cpu_model,
-    find_backend,
-    pooled_shape,
 )
-from r2ncli.errors import UsageError
-from r2ncli.images import MAX_PIXELS, DecodeRules
-from r2ncli.selection import MAX_BYTES
-from r2ncli.sources import PathLike
+from r2ncli.errors import (
+    FailedInputError,
+    ImageError,
+    InputNotFoundError,
+    UsageError,
+)
+from r2ncli.images.decode import decode
+from r2ncli.images.jpeg import Jpeg
+from r2ncli.outputs.rows import Classification, Features, Prediction
+from r2ncli.predictor import (
+    LOGITS,
+    Pipeline,
+    PipelineOptions,
+    open_classifier,
+    open_extractor,
+)
+from r2ncli.sources.selection import MAX_BYTES, SUFFIXES, Selection
+from r2ncli.sources.walk import Input, PathLike, Walk, as_sequence
+from r2ncli.weights.checkpoints import (
+    Labels,
+)
 
-if TYPE_CHECKING:
-    from r2ncli.card_decoding import CardDecoder
-    from r2ncli.weights import Checkpoint
+Array = npt.NDArray[np.float32]
+Outputs = Mapping[str, npt.NDArray[Any]]  # of a batch or of a picture, by name
+Outcome = Jpeg | str | None  # of a picture: for the card, why it failed, or decoded
 
-LOGITS = "fc"  # the module whose output the logits are
-DECODES = ("auto", "exact", "gpu")
-GPU = DECODES[-1]
-INT8 = "int8"
-MAX_WORKERS = 256
-
-
-class ExecutionOptions(TypedDict, total=False):
-    """Keywords that say how a network is executed; see `open_pipeline`."""
-
-    device: str
-    backend: str
-    precision: str
-    calibration: Sequence[PathLike] | PathLike | None
-    batch_size: int | None
-    workers: int | None
-    decode: str
-    image_size: int | None
-    no_crop: bool
-    max_pixels: int
-    max_bytes: int
-
-
-class PipelineOptions(ExecutionOptions, total=False):
-    """Keywords that say which network is executed, and how; see `open_pipeline`."""
-
-    weights: str | os.PathLike[str] | None
-    on_download: OnProgress | None
-    on_quantising: Callable[[int], None] | None
+FETCHERS = 16  # threads that wait for networks, far more than cores
+ON_ERROR = ("continue", "fail")
+INDICES, PROBABILITIES = "indices", "probabilities"  # what `top_classes` keeps
 
 
 @dataclass(frozen=True)
-class Pipeline:
-    """A network at work: what turns inputs into rows, and what it is made of."""
+class Progress:
+    """How far a run is after the row of `path`, which failed if it has an `error`.
 
-    engine: Engine
-    preprocessing: Preprocessing
-    rules: DecodeRules
-    workers: int
-    checkpoint: Path
-    sha256: str
-    variant: str
-    classes: int
-    labels: Labels | None
-    pool: str
-    shapes: dict[str, tuple[int, ...]]  # of one picture's outputs, by layer
-    calibration: Calibration | None = None  # where the precision is int8
-    card_decoder: CardDecoder | None = None  # where JPEGs are decoded on the card
+    `found` is the total of inputs once `walk_ended`, and before that at least the total.
+    """
+
+    path: str
+    error: str | None
+    done: int
+    failed: int
+    found: int
+    walk_ended: bool
 
 
-def open_pipeline(
-    layers: Sequence[str],
-    pool: str = "avg",
+class SourceOptions(TypedDict, total=False):
+    """Keywords that say which inputs are taken; see `open_walk`."""
+
+    include: Sequence[str]
+    exclude: Sequence[str]
+    max: int | None
+    shard: str | None
+    null: bool
+    timeout: float
+    on_error: str
+    max_bytes: int
+
+
+class RunOptions(PipelineOptions, SourceOptions, total=False):
+    """Keywords that `classify`, `extract` and their `_to` forms share."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One input's outputs by layer, or the reason why there are none."""
+
+    name: str
+    outputs: dict[str, npt.NDArray[Any]]
+    error: str | None = None
+
+
+def _all(outputs: Outputs) -> Outputs:
+    return outputs
+
+
+def classify(
+    paths: Sequence[PathLike] | PathLike = (),
     *,
-    weights: str | os.PathLike[str] | None = None,
-    on_download: OnProgress | None = None,
-    on_quantising: Callable[[int], None] | None = None,
+    topk: int = 5,
     on_warning: Callable[[str], None] | None = None,
-    **options: Unpack[ExecutionOptions],
-) -> Pipeline:
-    """Load the weights and get a device ready.
-
-    With the backend ``openvino`` the compiled network is kept in the cache: the next time
-    neither torch nor the checkpoint's tensors are loaded.
+    on_progress: Callable[[Progress], None] | None = None,
+    **options: Unpack[RunOptions],
+) -> Iterator[Classification]:
+    """The `topk` most probable classes of every picture among `paths`, in input order.
 
     Parameters
     ----------
-    layers : sequence of str
-        Modules of the network whose outputs are wanted.
-    pool : str
-        ``avg`` or ``max`` over height and width, or ``none``.
-    weights : str, path or None
-        A checkpoint file, a published network's name, or ``demo`` (see `find_checkpoint`).
-    on_download : callable, optional
-        Called with a `DownloadProgress` while weights are downloaded.
-    on_quantising : callable, optional
-        Called with the number of pictures before a network is quantised, which takes a while.
-    on_warning : callable, optional
-        Takes a sentence if the cache cannot be written, calibration pictures fail, or a card
-        cannot run the quickest kernels.
-    calibration : path, sequence of paths, or None
-        Pictures that the precision ``int8`` is calibrated with (see `choose_sample`), which
-        needs them; for logits.
+    paths : path or sequence of paths
+        Pictures, folders, archives, patterns, ``@list``, ``-``, addresses; none means the
+        current folder.
+    topk : int
+        Classes a picture; at most the network's number of them.
+    on_warning, on_progress : callable, optional
+        Take a sentence, and a `Progress` after each picture.
     **options
+        As for `open_walk` and `open_pipeline`.
+
+    Yields
+    ------
+    Classification
+        A picture that cannot be used is one with its `error`.
+
+    Raises
+    ------
+    R2NError
+        At the call: an option, the weights, the device or a path does not fit.
+    """
+    sources, execution = split_options(options)
+    walk = open_walk(paths, on_warning, **sources)
+    pipeline = open_classifier(topk, on_warning, **execution)
+    rows = walked_rows(
+        walk, pipeline, on_progress, sources.get("on_error", "continue"), top_classes(topk)
+    )
+    return (classification(row, pipeline.labels) for row in rows)
+
+
+def extract(
+    paths: Sequence[PathLike] | PathLike = (),
+    *,
+    layers: Sequence[str] = ("layer4",),
+    pool: str = "avg",
+    on_warning: Callable[[str], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    **options: Unpack[RunOptions],
+) -> Iterator[Features]:
+    """The features of `layers` for every picture among `paths`, in input order.
+
+    Parameters
+    ----------
+    paths : path or sequence of paths
+        Pictures, folders, archives, patterns, ``@list``, ``-``, addresses; none means the
+        current folder.
+    layers : sequence of str
+        Names of modules, as ``r2n extract --list-layers`` prints them.
+    pool : str
+        ``avg`` or ``max`` over height and width, or ``none`` for whole feature maps.
+    on_warning, on_progress : callable, optional
+        Take a sentence, and a `Progress` after each picture.
+    **options
+        As for `open_walk` and `open_pipeline`.
+
+    Yields
+    ------
+    Features
+        A picture that cannot be used is one with its `error`.
+
+    Raises
+    ------
+    R2NError
+        At the call: an option, the weights, the device or a path does not fit.
+    """
+    sources, execution = split_options(options)
+    walk = open_walk(paths, on_warning, **sources)
+    pipeline = open_extractor(layers, pool, on_warning, **execution)
+    rows = walked_rows(walk, pipeline, on_progress, sources.get("on_error", "continue"))
+    return (Features(row.name, row.outputs, row.error) for row in rows)
+
+
+def split_options(options: RunOptions) -> tuple[SourceOptions, PipelineOptions]:
+    """Those for `open_walk`, and those for `open_pipeline`."""
+    known = {**SourceOptions.__annotations__, **PipelineOptions.__annotations__}
+    for name in options.keys() - known:
+        raise TypeError(f"unexpected keyword argument {name!r}")
+    sources, execution = (
+        {name: value for name, value in options.items() if name in kind.__annotations__}
+        for kind in (SourceOptions, PipelineOptions)
+    )
+    return cast(SourceOptions, sources), cast(PipelineOptions, execution)
+
+
+def open_walk(
+    paths: Sequence[PathLike] | PathLike,
+    on_warning: Callable[[str], None] | None = None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    max: int | None = None,
+    shard: str | None = None,
+    null: bool = False,
+    timeout: float = 60.0,
+    on_error: str = "continue",
+    max_bytes: int = MAX_BYTES,
+) -> Walk:
+    """The inputs among `paths`, not begun yet.
+
+    Parameters
+    ----------
+    paths : path or sequence of paths
+        Pictures, folders, archives (.tar, .tar.gz, .zip), patterns, ``@list``, ``-``,
+        addresses; none means the current folder.
+    on_warning : callable, optional
+        Takes a sentence about what is left out.
+    include, exclude : sequence of str
+        Patterns of names that are taken, or left out (see `Selection`).
+    max : int or None
+        Take that many inputs, the first ones.
+    shard : str or None
+        ``I/N``: the share I (from 1) of N by the names' hash, so that N runs cover all once.
+    null : bool
+        Names in lists and on standard input end with a NUL byte.
+    timeout : float
+        Seconds that one remote picture may take.
+    on_error : str
+        ``continue``: a picture that cannot be used is a failed row; ``fail``: it ends the run.
+    max_bytes : int
         As for `assemble_pipeline`.
 
     Raises
     ------
-    UsageError, CheckpointError, DeviceError
-        An option, the weights or the device do not fit.
-    InputNotFoundError
-        `calibration` has no picture that can be used.
+    InputNotFoundError, UsageError
+        One of `paths` does not exist; an option does not fit.
     """
-    # what can be said before a large file is loaded, or even downloaded, is said before
-    check_options(pool, **options)
-    device, precision = options.get("device", "auto"), options.get("precision", "auto")
-    if find_backend(options.get("backend", "auto"), device) == "torch":
-        if precision == INT8:
-            raise UsageError(
-                "precision 'int8' is for backend 'openvino' on a CPU: here backend 'torch' runs"
-            )
-        from r2ncli.engine.devices import find_devices, find_precision
-        from r2ncli.weights import load_checkpoint
-
-        found = find_devices(device)[0]
-        find_precision(precision, found)
-        _check_decoding(options, found.type)
-        checkpoint = load_checkpoint(weights, on_progress=on_download)
-        pipeline = assemble_pipeline(checkpoint, layers, pool, **options)
-        if on_warning and pipeline.engine.description.remark:
-            on_warning(pipeline.engine.description.remark)
-        return pipeline
-
-    from r2ncli.engine import openvino
-
-    _check_decoding(options, "cpu")
-    layers = _distinct(layers)
-    rules, workers, warn = _rules(options), _workers(options), on_warning or _ignore
-    calibration = options.get("calibration")
-    sample: Sample | None = None
-    if calibration is None:
-        precision = openvino.find_precision(precision)
-    else:
-        from r2ncli.engine.quantization import quantizer
-
-        made_by = quantizer()
-        sample = choose_sample(calibration, rules, workers, warn)
-    batch_size = options.get("batch_size") or openvino.BATCH_SIZE
-    path = find_checkpoint(weights, on_progress=on_download)
-    container(path)
-    sha256, metadata = checked_sha256(path), read_metadata(path)
-    preprocessing = _preprocessing(preprocessing_of(metadata, path), options)
-    settings = {
-        "library": openvino.library(),
-        "processor": cpu_model(),
-        "instructions": cpu_flags(),
-        "sha256": sha256,
-        "metadata": metadata,
-        "layers": layers,
-        "pool": pool,
-        "preprocessing": asdict(preprocessing),
-        "precision": precision,
-        "batch_size": batch_size,
-    }
-    if sample is not None:
-        settings |= {
-            "calibration": sample.sha256,
-            "quantizer": made_by,
-            "decoder": version("pillow"),
-            "rules": asdict(rules),
-        }
-
-    def compile_checkpoint() -> Entry:
-        from r2ncli.weights import load_file
-
-        pixels = None
-        if sample is not None:
-            pixels = decoded(sample, preprocessing, rules, workers, warn)
-            if on_quantising:
-                on_quantising(len(pixels))
-        loaded = load_file(path, sha256)
-        facts = {
-            "variant": loaded.variant,
-            "classes": loaded.network.architecture.classes,
-            "shapes": _shapes(loaded, layers, pool, preprocessing),
-            "pictures": 0 if pixels is None else len(pixels),
-        }
-        graph = _graph(loaded, layers, pool, preprocessing, precision, batch_size, pixels)
-        return Entry(facts, graph)
-
-    def load(entry: Entry) -> openvino.OpenVinoEngine:
-        return openvino.OpenVinoEngine(entry.graph, layers, precision)
-
-    entry, engine = loaded_entry(settings, compile_checkpoint, load, warn)
-    return Pipeline(
-        engine=engine,
-        preprocessing=preprocessing,
-        rules=rules,
-        workers=workers,
-        checkpoint=path,
-        sha256=sha256,
-        variant=entry.facts["variant"],
-        classes=entry.facts["classes"],
-        labels=labels_of(metadata, entry.facts["classes"], path),
-        pool=pool,
-        shapes={layer: tuple(shape) for layer, shape in entry.facts["shapes"].items()},
-        calibration=Calibration(sample.sha256, entry.facts["pictures"]) if sample else None,
+    if on_error not in ON_ERROR:
+        raise UsageError(f"on error {on_error!r}: expected one of {', '.join(ON_ERROR)}")
+    if max is not None and max < 1:
+        raise UsageError(f"max must be at least 1, not {max}")
+    if not 0 < timeout < 86400:  # false for NaN
+        raise UsageError(f"timeout must be more than 0 s and less than a day, not {timeout:g}")
+    selection = Selection(
+        include=_patterns(include),
+        exclude=_patterns(exclude),
+        max=max,
+        shard=None if shard is None else _shard(shard),
+        null=null,
+        timeout=timeout,
+        max_bytes=max_bytes,
     )
+    return Walk(as_sequence(paths), on_warning or _ignore, selection)
 
 
-def open_classifier(
-    topk: int,
-    on_warning: Callable[[str], None] | None = None,
-    **options: Unpack[PipelineOptions],
-) -> Pipeline:
-    """The pipeline that gives logits, after a look at `topk` (see `open_pipeline`)."""
-    if topk < 1:
-        raise UsageError(f"topk must be at least 1, not {topk}")
-    return open_pipeline((LOGITS,), on_warning=on_warning, **options)
+def _patterns(given: Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
-def open_extractor(
-    layers: Sequence[str],
-    pool: str,
-    on_warning: Callable[[str], None] | None = None,
-    **options: Unpack[PipelineOptions],
-) -> Pipeline:
-    """The pipeline that gives features, never in int8 (see `open_pipeline`)."""
-    _refuse_int8(options.get("precision"))
-    return open_pipeline(layers, pool, on_warning=on_warning, **options)
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise UsageError(f"shard {text!r}: expected I/N with I from 1 to N, such as 2/8")
+    return int(match[1]), int(match[2])
 
 
-def assemble_pipeline(
-    checkpoint: Checkpoint,
-    layers: Sequence[str],
-    pool: str = "avg",
-    **options: Unpack[ExecutionOptions],
-) -> Pipeline:
-    """Get a device ready for a loaded checkpoint.
-
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        A loaded one.
-    layers, pool
-        As for `open_pipeline`.
-    device : str
-        ``auto`` (one card, or the CPU), ``cpu``, ``cuda`` (all cards of the first one's model) or
-        ``cuda:N``.
-    backend : str
-        ``torch``, ``openvino`` (for the CPU), or ``auto``: on a CPU openvino where it is
-        installed, else torch.
-    precision : str
-        ``auto`` (the fastest that keeps top-1), ``fp32``, ``bf16`` or ``fp16``.
-    batch_size : int or None
-        Pictures a batch; None means what suits the device.
-    workers : int or None
-        Decode threads; None means one a core.
-    decode : str
-        ``exact``: every pixel decoded at full size; ``auto``: JPEGs of more than twice the
-        resize target reduced while they are decoded, within a grey level in the mean;
-        ``gpu``: baseline JPEGs decoded on the CUDA card, the others as ``exact``.
-    image_size : int or None
-        The network's input in pixels; the resize target keeps the checkpoint's ratio.
-    no_crop : bool
-        Stretch the whole picture to the input instead of cropping its centre.
-    max_pixels, max_bytes : int
-        A picture, or a file, beyond it is a failed row.
+def walked_rows(
+    walk: Walk,
+    pipeline: Pipeline,
+    on_progress: Callable[[Progress], None] | None,
+    on_error: str = "continue",
+    keep: Callable[[Outputs], Outputs] = _all,
+) -> Iterator[Row]:
+    """A row for every input of `walk`, which is started and ended here. `keep` is as for `run`.
 
     Raises
     ------
-    UsageError, DeviceError
-        An option or the device does not fit.
+    InputNotFoundError
+        The walk ends without a single input.
+    FailedInputError
+        `on_error` is ``fail`` and an input failed.
     """
-    device, precision = options.get("device", "auto"), options.get("precision", "auto")
-    _refuse_int8(precision)
-    check_options(pool, **options)
-    batch_size = options.get("batch_size")
-    layers = _distinct(layers)
-    preprocessing = _preprocessing(checkpoint.preprocessing, options)
-    shapes = _shapes(checkpoint, layers, pool, preprocessing)
-    engine: Engine
-    if find_backend(options.get("backend", "auto"), device) == "torch":
-        from r2ncli.engine.cuda import CudaEngine
-        from r2ncli.engine.devices import find_devices
-        from r2ncli.engine.pytorch import TorchEngine
-
-        devices = find_devices(device)
-        on_cards = devices[0].type == "cuda"
-        engine = (partial(CudaEngine, devices=devices) if on_cards else TorchEngine)(
-            checkpoint.network,
-            layers,
-            pool,
-            preprocessing,
-            precision=precision,
-            batch_size=batch_size,
-        )
-    else:
-        from r2ncli.engine import openvino
-
-        precision = openvino.find_precision(precision)
-        size = batch_size or openvino.BATCH_SIZE
-        graph = _graph(checkpoint, layers, pool, preprocessing, precision, size)
-        engine = openvino.OpenVinoEngine(graph, layers, precision)
-    return Pipeline(
-        engine=engine,
-        preprocessing=preprocessing,
-        rules=_rules(options),
-        workers=_workers(options),
-        checkpoint=checkpoint.path,
-        sha256=checkpoint.sha256,
-        variant=checkpoint.variant,
-        classes=checkpoint.network.architecture.classes,
-        labels=checkpoint.labels,
-        pool=pool,
-        shapes=shapes,
-        card_decoder=_card_decoder(options, engine.description, preprocessing),
-    )
+    done = failed = 0
+    with walk:
+        for row in run(walk, pipeline, keep):
+            if row.error is not None and on_error == "fail":
+                raise failed_input(row.name, row.error)
+            yield row
+            done += 1
+            failed += row.error is not None
+            if on_progress:
+                on_progress(Progress(row.name, row.error, done, failed, walk.found, walk.ended))
+    if not walk.any_found:
+        raise no_image_found()
 
 
-def _distinct(layers: Sequence[str]) -> tuple[str, ...]:
-    layers = tuple(dict.fromkeys([layers] if isinstance(layers, str) else layers))
-    if not layers:
-        raise UsageError("no layer given. r2n extract --list-layers prints all of them")
-    return layers
+def failed_input(name: str, error: str) -> FailedInputError:
+    """The error of a row that ends a run."""
+    return FailedInputError(f"{name}: {error} (--on-error fail)")
 
 
-def _preprocessing(checkpoints: Preprocessing, options: ExecutionOptions) -> Preprocessing:
-    return checkpoints.resized(options.get("image_size"), options.get("no_crop", False))
+def no_image_found() -> InputNotFoundError:
+    """The error of a walk without inputs."""
+    suffixes = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
+    return InputNotFoundError(f"no image found (looked for files ending in {suffixes})")
 
 
-def _shapes(
-    checkpoint: Checkpoint, layers: Sequence[str], pool: str, preprocessing: Preprocessing
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of one picture's outputs, by layer."""
-    from r2ncli.model import layer_shapes
+def run(
+    inputs: Iterable[Input], pipeline: Pipeline, keep: Callable[[Outputs], Outputs] = _all
+) -> Iterator[Row]:
+    """A row for every input, in order, as soon as it is there.
 
-    shapes = layer_shapes(checkpoint.network.architecture, preprocessing.image_size)
-    for layer in layers:
-        if layer not in shapes:
-            raise UsageError(_no_such_layer(layer, list(shapes)))
-    return {layer: pooled_shape(shapes[layer], pool) for layer in layers}
+    A picture that fails keeps its place and its reason; its neighbours do not notice. `keep`
+    gives what is wanted of a batch's outputs; it works in the engine's threads.
+    """
+    engine, workers, card_decoder = pipeline.engine, pipeline.workers, pipeline.card_decoder
+    batch_size = engine.description.batch_size
+    streams = engine.description.streams
+    ahead = 1 + streams + -(-2 * workers // batch_size)  # batches under way: all threads busy
+    side = pipeline.preprocessing.image_size
+    buffers: list[Pixels] = []
+    pending: deque[Future[list[Row]]] = deque()
+    stopped = threading.Event()
 
+    def read_and_decode(source: Input, pixels: Pixels) -> Outcome:
+        if stopped.is_set():
+            return "interrupted"
+        try:
+            content = source.read(pipeline.rules.max_bytes)
+        except ImageError as error:
+            return failed(error, pixels)
+        if card_decoder is not None and (jpeg := card_decoder.accept(content)) is not None:
+            return jpeg
+        return decode_into(pixels, content)
 
-def _graph(
-    checkpoint: Checkpoint,
-    layers: Sequence[str],
-    pool: str,
-    preprocessing: Preprocessing,
-    precision: str,
-    batch_size: int,
-    calibration: Pixels | None = None,
-) -> npt.NDArray[np.uint8]:
-    from r2ncli.engine.graph import folded, to_graph
-    from r2ncli.engine.openvino import compiled
+    def decide(batch: _Batch, number: int, source: Input) -> None:
+        try:
+            outcome: Outcome | BaseException = read_and_decode(source, batch.pixels[number])
+        except BaseException as error:  # raised where the batch is used
+            outcome = error
+        batch.decide(number, outcome)
 
-    if calibration is None:
-        graph = to_graph(checkpoint.network, layers, pool, preprocessing, batch_size)
-    else:
-        from r2ncli.engine.quantization import quantized
-
-        one = to_graph(folded(checkpoint.network), layers, pool, preprocessing, 1)
-        graph = quantized(one, calibration)
-        graph.reshape([batch_size, *calibration.shape[1:]])
-    return compiled(graph, precision)
-
-
-def _rules(options: ExecutionOptions) -> DecodeRules:
-    return DecodeRules(
-        options.get("decode", "auto"),
-        options.get("max_pixels", MAX_PIXELS),
-        options.get("max_bytes", MAX_BYTES),
-    )
-
-
-def _check_decoding(options: ExecutionOptions, device_kind: str) -> None:
-    """Raise a UsageError where JPEGs are to be decoded on a card that does not run, or without
-    the libraries for it."""
-    if options.get("decode") != GPU:
-        return
-    if device_kind != "cuda":
-        raise UsageError(
-            f"decode 'gpu' is for a CUDA card, and this runs on the {device_kind}: give --device "
-            "cuda where there is a card, or --decode auto"
-        )
-    for library, source in (("torchcodec", "'r2ncli[gpu-decode]'"), ("triton", "triton")):
-        if find_spec(library) is None:
-            raise UsageError(f"decode 'gpu' needs {library}: pip install {source}")
-
-
-def _card_decoder(
-    options: ExecutionOptions, description: EngineDescription, preprocessing: Preprocessing
-) -> CardDecoder | None:
-    _check_decoding(options, description.device_kind)
-    if options.get("decode") != GPU:
+    def decode_into(pixels: Pixels, content: bytes) -> str | None:
+        try:
+            pixels[...] = decode(content, pipeline.preprocessing, pipeline.rules)
+        except ImageError as error:
+            return failed(error, pixels)
         return None
-    from r2ncli.card_decoding import CardDecoder
-    from r2ncli.engine.devices import find_devices
 
-    cards = find_devices(options.get("device", "auto"))
-    return CardDecoder(cards, preprocessing, _rules(options))
+    def failed(error: ImageError, pixels: Pixels) -> str:
+        pixels[...] = 0
+        return str(error)
+
+    def decode_on_card(outcomes: list[Outcome], pixels: Pixels) -> list[str | None]:
+        jpegs = {i: found for i, found in enumerate(outcomes) if isinstance(found, Jpeg)}
+        errors = [None if isinstance(found, Jpeg) else found for found in outcomes]
+        if card_decoder is not None and jpegs:
+            for i in card_decoder(jpegs, pixels):
+                errors[i] = decode_into(pixels[i], jpegs[i].content)
+        return errors
+
+    def finish(batch: _Batch) -> list[Row]:
+        while not batch.ready.wait(0.2):
+            if stopped.is_set():
+                return []
+        errors = decode_on_card(batch.outcomes(), batch.pixels)
+        if stopped.is_set():
+            return []
+        batch.pixels[len(batch.names) :] = 0
+        outputs = keep(engine(batch.pixels))
+        buffers.append(batch.pixels)
+        return [
+            Row(name, {} if error else {layer: a[i] for layer, a in outputs.items()}, error)
+            for i, (name, error) in enumerate(zip(batch.names, errors, strict=True))
+        ]
+
+    decoders = _Threads(workers, "r2n-decode")
+    fetchers = _Threads(FETCHERS, "r2n-fetch")
+    runner = ThreadPoolExecutor(streams, "r2n-engine")
+    try:
+        remaining = iter(inputs)
+        ended = False
+        while not ended:
+            batch = _Batch(buffers.pop() if buffers else engine.empty_batch(side))
+            # each is read as it comes: a source may hold back the next until this one is used
+            for source in islice(remaining, batch_size):
+                pool = fetchers if source.remote else decoders
+                pool.submit(partial(decide, batch, batch.add(source.name), source))
+                del source
+            ended = len(batch.names) < batch_size
+            if batch.close():
+                pending.append(runner.submit(finish, batch))
+            while pending and (ended or len(pending) >= ahead or pending[0].done()):
+                yield from pending.popleft().result()
+    except BaseException:
+        stopped.set()
+        # nobody who interrupts waits for a batch, or for a server
+        runner.shutdown(wait=False, cancel_futures=True)
+        raise
+    else:
+        runner.shutdown()
+    finally:
+        decoders.end()
+        fetchers.end()
 
 
-def _workers(options: ExecutionOptions) -> int:
-    return min(options.get("workers") or cores(), MAX_WORKERS)
+class _Batch:
+    """Pictures on their way to the engine: a row of pixels each, and what became of it.
+
+    One object a batch, not one a picture: a card takes more pictures a second than Python makes
+    futures for them.
+
+    Attributes
+    ----------
+    names : list of str
+        In the order in which they were added.
+    pixels : uint8 array [batch_size, H, W, 3]
+    ready : Event
+        Set when it is closed and every picture has its outcome.
+    """
+
+    def __init__(self, pixels: Pixels) -> None:
+        self.names: list[str] = []
+        self.pixels = pixels
+        self.ready = threading.Event()
+        self._outcomes: list[Outcome | BaseException] = []
+        self._done: list[int] = []  # to append is atomic, so no picture waits for a lock
+        self._closed = False
+
+    def add(self, name: str) -> int:
+        """Take one more picture in; its number."""
+        self.names.append(name)
+        self._outcomes.append(None)
+        return len(self.names) - 1
+
+    def close(self) -> bool:
+        """Say that there is no more to add; whether there is anything at all."""
+        self._closed = True
+        self._look()
+        return bool(self.names)
+
+    def decide(self, number: int, outcome: Outcome | BaseException) -> None:
+        self._outcomes[number] = outcome
+        self._done.append(number)
+        self._look()
+
+    def outcomes(self) -> list[Outcome]:
+        """What became of the pictures; raises what is no fault of theirs."""
+        for outcome in self._outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return cast(list[Outcome], self._outcomes)
+
+    def _look(self) -> None:
+        if self._closed and len(self._done) == len(self.names):
+            self.ready.set()
 
 
-def check_options(pool: str = "avg", **options: Unpack[ExecutionOptions]) -> None:
-    """Raise a UsageError for a value that cannot be, whatever the device and the weights are."""
-    for name, value, choices in (
-        ("pool", pool, POOLS),
-        ("backend", options.get("backend", "auto"), BACKENDS),
-        ("decode", options.get("decode", "auto"), DECODES),
-    ):
-        if value not in choices:
-            raise UsageError(f"{name} {value!r}: expected one of {', '.join(choices)}")
-    calibrated = options.get("calibration") is not None
-    if options.get("precision") == INT8 and not calibrated:
-        raise UsageError(
-            "precision 'int8' needs pictures to be calibrated with: give --calibration PATHS, "
-            "pictures like those to be classified; 300 suffice"
-        )
-    if calibrated and options.get("precision") != INT8:
-        raise UsageError("--calibration is for --precision int8: give both, or neither")
-    for name, number in (
-        ("batch size", options.get("batch_size")),
-        ("workers", options.get("workers")),
-        ("max pixels", options.get("max_pixels")),
-        ("max bytes", options.get("max_bytes")),
-    ):
-        if number is not None and number < 1:
-            raise UsageError(f"{name} must be at least 1, not {number}")
-    size = options.get("image_size")
-    if size is not None and not 32 <= size <= 4096:
-        raise UsageError(f"image size must be from 32 to 4096, not {size}")
+class _Threads:
+    """At most so many threads, for which nobody waits at the end of the program.
+
+    It waits for an executor's, and a dead server or network drive may hold them for long.
+    """
+
+    def __init__(self, most: int, name: str) -> None:
+        self._most = most
+        self._name = name
+        self._count = 0
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+
+    def submit(self, action: Callable[[], None]) -> None:
+        """Have an action done, which raises nothing."""
+        self._work.put(action)
+        if self._count < self._most:
+            self._count += 1
+            threading.Thread(target=self._run, name=self._name, daemon=True).start()
+
+    def end(self) -> None:
+        """Let every thread end once there is no more work."""
+        for _ in range(self._count):
+            self._work.put(None)
+
+    def _run(self) -> None:
+        while (action := self._work.get()) is not None:
+            action()
+            del action  # what an input holds is free as soon as it was used
 
 
-def _refuse_int8(precision: str | None) -> None:
-    if precision == INT8:
-        raise UsageError(
-            "precision 'int8' is for classify alone: it keeps top-1, not the values of features"
-        )
+def top_classes(topk: int) -> Callable[[Outputs], Outputs]:
+    """What `run` is to keep for `classification`: the `topk` most probable classes of a batch.
+
+    A thousand logits a picture become ten numbers where the engine's threads work side by side,
+    not where the rows are written one after the other.
+    """
+
+    def top(outputs: Outputs) -> Outputs:
+        logits = outputs[LOGITS].astype(np.float64)
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+        best = _best(logits, min(topk, logits.shape[1]))
+        chosen = np.take_along_axis(probabilities, best, axis=1)
+        return {INDICES: best, PROBABILITIES: chosen.astype(np.float32)}
+
+    return top
 
 
-def _no_such_layer(layer: str, layers: list[str]) -> str:
-    import difflib
+def _best(logits: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.intp]:
+    """Indices [N, k] of each row's highest logits, highest first (ties: the lower index first)."""
+    some = np.sort(np.argpartition(-logits, k - 1, axis=1)[:, :k], axis=1)
+    values = np.take_along_axis(logits, some, axis=1)
+    best = np.take_along_axis(some, np.argsort(-values, axis=1, kind="stable"), axis=1)
+    # where more than k are as high as the k-th, which of them were found is an accident
+    tied = (logits >= values.min(axis=1, keepdims=True)).sum(axis=1) != k
+    best[tied] = np.argsort(-logits[tied], axis=1, kind="stable")[:, :k]
+    return best
 
-    near = difflib.get_close_matches(layer, layers, n=3, cutoff=0.4)
-    hint = f"Did you mean {', '.join(near)}? " if near else ""
-    return f"no layer {layer!r}. {hint}r2n extract --list-layers prints all of them"
+
+def classification(row: Row, labels: Labels | None) -> Classification:
+    """A row of what `top_classes` keeps, with its labels."""
+    if row.error is not None:
+        return Classification(row.name, (), row.error)
+    best = zip(row.outputs[INDICES].tolist(), row.outputs[PROBABILITIES].tolist(), strict=True)
+    return Classification(
+        row.name,
+        tuple(
+            Prediction(
+                index=index,
+                wnid=labels.wnids[index] if labels and labels.wnids else None,
+                label=labels.labels[index] if labels else None,
+                probability=probability,
+            )
+            for index, probability in best
+        ),
+    )
 
 
 def _ignore(_warning: str) -> None: ...

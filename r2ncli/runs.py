@@ -21,12 +21,14 @@ from typing import Any, TypeVar, Unpack
 from PIL import features as pillow_features
 
 from r2ncli import __version__
-from r2ncli.checkpoints import Labels
 from r2ncli.engine import Engine
 from r2ncli.errors import OutputError, UsageError
-from r2ncli.formats import ROW_FORMATS, Format, Hdf5Format, RowFormat, check_parquet
-from r2ncli.inference import (
-    Features,
+from r2ncli.outputs.formats import ROW_FORMATS, Format, Hdf5Format, RowFormat
+from r2ncli.outputs.partial import PartialOutput, begun_record, checked_output, refuse_existing
+from r2ncli.outputs.record import differing_settings, fingerprint, in_words
+from r2ncli.outputs.results import read_names, read_record, read_rows
+from r2ncli.outputs.rows import Features
+from r2ncli.pipeline import (
     Progress,
     RunOptions,
     SourceOptions,
@@ -38,15 +40,13 @@ from r2ncli.inference import (
     split_options,
     top_classes,
 )
-from r2ncli.pipeline import Pipeline, PipelineOptions, open_classifier, open_extractor
-from r2ncli.results import read_names, read_record, read_rows
-from r2ncli.sources import Input, PathLike, Walk, printable
-from r2ncli.writers import PartialOutput, begun_record, partial_folder, record_path
+from r2ncli.predictor import Pipeline, PipelineOptions, open_classifier, open_extractor
+from r2ncli.sources.walk import Input, PathLike, Walk, printable
+from r2ncli.weights.checkpoints import Labels
 
 SCHEMA = 1
 DTYPES = ("float32", "float16")
 EXECUTED = "executed_batch_size"  # in the record only where memory did not hold a whole batch
-CHOICES = "--overwrite starts again, --resume goes on with it"
 
 OnProgress = Callable[[Progress], None]
 Warn = Callable[[str], None]
@@ -289,56 +289,6 @@ def run_record(
     return record
 
 
-def fingerprint(record: dict[str, Any]) -> str:
-    """A digest of what decides the values: equal fingerprints, equal bytes."""
-    settings = json.dumps(deciding_settings(record), sort_keys=True)
-    return hashlib.sha256(settings.encode()).hexdigest()
-
-
-def deciding_settings(record: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a record that decide the values, flat, under the names users know."""
-    flat: dict[str, Any] = {}
-    for key in (
-        *("command", "layers", "pool", "dtype", "topk", "labels_sha256"),
-        *("backend", "precision", "batch_size"),
-    ):
-        if key in record:
-            flat[key] = record[key]
-    kept = {
-        "checkpoint": ("sha256", "variant"),
-        "device": ("kind", "model"),
-        "calibration": ("sha256",),
-        "versions": (
-            *("r2n", "engine", "pillow", "libjpeg", "littlecms2", "pillow-heif", "torchcodec"),
-            "pyarrow",  # Parquet names its writer
-        ),
-    }
-    groups = (
-        *("checkpoint", "device", "calibration", "versions"),
-        *("inputs", "preprocessing", "decode_rules"),
-    )
-    for group in groups:
-        for key, value in record.get(group, {}).items():
-            if key in kept.get(group, (key,)):
-                flat[f"{group} {key}"] = value
-    return flat
-
-
-def differing_settings(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The deciding settings that two records do not share, by name; None where one has none."""
-    before, after = deciding_settings(then), deciding_settings(now)
-    return {
-        key: (before.get(key), after.get(key))
-        for key in {**before, **after}
-        if before.get(key) != after.get(key)
-    }
-
-
-def in_words(differing: dict[str, tuple[Any, Any]]) -> str:
-    """``topk was 5, is 3; …``"""
-    return "; ".join(f"{key} was {then}, is {now}" for key, (then, now) in differing.items())
-
-
 def _labels_digest(labels: Labels | None) -> str | None:
     """What the label cells depend on, which may stand beside the checkpoint, not in it."""
     if labels is None:
@@ -358,54 +308,6 @@ def _now() -> str:
 
 
 # --- the run ----------------------------------------------------------------------------
-
-
-def checked_output(
-    output: str | OsPathLike[str],
-    suffixes: tuple[str, ...],
-    *,
-    overwrite: bool,
-    resume: bool = False,
-    retry_failed: bool = False,
-    choices: str = CHOICES,
-) -> Path:
-    """`output` as a path that a run may begin with, before anything else runs."""
-    out = Path(output)
-    if out.suffix.lower() not in suffixes:
-        raise UsageError(f"{out}: an output of this command ends in {' or '.join(suffixes)}")
-    if out.suffix.lower() == ".parquet":
-        check_parquet()
-    if overwrite + resume + retry_failed > 1:
-        raise UsageError(
-            "--overwrite starts again, --resume goes on, and --retry-failed tries the failed rows "
-            "of a finished output again: give one of them"
-        )
-    try:
-        if not out.parent.is_dir():
-            raise OutputError(f"{out}: cannot be written: there is no folder {out.parent}")
-        if out.is_dir():
-            raise OutputError(f"{out}: cannot be written: it is a folder")
-        for name in (out, partial_folder(out), record_path(out)):
-            name.exists()  # raises where a name is too long, or the folder may not be searched
-        if retry_failed and not out.exists():
-            raise OutputError(f"{out}: there is no finished output whose failed rows to try again")
-        if not overwrite and not resume and not retry_failed:
-            refuse_existing(out, began=partial_folder(out).exists(), choices=choices)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise OutputError(f"{out}: cannot be written: {reason}") from error
-    return out
-
-
-def refuse_existing(out: Path, began: bool, choices: str = CHOICES) -> None:
-    """Raise where an output or an unfinished run is there that a new one would replace."""
-    for there, path, what in (
-        (began, partial_folder(out), "an unfinished run"),
-        (out.exists(), out, "a finished output"),
-        (record_path(out).exists(), record_path(out), "a run record"),
-    ):
-        if there:
-            raise OutputError(f"{path} exists, {what}. {choices}")
 
 
 def _run_to(

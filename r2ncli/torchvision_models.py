@@ -26,10 +26,10 @@ from r2ncli.architectures import (
     Preprocessing,
     PublishedNetwork,
 )
-from r2ncli.checkpoints import imagenet_labels
 from r2ncli.errors import UsageError
 from r2ncli.model import Res2Net
-from r2ncli.weights import load_model, published_network
+from r2ncli.weights.checkpoints import imagenet_labels
+from r2ncli.weights.loading import load_model, published_network
 
 
 class Res2NetWeights(WeightsEnum):  # type: ignore[misc]  # torchvision is untyped

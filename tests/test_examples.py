@@ -20,9 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import r2ncli
-from r2ncli.checkpoints import find_checkpoint, read_metadata
+from r2ncli.weights.checkpoints import find_checkpoint, read_metadata
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+CHECKS = Path(__file__).with_name("checks")
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 
 
@@ -42,6 +43,7 @@ def neighbours(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def example(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(CHECKS)
     monkeypatch.delitem(sys.modules, name, raising=False)
     return __import__(name)
 
@@ -166,7 +168,7 @@ def test_the_shipped_network_says_how_it_was_trained_and_how_good_it_is() -> Non
 
 def stress(*arguments: str) -> dict[str, Any]:
     """The document that the script ends with; it must end well."""
-    command = [sys.executable, str(EXAMPLES / "stress.py"), *arguments]
+    command = [sys.executable, str(CHECKS / "stress.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout, done.stderr)
     document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -295,7 +297,7 @@ def feature_file(path: Path, vectors: np.ndarray, failed: np.ndarray) -> h5py.Fi
 
 
 def compare_peers(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXAMPLES / "compare_peers.py"), "--rounds", "1", *arguments]
+    command = [sys.executable, str(CHECKS / "compare_peers.py"), "--rounds", "1", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

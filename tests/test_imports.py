@@ -16,38 +16,20 @@ PACKAGE = Path(r2ncli.__file__).parent
 
 # Each may import any above it, none below. The files of a folder are one room.
 ROOMS = [
-    *(
-        "errors",
-        "architectures",
-        "model",
-        "downloads",
-        "containers",
-        "pickles",
-        "checkpoints",
-        "naming",
-        "recognition",
-        "weights",
-        "hubconf",
-        "torchvision_models",
-        "verification",
-        "tensors",
-    ),
-    *("archives", "selection", "remote", "patterns", "sources"),
-    *("images", "jpegs", "card_decoding", "calibration", "cache", "engine", "conversion"),
-    *("pipeline", "inference"),
-    *("formats", "writers", "results"),
-    *("runs", "comparison", "shards"),
-    *("bench", "terminal", "options", "cli"),
-    "__main__",
+    *("errors", "architectures", "model", "web", "openvino_import"),
+    *("sources", "images", "weights", "hubconf", "torchvision_models", "engine"),
+    *("outputs", "predictor", "pipeline", "runs"),
+    *("bench", "cli", "__main__"),
 ]
 WITH_TORCH = {
-    *("model", "weights", "torchvision_models", "verification", "tensors", "conversion"),
+    *("model", "torchvision_models"),
+    *("weights/loading", "weights/verify", "weights/compare", "weights/convert"),
     *("engine/devices", "engine/folding", "engine/kernels", "engine/fused"),
     *("engine/pytorch", "engine/cuda", "engine/graph"),
-    "card_decoding",
+    "images/gpu",
 }
 WITH_TORCHVISION = {"torchvision_models"}  # the one file that is for its users
-WITH_TERMINAL = {"terminal", "options", "cli"}
+WITH_TERMINAL = {"cli/terminal", "cli/options", "cli/app"}
 
 FILES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): path
@@ -136,7 +118,7 @@ def test_what_is_for_another_librarys_users_is_imported_by_them_alone(file: str)
     assert not rooms_of(imports(file)) & {"hubconf", "torchvision_models"}
 
 
-@pytest.mark.parametrize("statement", ["import r2ncli", "import r2ncli.cli", "dir(r2ncli)"])
+@pytest.mark.parametrize("statement", ["import r2ncli", "import r2ncli.cli.app", "dir(r2ncli)"])
 def test_importing_is_quick(statement: str) -> None:
     program = f"import sys, r2ncli; {statement}; print(*sorted(sys.modules))"
     done = subprocess.run(
@@ -152,7 +134,7 @@ def test_importing_the_library_imports_no_terminals_libraries() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert "r2ncli.inference" in done.stdout.split()
+    assert "r2ncli.pipeline" in done.stdout.split()
     assert not set(done.stdout.split()) & {"typer", "rich"}
 
 
@@ -164,7 +146,7 @@ def test_imports_within_functions_are_seen(monkeypatch: pytest.MonkeyPatch, tmp_
         "from typing import TYPE_CHECKING\n"
         "import torch.nn as nn\n"
         "if TYPE_CHECKING:\n"
-        "    from r2ncli.cli import app\n"
+        "    from r2ncli.cli.app import app\n"
         "def f():\n"
         "    from r2ncli import weights\n"
         "    import rich\n"

@@ -14,15 +14,15 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
-from reference_weights import reference_state_dict
+from support.reference_weights import reference_state_dict
 from test_examples import EXAMPLES, example
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from typer.testing import CliRunner
 
 import r2ncli
-from r2ncli.cli import app
-from r2ncli.weights import load_model
+from r2ncli.cli.app import app
+from r2ncli.weights.loading import load_model
 
 NAME = "res2net50_v1b_26w_4s"
 
@@ -215,7 +215,7 @@ YOLO = """
 import sys
 from pathlib import Path
 import torch, yaml, yolo
-from r2ncli.weights import load_model
+from r2ncli.weights.loading import load_model
 
 weights, folder = sys.argv[1:]
 Path(folder, "yolo.yaml").write_text(yaml.safe_dump(yolo.configuration(weights, classes=1)))

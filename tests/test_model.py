@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from reference_weights import (
+from support.reference_weights import (
     KIT,
     TINY,
     expected_outputs,

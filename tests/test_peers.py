@@ -21,11 +21,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import r2ncli
-from r2ncli.cli import app
+from r2ncli.cli.app import app
 from r2ncli.errors import CheckpointError, DeviceError
-from r2ncli.inference import run
-from r2ncli.pipeline import open_classifier
-from r2ncli.sources import Input
+from r2ncli.pipeline import run
+from r2ncli.predictor import open_classifier
+from r2ncli.sources.walk import Input
 
 
 def r2n(*arguments):

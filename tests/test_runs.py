@@ -27,10 +27,10 @@ from r2ncli import runs
 from r2ncli.engine import cores
 from r2ncli.engine import openvino as openvino_engine
 from r2ncli.errors import InputNotFoundError, OutputError, UsageError
-from r2ncli.images import DecodeRules
-from r2ncli.inference import Classification
-from r2ncli.results import read_record
-from r2ncli.writers import BLOCK_ROWS
+from r2ncli.images.decode import DecodeRules
+from r2ncli.outputs.partial import BLOCK_ROWS
+from r2ncli.outputs.results import read_record
+from r2ncli.outputs.rows import Classification
 
 
 def read_csv(path):
@@ -205,7 +205,7 @@ def test_an_interrupt_while_a_block_is_written_loses_and_doubles_nothing(
             raise KeyboardInterrupt
         real(descriptor)
 
-    monkeypatch.setattr("r2ncli.writers.BLOCK_ROWS", 7)
+    monkeypatch.setattr("r2ncli.outputs.partial.BLOCK_ROWS", 7)
     monkeypatch.setattr(os, "fsync", interrupted_once)
     out = tmp_path / "x.csv"
     with pytest.raises(KeyboardInterrupt):
@@ -453,7 +453,7 @@ def writer(kind):
 def mended(tmp_path, make_pictures, tiny_weights, monkeypatch):
     """A function that leaves a finished output with failed rows whose pictures are whole now."""
     monkeypatch.setattr(runs, "_now", lambda: "2026-01-01T00:00:00+00:00")
-    monkeypatch.setattr("r2ncli.writers.BLOCK_ROWS", 7)
+    monkeypatch.setattr("r2ncli.outputs.partial.BLOCK_ROWS", 7)
     folder = make_pictures(tmp_path / "some", 40)
     broken = {folder / f"{n:05d}.jpg": b"" for n in (0, 1, 17, 30, 39)}
 
@@ -625,7 +625,7 @@ def test_a_compressed_archive_is_walked_to_its_end_with_room_for_one_picture(
 ):
     """Who still holds the picture before would wait for ever: the next is read once it is gone."""
     smallest = min(path.stat().st_size for path in pictures.iterdir())
-    monkeypatch.setattr("r2ncli.sources.BYTES_AHEAD", smallest * 3 // 2)
+    monkeypatch.setattr("r2ncli.sources.walk.BYTES_AHEAD", smallest * 3 // 2)
     archive, out = tmp_path / "a.tar.gz", tmp_path / "x.csv"
     whole = (pictures / "00007.jpg").read_bytes()
     options = {"weights": tiny_weights, "batch_size": 2, "workers": 1}

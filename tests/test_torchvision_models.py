@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference_weights import reference_state_dict
+from support.reference_weights import reference_state_dict
 from torchvision.models import get_model, get_model_builder, get_model_weights, list_models
 from torchvision.models._utils import IntermediateLayerGetter
 
@@ -21,7 +21,7 @@ import r2ncli.hubconf
 import r2ncli.torchvision_models
 from r2ncli.architectures import PUBLISHED, Preprocessing
 from r2ncli.errors import CheckpointError, UsageError
-from r2ncli.images import DecodeRules, decode
+from r2ncli.images.decode import DecodeRules, decode
 
 NAME = "res2net50_v1b_26w_4s"
 

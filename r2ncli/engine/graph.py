@@ -19,9 +19,9 @@ from torch.nn import functional as F  # noqa: N812, as the field calls it
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from r2ncli.architectures import Preprocessing
-from r2ncli.engine.openvino import Model, Node, Output
-from r2ncli.engine.openvino import opset15 as ops
 from r2ncli.model import Res2Net, conv_bn_pairs
+from r2ncli.openvino_import import Model, Node, Output
+from r2ncli.openvino_import import opset15 as ops
 
 
 def to_graph(

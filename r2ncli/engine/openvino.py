@@ -6,7 +6,6 @@ that both give the same bytes.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from r2ncli.engine import (
     empty_pixels,
 )
 from r2ncli.errors import DeviceError, UsageError
+from r2ncli.openvino_import import CompiledModel, Core, InferRequest, Model, Tensor, get_version
 
 BATCH_SIZE = 8  # small batches keep activations in the processor's cache
 
@@ -33,33 +33,6 @@ Bytes = npt.NDArray[np.uint8]
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # of what is not quantised
 _EXECUTED = {"f32": "fp32", "bf16": "bf16", "u8": "int8", "i8": "int8"}
-
-
-@contextmanager
-def without_telemetry() -> Iterator[None]:
-    """Importing openvino sends its makers a message; without this module it has a stub."""
-    telemetry = "openvino_telemetry"
-    if telemetry in sys.modules:
-        yield
-        return
-    sys.modules[telemetry] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[telemetry]
-
-
-with without_telemetry():
-    from openvino import CompiledModel as CompiledModel
-    from openvino import Core as Core
-    from openvino import InferRequest as InferRequest
-    from openvino import Model as Model
-    from openvino import Node as Node
-    from openvino import Output as Output
-    from openvino import Tensor as Tensor
-    from openvino import get_version as get_version
-    from openvino import opset15 as opset15
-    from openvino import save_model as save_model
 
 
 def library() -> str:

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from r2ncli.engine import Pixels
-from r2ncli.engine.openvino import Core, Model, save_model, without_telemetry
 from r2ncli.errors import DeviceError, UsageError
+from r2ncli.openvino_import import Core, Model, save_model, without_telemetry
 
 
 def quantizer() -> str:

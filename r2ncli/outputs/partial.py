@@ -1,0 +1,342 @@
+"""Results become files: finished blocks in ``OUT.partial/``, joined and renamed at the end.
+
+A run's output grows as blocks of at most 256 rows or 64 MB, each written under a
+temporary name, fsynced and renamed: a block that exists is whole. At the end they are
+joined under a temporary name, fsynced and renamed to OUT, and the folder goes. One
+mechanism for every format.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from os import PathLike as OsPathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from r2ncli.errors import OutputError, UsageError
+from r2ncli.outputs.formats import Format, Record, check_parquet
+
+BLOCK_ROWS = 256
+BLOCK_BYTES = 64_000_000
+CHOICES = "--overwrite starts again, --resume goes on with it"
+
+REMOVED = "removed.json"  # what the record of a run is called while its blocks are removed
+
+# what reading a damaged block or output raises
+DAMAGE = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, csv.Error)
+
+# every name that r2n gives to a file of a partial folder
+OURS = re.compile(r"lock|run\.json|removed\.json|final\.json|joined\.\w+|block-\d{8}\.\w+|.*\.tmp")
+
+
+class PartialOutput:
+    """The growing output of one run: ``OUT.partial/``, locked for this process.
+
+    Entering takes the lock and reads what is there; leaving releases it. A folder that
+    holds no block when an error leaves is removed. Files that r2n did not write are never
+    touched: a folder that holds one is refused.
+
+    Attributes
+    ----------
+    again : str
+        What an error tells the user to do afterwards.
+    done : int
+        Rows in finished blocks.
+    """
+
+    def __init__(self, output: Path, format: Format, again: str = "go on with --resume") -> None:
+        self.output = output
+        self.folder = partial_folder(output)
+        self.format = format
+        self.again = again
+        self.done = 0
+        self._rows: list[Any] = []
+        self._bytes = 0
+        self._next_block = 0
+        self._lock: BinaryIO | None = None
+
+    def __enter__(self) -> PartialOutput:
+        _refuse_foreign(self.folder)
+        self._lock = _take_lock(self.folder, self.output)
+        if (self.folder / REMOVED).exists():
+            self._empty_folder()
+        self._next_block = len(self.blocks())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._lock is None:
+            return
+        if not self.blocks():
+            self._remove_folder()
+        self._release()
+
+    def blocks(self) -> list[Path]:
+        """The finished blocks, in order."""
+        return sorted(self.folder.glob("block-*" + self.format.block_suffix))
+
+    def record(self) -> dict[str, Any] | None:
+        """The run record that this partial output began with; None where nothing was begun.
+
+        Raises
+        ------
+        OutputError
+            There are blocks, and no record that can be read.
+        """
+        record = begun_record(self.output)
+        if record is None and self.blocks():
+            raise OutputError(
+                f"{self.folder / 'run.json'}: damaged or missing, so its blocks cannot be "
+                "resumed. --overwrite starts again"
+            )
+        return record
+
+    def names(self) -> Iterator[tuple[str, bool]]:
+        """Name of each finished row, and whether it failed.
+
+        Raises
+        ------
+        OutputError
+            A block is missing or damaged.
+        """
+        for number, block in enumerate(self.blocks()):
+            if block.stem != f"block-{number:08d}":
+                raise OutputError(
+                    f"{self.folder}: block {number} is missing. --overwrite starts again"
+                )
+            try:
+                yield from self.format.unpack_names(block)
+            except DAMAGE as error:
+                raise OutputError(
+                    f"{block}: damaged ({error}). --overwrite starts again"
+                ) from error
+
+    def begin(self, record: Record) -> None:
+        """Start from nothing: the run record first."""
+        self._empty_folder()
+        self._next_block = 0
+        self._write("run.json", json_bytes(record))
+
+    def amend(self, record: Record) -> None:
+        """Take `record` in place of the one that was begun with; the blocks stay."""
+        self._write("run.json", json_bytes(record))
+
+    def append(self, row: Any) -> None:
+        """Add a row; a block that is full is written."""
+        self._rows.append(row)
+        self._bytes += self.format.size_of(row)
+        if len(self._rows) >= BLOCK_ROWS or self._bytes >= BLOCK_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows since the last block as a block of their own."""
+        if not self._rows:
+            return
+        name = f"block-{self._next_block:08d}{self.format.block_suffix}"
+        self._write(name, self.format.pack(self._rows))
+        # An interrupt before this writes the same block once more under the same name; none can
+        # come in between, for signals are seen at calls and jumps only.
+        done, following = self.done + len(self._rows), self._next_block + 1
+        self._rows, self._bytes, self._next_block, self.done = [], 0, following, done
+
+    def finish(self, record: Record) -> None:
+        """Join the blocks, give the file its name, and remove the folder."""
+        self.flush()
+        blocks = self.blocks()
+        needed = sum(block.stat().st_size for block in blocks)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OutputError(
+                f"{self.output}: {needed:,} bytes are needed to join the finished blocks, "
+                f"{free:,} are free. Make room, and {self.again}"
+            )
+        joined = self.folder / ("joined" + self.format.suffix)
+        try:
+            self.format.join(blocks, joined, record)
+            _fsync(joined)
+            if self.format.suffix != ".h5":  # which holds its record inside
+                self._write("final.json", json_bytes(record))
+                os.replace(self.folder / "final.json", record_path(self.output))
+            os.replace(joined, self.output)
+            _fsync(self.output.parent)
+        except OSError as error:
+            joined.unlink(missing_ok=True)
+            raise OutputError(
+                f"{self.output}: cannot be written: {_reason(error)}. All results are kept in "
+                f"{self.folder}; {self.again}"
+            ) from error
+        self._remove_folder()
+        self._release()
+
+    def _remove_folder(self) -> None:
+        self._empty_folder()
+        with suppress(OSError):
+            (self.folder / "lock").unlink(missing_ok=True)
+            self.folder.rmdir()
+
+    def _empty_folder(self) -> None:
+        """Remove what r2n wrote, so that a kill in between leaves what is no run.
+
+        The record gets another name first and goes last: blocks beside that name are of a
+        run that has ended, and go when the folder is entered next.
+        """
+        with suppress(FileNotFoundError):
+            os.replace(self.folder / "run.json", self.folder / REMOVED)
+            _fsync(self.folder)
+        for path in sorted(self.folder.glob("*"), key=lambda path: path.name == REMOVED):
+            if path.name != "lock" and OURS.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _write(self, name: str, content: bytes) -> None:
+        """Write a file of the folder so that it is there whole or not at all."""
+        temporary = self.folder / (name + ".tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.folder / name)
+            _fsync(self.folder)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            kept = ""
+            if self.done and self.folder.is_dir():
+                kept = f". {self.done:,} finished rows are kept in {self.folder}; {self.again}"
+            raise OutputError(
+                f"{self.output}: cannot be written: {_reason(error)}{kept}"
+            ) from error
+
+
+def checked_output(
+    output: str | OsPathLike[str],
+    suffixes: tuple[str, ...],
+    *,
+    overwrite: bool,
+    resume: bool = False,
+    retry_failed: bool = False,
+    choices: str = CHOICES,
+) -> Path:
+    """`output` as a path that a run may begin with, before anything else runs."""
+    out = Path(output)
+    if out.suffix.lower() not in suffixes:
+        raise UsageError(f"{out}: an output of this command ends in {' or '.join(suffixes)}")
+    if out.suffix.lower() == ".parquet":
+        check_parquet()
+    if overwrite + resume + retry_failed > 1:
+        raise UsageError(
+            "--overwrite starts again, --resume goes on, and --retry-failed tries the failed rows "
+            "of a finished output again: give one of them"
+        )
+    try:
+        if not out.parent.is_dir():
+            raise OutputError(f"{out}: cannot be written: there is no folder {out.parent}")
+        if out.is_dir():
+            raise OutputError(f"{out}: cannot be written: it is a folder")
+        for name in (out, partial_folder(out), record_path(out)):
+            name.exists()  # raises where a name is too long, or the folder may not be searched
+        if retry_failed and not out.exists():
+            raise OutputError(f"{out}: there is no finished output whose failed rows to try again")
+        if not overwrite and not resume and not retry_failed:
+            refuse_existing(out, began=partial_folder(out).exists(), choices=choices)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise OutputError(f"{out}: cannot be written: {reason}") from error
+    return out
+
+
+def refuse_existing(out: Path, began: bool, choices: str = CHOICES) -> None:
+    """Raise where an output or an unfinished run is there that a new one would replace."""
+    for there, path, what in (
+        (began, partial_folder(out), "an unfinished run"),
+        (out.exists(), out, "a finished output"),
+        (record_path(out).exists(), record_path(out), "a run record"),
+    ):
+        if there:
+            raise OutputError(f"{path} exists, {what}. {choices}")
+
+
+def partial_folder(output: Path) -> Path:
+    """Where an output grows: beside it, ``OUT.partial``."""
+    return output.with_name(output.name + ".partial")
+
+
+def begun_record(output: Path) -> dict[str, Any] | None:
+    """The record that an unfinished output was begun with; None where there is none to read."""
+    try:
+        record = json.loads((partial_folder(output) / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def record_path(output: Path) -> Path:
+    """Where the run record of an output stands: beside it, ``OUT.run.json``."""
+    return output.with_name(output.name + ".run.json")
+
+
+def json_bytes(record: Record) -> bytes:
+    """A record as a JSON file's content."""
+    return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise where a partial folder holds what r2n did not write: it would be lost."""
+    try:
+        foreign = [path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {_reason(error)}") from error
+    if foreign:
+        raise OutputError(f"{folder}: holds {foreign[0]!r}, which r2n did not write. Move it away")
+
+
+def _take_lock(folder: Path, output: Path) -> BinaryIO:
+    """The lock of a partial folder, made if it is not there; one process holds it."""
+    while True:
+        try:
+            folder.mkdir(exist_ok=True)
+            lock = (folder / "lock").open("ab")
+        except OSError as error:
+            raise OutputError(f"{output}: cannot be written: {_reason(error)}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock"))
+        except BlockingIOError:
+            lock.close()
+            raise OutputError(f"{output}: another r2n is writing it at this moment") from None
+        except FileNotFoundError:
+            ours = False  # the run that held it ended and removed the folder
+        if ours:
+            return lock
+        lock.close()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

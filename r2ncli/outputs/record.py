@@ -1,0 +1,57 @@
+"""The run record: which of its settings decide values, their fingerprint, and how two differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+
+def fingerprint(record: dict[str, Any]) -> str:
+    """A digest of what decides the values: equal fingerprints, equal bytes."""
+    settings = json.dumps(deciding_settings(record), sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()
+
+
+def deciding_settings(record: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a record that decide the values, flat, under the names users know."""
+    flat: dict[str, Any] = {}
+    for key in (
+        *("command", "layers", "pool", "dtype", "topk", "labels_sha256"),
+        *("backend", "precision", "batch_size"),
+    ):
+        if key in record:
+            flat[key] = record[key]
+    kept = {
+        "checkpoint": ("sha256", "variant"),
+        "device": ("kind", "model"),
+        "calibration": ("sha256",),
+        "versions": (
+            *("r2n", "engine", "pillow", "libjpeg", "littlecms2", "pillow-heif", "torchcodec"),
+            "pyarrow",  # Parquet names its writer
+        ),
+    }
+    groups = (
+        *("checkpoint", "device", "calibration", "versions"),
+        *("inputs", "preprocessing", "decode_rules"),
+    )
+    for group in groups:
+        for key, value in record.get(group, {}).items():
+            if key in kept.get(group, (key,)):
+                flat[f"{group} {key}"] = value
+    return flat
+
+
+def differing_settings(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The deciding settings that two records do not share, by name; None where one has none."""
+    before, after = deciding_settings(then), deciding_settings(now)
+    return {
+        key: (before.get(key), after.get(key))
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    }
+
+
+def in_words(differing: dict[str, tuple[Any, Any]]) -> str:
+    """``topk was 5, is 3; …``"""
+    return "; ".join(f"{key} was {then}, is {now}" for key, (then, now) in differing.items())

@@ -1,0 +1,1 @@
+"""Find the inputs among what the user typed, and read their bytes."""

@@ -1,0 +1,245 @@
+"""Finished blocks become files: whole, in order, under a final name only at the end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from outputs.test_formats import LABELLED, classified, read_csv, write
+
+from r2ncli.errors import OutputError
+from r2ncli.outputs.formats import Hdf5Format
+from r2ncli.outputs.partial import BLOCK_ROWS, PartialOutput
+from r2ncli.outputs.rows import Features
+
+
+def test_a_block_is_there_after_every_256_rows_and_the_output_only_at_the_end(tmp_path):
+    output = tmp_path / "x.csv"
+    with PartialOutput(output, LABELLED) as partial:
+        partial.begin({"r": 1})
+        assert partial.record() == {"r": 1}
+        for n in range(2 * BLOCK_ROWS + 1):
+            partial.append(classified(f"{n}.jpg", 0.5, 0.5))
+        assert len(partial.blocks()) == 2
+        assert partial.done == 2 * BLOCK_ROWS
+        assert [name for name, _ in partial.names()] == [f"{n}.jpg" for n in range(512)]
+        assert not output.exists()
+        partial.finish({"r": 2})
+    assert len(read_csv(output)) == 513
+    assert not partial.folder.exists()
+
+
+def test_a_block_of_large_rows_is_written_sooner(tmp_path):
+    row = Features("a", {"x": np.zeros((1000, 1000), np.float32)})
+    with PartialOutput(tmp_path / "f.h5", Hdf5Format({"x": (1000, 1000)})) as partial:
+        partial.begin({})
+        for _ in range(16):
+            partial.append(row)
+        assert len(partial.blocks()) == 1
+
+
+def test_a_second_run_on_the_same_output_is_refused_while_the_first_lasts(tmp_path):
+    with PartialOutput(tmp_path / "x.csv", LABELLED) as partial:
+        partial.begin({})
+        with (
+            pytest.raises(OutputError, match=r"x\.csv: another r2n is writing it"),
+            PartialOutput(tmp_path / "x.csv", LABELLED),
+        ):
+            pass
+        partial.append(classified("a", 0.5, 0.5))
+        partial.finish({})
+    with PartialOutput(tmp_path / "x.csv", LABELLED) as again:
+        again.begin({})
+
+
+def test_a_run_that_ends_before_its_first_block_leaves_nothing(tmp_path):
+    with PartialOutput(tmp_path / "x.csv", LABELLED) as partial:
+        partial.begin({})
+        partial.append(classified("a", 0.5, 0.5))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_folder_is_an_output_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(OutputError, match="cannot be written: not a directory"),
+        PartialOutput(tmp_path / "file" / "x.csv", LABELLED),
+    ):
+        pass
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from r2ncli.errors import OutputError
+from r2ncli.outputs.rows import Classification, Features, Prediction
+from r2ncli.outputs.formats import Hdf5Format, ParquetFormat
+from r2ncli.outputs.partial import PartialOutput
+limit, rows, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+if out.suffix == ".h5":
+    format = Hdf5Format({"x": (1000,)})
+    make_row = lambda name: Features(name, {"x": np.ones(1000, np.float32)})
+else:  # noise does not compress
+    format, noise = ParquetFormat(100, False, False), np.random.default_rng(0)
+    make_row = lambda name: Classification(
+        name, tuple(Prediction(n, None, None, value) for n, value in enumerate(noise.random(100)))
+    )
+    import pyarrow.parquet
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    with PartialOutput(out, format) as partial:
+        partial.begin({})
+        for n in range(rows):
+            partial.append(make_row(f"{n}.jpg"))
+            if n % 100 == 99:
+                partial.flush()
+        partial.finish({})
+except OutputError as error:
+    print(error)
+    sys.exit(6)
+"""
+
+
+@pytest.mark.parametrize(
+    ("suffix", "block", "limit", "rows"),
+    [("h5", "npz", 500_000, 700), ("parquet", "jsonl", 600_000, 2000)],
+)
+def test_a_full_disk_is_one_sentence_and_keeps_the_finished_blocks(
+    tmp_path, suffix, block, limit, rows
+):
+    """Blocks of a hundred rows fit below the limit; the joined file does not."""
+    out = tmp_path / f"f.{suffix}"
+    ended = full_disk(out, limit, rows)
+    assert ended.returncode == 6, ended.stderr
+    assert "cannot be written: file too large" in ended.stdout
+    assert "--resume" in ended.stdout
+    assert ended.stderr == ""
+    left = sorted(path.name for path in (tmp_path / f"f.{suffix}.partial").iterdir())
+    assert left == [*(f"block-{n:08d}.{block}" for n in range(rows // 100)), "lock", "run.json"]
+    assert not out.exists()
+
+
+def test_a_disk_that_is_full_from_the_first_block_on_leaves_nothing(tmp_path):
+    ended = full_disk(tmp_path / "f.h5", limit=100_000, rows=700)
+    assert ended.returncode == 6, ended.stderr
+    assert "cannot be written: file too large" in ended.stdout
+    assert ended.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def full_disk(out, limit, rows):
+    """Write `rows` rows, a block every hundred, where no file may exceed `limit` bytes."""
+    command = [sys.executable, "-c", FULL_DISK, str(limit), str(rows), str(out)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_output_has_ordinary_permissions(tmp_path):
+    write(tmp_path / "x.csv", LABELLED, [classified("a", 0.5, 0.5)])
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "x.csv").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("there", ["thesis.txt", "block-x.csv", "sub"])
+def test_a_folder_with_what_r2n_did_not_write_is_refused_and_kept(tmp_path, there):
+    folder = tmp_path / "x.csv.partial"
+    folder.mkdir()
+    (folder / there).mkdir() if there == "sub" else (folder / there).write_text("precious")
+    with (
+        pytest.raises(OutputError, match=f"holds '{there}', which r2n did not write"),
+        PartialOutput(tmp_path / "x.csv", LABELLED),
+    ):
+        pass
+    assert [path.name for path in folder.iterdir()] == [there]
+
+
+def begun(tmp_path, blocks=3):
+    """A partial output of some blocks of two rows."""
+    with PartialOutput(tmp_path / "x.csv", LABELLED) as partial:
+        partial.begin({"r": 1})
+        for n in range(2 * blocks):
+            partial.append(classified(f"{n}.jpg", 0.5, 0.5))
+            if n % 2:
+                partial.flush()
+    return partial
+
+
+def cut(block):
+    block.write_bytes(block.read_bytes()[:-30])
+
+
+def glue(block):
+    block.write_bytes(block.read_bytes().replace(b"\n", b"", 1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda block: block.unlink(), "block 1 is missing"),
+        (cut, "damaged"),
+        (glue, "damaged"),
+        (lambda block: block.write_bytes(b"\xff\x00\x80"), "damaged"),
+    ],
+)
+def test_a_damaged_block_is_never_taken_for_a_whole_one(tmp_path, damage, says):
+    partial = begun(tmp_path)
+    damage(partial.blocks()[1])
+    with pytest.raises(OutputError, match=says):
+        list(partial.names())
+
+
+def test_blocks_without_a_record_cannot_be_resumed(tmp_path):
+    partial = begun(tmp_path)
+    (partial.folder / "run.json").write_text('{"r"')
+    with pytest.raises(OutputError, match=r"run\.json: damaged or missing"):
+        partial.record()
+    assert len(partial.blocks()) == 3
+
+
+def test_a_run_that_has_ended_leaves_the_next_ones_folder_alone(tmp_path):
+    with PartialOutput(tmp_path / "x.csv", LABELLED) as partial:
+        partial.begin({})
+        partial.append(classified("a", 0.5, 0.5))
+        partial.finish({})
+        with PartialOutput(tmp_path / "x.csv", LABELLED) as following:
+            following.begin({})
+            partial.__exit__(None, None, None)
+            assert following.folder.is_dir()
+
+
+class PowerCutError(BaseException):
+    """Ends the process in the middle, as far as the disk can tell."""
+
+
+@pytest.mark.parametrize("removed", range(6))
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_kill_while_a_folder_is_emptied_leaves_what_the_next_run_can_begin_with(
+    tmp_path, monkeypatch, removed, overwrite
+):
+    partial = begun(tmp_path)
+    unlink, count = Path.unlink, 0
+
+    def until_the_cut(path, missing_ok=False):
+        nonlocal count
+        if count == removed:
+            raise PowerCutError
+        count += 1
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", until_the_cut)
+        patched.setattr(PartialOutput, "__exit__", lambda self, *_: self._release())
+        with suppress(PowerCutError), PartialOutput(partial.output, LABELLED) as cut:
+            cut.begin({"r": 2}) if overwrite else cut.finish({"r": 1})
+    with PartialOutput(partial.output, LABELLED) as following:
+        whole = following.record() == {"r": 1} and len(list(following.names())) == 6
+        new = following.record() == {"r": 2} and not following.blocks()
+        gone = following.record() is None and not following.blocks()
+        assert whole or new or gone
+        assert partial.output.exists() == (not overwrite)

@@ -1,0 +1,649 @@
+"""Pictures that addresses name: patient with servers, and never for ever."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import gzip
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from conftest import heed_interrupts
+from PIL import Image
+
+import r2ncli
+from r2ncli.errors import FailedInputError, ImageError, InputNotFoundError, UsageError
+from r2ncli.sources import remote
+from r2ncli.sources.remote import is_url, read_url, without_secrets
+from r2ncli.sources.selection import Selection
+from r2ncli.sources.walk import Input, find_images
+
+Answer = Callable[[BaseHTTPRequestHandler], None]
+
+
+def picture(colour: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (48, 40), colour).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+JPEG = picture()
+
+
+class Server:
+    """A web server of this test's own; `answers` says what it does at a path."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Answer] = {}
+        self.asked: Counter[str] = Counter()
+        self.headers: list[Any] = []
+        self.over = threading.Event()
+        server = self
+
+        class Asked(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                server.asked[self.path] += 1
+                server.headers.append(self.headers)
+                self.close_connection = True
+                answer = server.answers.get(self.path, status(404))
+                try:
+                    answer(self)
+                except OSError:  # who asked has gone
+                    return
+
+            def log_message(self, *_: object) -> None:
+                return
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Asked)
+        self._http.daemon_threads = True
+        self.host = f"127.0.0.1:{self._http.server_port}"
+        self.thread = threading.Thread(target=self._http.serve_forever, args=(0.02,))
+        self.thread.start()
+
+    def at(self, path: str) -> str:
+        return f"http://{self.host}{path}"
+
+    def close(self) -> None:
+        self.over.set()
+        self._http.shutdown()
+        self.thread.join()
+        self._http.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses between tries are short."""
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.01)
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    """fsspec's file system in memory, empty."""
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+    yield system
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+
+
+# --- answers ------------------------------------------------------------------------------
+
+
+def content(body: bytes, code: int = 200, claim: int | None = None, **headers: str) -> Answer:
+    def answer(asked: BaseHTTPRequestHandler) -> None:
+        asked.send_response(code)
+        asked.send_header("Content-Length", str(len(body) if claim is None else claim))
+        for name, value in headers.items():
+            asked.send_header(name, value)
+        asked.end_headers()
+        asked.wfile.write(body)
+
+    return answer
+
+
+def status(code: int) -> Answer:
+    return content(b"<html>no", code)
+
+
+def in_turn(*answers: Answer) -> Answer:
+    """Each once, and the last one for ever."""
+    left = list(answers)
+
+    def answer(asked: BaseHTTPRequestHandler) -> None:
+        (left.pop(0) if len(left) > 1 else left[0])(asked)
+
+    return answer
+
+
+def moved(to: str) -> Answer:
+    return content(b"", 302, Location=to)
+
+
+def chunked(body: bytes, whole: bool = True) -> Answer:
+    def answer(asked: BaseHTTPRequestHandler) -> None:
+        asked.send_response(200)
+        asked.send_header("Transfer-Encoding", "chunked")
+        asked.end_headers()
+        for start in range(0, len(body), 100):
+            piece = body[start : start + 100]
+            asked.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+        if whole:
+            asked.wfile.write(b"0\r\n\r\n")
+
+    return answer
+
+
+def endless(piece: bytes, server: Server, pause: float = 0.0) -> Answer:
+    def answer(asked: BaseHTTPRequestHandler) -> None:
+        asked.send_response(200)
+        asked.end_headers()
+        while not server.over.is_set():
+            asked.wfile.write(piece)
+            if pause:
+                server.over.wait(pause)
+
+    return answer
+
+
+def silence(server: Server) -> Answer:
+    return lambda _asked: server.over.wait() and None
+
+
+def found(*paths: str, **selection: Any) -> list[Input]:
+    return list(find_images(paths, print, Selection(**{"timeout": 20.0, **selection})))
+
+
+def names(*paths: str, **selection: Any) -> list[str]:
+    return [source.name for source in found(*paths, **selection)]
+
+
+def outcome(source: Input, max_bytes: int = 10**8) -> bytes | str:
+    try:
+        return source.read(max_bytes)
+    except ImageError as error:
+        return str(error)
+
+
+def outcomes(*paths: str, **selection: Any) -> dict[str, bytes | str]:
+    return {source.name: outcome(source) for source in found(*paths, **selection)}
+
+
+def error_of(address: str, seconds: float = 20.0, max_bytes: int = 10**8) -> str:
+    with pytest.raises(ImageError) as raised:
+        read_url(address, seconds, max_bytes)
+    return str(raised.value)
+
+
+# --- addresses ----------------------------------------------------------------------------
+
+
+def test_what_is_an_address_and_what_is_a_path() -> None:
+    for text in ("http://h/x", "HTTPS://h", "s3://b/k", "gs://b", "file:///x", "zip://a::s3://b/c"):
+        assert is_url(text)
+    for text in ("x/http://h", "/a://b", "a.jpg", "C:/x", "://x", "1://x"):
+        assert not is_url(text)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://h/x.jpg", "http://h/x.jpg"),
+        ("https://u:p@h:8080/x.jpg?token=secret#f", "https://h:8080/x.jpg"),
+        ("http://h/a@b/x.jpg", "http://h/a@b/x.jpg"),
+        ("http://u@h", "http://h"),
+        ("http://h?x=1", "http://h"),
+        ("s3://key:secret@bucket/x?.jpg", "s3://bucket/x?.jpg"),
+    ],
+)
+def test_a_name_has_no_user_password_or_query(address: str, shown: str) -> None:
+    assert without_secrets(address) == shown
+
+
+# --- http ---------------------------------------------------------------------------------
+
+
+def test_a_picture_at_an_address_is_read(server: Server) -> None:
+    server.answers["/x.jpg"] = content(JPEG)
+    assert outcomes(server.at("/x.jpg")) == {server.at("/x.jpg"): JPEG}
+
+
+def test_a_redirect_is_followed_and_the_name_is_the_one_that_was_typed(server: Server) -> None:
+    server.answers["/x.jpg"] = moved("/y")
+    server.answers["/y"] = content(JPEG)
+    assert outcomes(server.at("/x.jpg")) == {server.at("/x.jpg"): JPEG}
+    server.answers["/loop"] = moved("/loop")
+    assert "the server answered 302" in error_of(server.at("/loop"))
+
+
+@pytest.mark.parametrize("code", [400, 401, 403, 404, 410])
+def test_what_will_not_get_better_is_a_failed_row_at_once(server: Server, code: int) -> None:
+    server.answers["/x.jpg"] = status(code)
+    assert re.fullmatch(f"the server answered {code} .*", error_of(server.at("/x.jpg")))
+    assert server.asked["/x.jpg"] == 1
+
+
+@pytest.mark.parametrize("code", [408, 429, 500, 502, 503, 504])
+def test_a_server_that_fails_for_the_moment_is_asked_again(server: Server, code: int) -> None:
+    server.answers["/x.jpg"] = in_turn(status(code), status(code), status(code), content(JPEG))
+    assert read_url(server.at("/x.jpg"), 20, 10**6) == JPEG
+    assert server.asked["/x.jpg"] == 4
+
+
+def test_a_server_that_always_fails_is_a_failed_row_that_says_so(server: Server) -> None:
+    server.answers["/x.jpg"] = status(503)
+    assert error_of(server.at("/x.jpg")) == "the server answered 503 Service Unavailable"
+    assert server.asked["/x.jpg"] == remote.ATTEMPTS
+
+
+def test_no_pause_goes_beyond_the_timeout(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 3600)
+    server.answers["/x.jpg"] = status(503)
+    assert "503" in error_of(server.at("/x.jpg"))
+    assert server.asked["/x.jpg"] == 1
+
+
+@pytest.mark.parametrize("cut", [content(JPEG[:300], claim=len(JPEG)), chunked(JPEG[:300], False)])
+def test_a_connection_that_is_cut_in_the_middle_is_tried_again(server: Server, cut: Answer) -> None:
+    server.answers["/x.jpg"] = in_turn(cut, content(JPEG))
+    assert read_url(server.at("/x.jpg"), 20, 10**6) == JPEG
+    server.answers["/y.jpg"] = cut
+    assert error_of(server.at("/y.jpg")) == "the connection failed (it closed before the end)"
+    assert server.asked["/y.jpg"] == remote.ATTEMPTS
+
+
+def test_a_chunked_answer_is_put_together(server: Server) -> None:
+    server.answers["/x.jpg"] = chunked(JPEG)
+    assert read_url(server.at("/x.jpg"), 20, 10**6) == JPEG
+
+
+def test_a_server_that_is_not_there_is_a_failed_row() -> None:
+    assert error_of("http://127.0.0.1:9/x.jpg") == "the connection failed (connection refused)"
+    for address in ("http://", "http:///x.jpg", "http://h:port/x.jpg", "http://[::1/x.jpg"):
+        assert error_of(address)
+
+
+def test_a_slow_drip_ends_with_the_timeout(server: Server) -> None:
+    server.answers["/x.jpg"] = endless(b"x", server, 0.05)
+    assert error_of(server.at("/x.jpg"), seconds=0.5) == "not there within 0.5 s (--timeout)"
+
+
+def test_a_silent_server_ends_with_the_timeout(server: Server) -> None:
+    server.answers["/x.jpg"] = silence(server)
+    assert error_of(server.at("/x.jpg"), seconds=0.3) == "not there within 0.3 s (--timeout)"
+
+
+def test_too_much_is_a_failed_row_whether_it_is_announced_or_endless(server: Server) -> None:
+    server.answers["/x.jpg"] = content(bytes(5001))
+    assert error_of(server.at("/x.jpg"), max_bytes=5000) == "more bytes than --max-bytes 5,000"
+    server.answers["/x.jpg"] = content(bytes(5000))
+    assert len(read_url(server.at("/x.jpg"), 20, 5000)) == 5000
+    server.answers["/y.jpg"] = endless(bytes(4096), server)
+    assert error_of(server.at("/y.jpg"), max_bytes=50_000) == "more bytes than --max-bytes 50,000"
+    assert server.asked["/y.jpg"] == 1
+
+
+def test_an_empty_answer_is_an_empty_file(server: Server) -> None:
+    server.answers["/x.jpg"] = content(b"")
+    assert error_of(server.at("/x.jpg")) == "empty file"
+
+
+def test_a_page_instead_of_a_picture_is_a_failed_row(server: Server, tiny_weights: Path) -> None:
+    server.answers["/x.jpg"] = content(b"<!doctype html><title>Log in</title>")
+    (row,) = r2ncli.classify([server.at("/x.jpg")], weights=tiny_weights)
+    assert row.path == server.at("/x.jpg")
+    assert row.error
+
+
+def test_a_name_and_a_password_are_sent_and_never_shown(server: Server) -> None:
+    server.answers["/x.jpg"] = content(JPEG)
+    address = f"http://us%40er:pa%3Ass@{server.host}/x.jpg"
+    assert outcomes(address) == {server.at("/x.jpg"): JPEG}
+    sent = server.headers[-1]["Authorization"]
+    assert base64.b64decode(sent.removeprefix("Basic ")) == b"us@er:pa:ss"
+    del server.answers["/x.jpg"]
+    ((name, error),) = outcomes(address).items()
+    assert "ss" not in name
+    assert "pa" not in str(error)
+
+
+def test_a_password_is_not_sent_to_another_server(server: Server) -> None:
+    other = Server()
+    try:
+        server.answers["/x.jpg"] = moved(other.at("/y.jpg"))
+        other.answers["/y.jpg"] = content(JPEG)
+        assert read_url(f"http://user:secret@{server.host}/x.jpg", 20, 10**6) == JPEG
+        assert server.headers[-1]["Authorization"]
+        assert other.headers[-1]["Authorization"] is None
+    finally:
+        other.close()
+
+
+def test_a_query_is_sent_and_not_in_the_name(server: Server) -> None:
+    server.answers["/x.jpg?key=1&b=%20"] = content(JPEG)
+    assert outcomes(server.at("/x.jpg?key=1&b=%20#here")) == {server.at("/x.jpg"): JPEG}
+
+
+def test_spaces_and_letters_of_all_scripts_may_be_in_an_address(server: Server) -> None:
+    server.answers["/a%20b/%C3%A9.jpg"] = content(JPEG)
+    assert outcomes(server.at("/a b/é.jpg")) == {server.at("/a b/é.jpg"): JPEG}
+    assert outcomes(server.at("/a%20b/%C3%A9.jpg")) == {server.at("/a%20b/%C3%A9.jpg"): JPEG}
+
+
+def test_pictures_of_many_addresses_come_in_input_order(server: Server, tiny_weights: Path) -> None:
+    def late(number: int) -> Answer:
+        def answer(asked: BaseHTTPRequestHandler) -> None:
+            time.sleep(0.001 * (number * 7 % 40))
+            content(JPEG)(asked)
+
+        return answer
+
+    addresses = [server.at(f"/{n}.jpg") for n in range(60)]
+    server.answers.update({f"/{n}.jpg": late(n) for n in range(60)})
+    rows = list(r2ncli.classify(addresses, weights=tiny_weights, batch_size=7, workers=2))
+    assert [row.path for row in rows] == addresses
+    assert {row.error for row in rows} == {None}
+
+
+# --- archives at an address ---------------------------------------------------------------
+
+
+def tar_bytes(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, member in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(member)
+            archive.addfile(info, io.BytesIO(member))
+    return buffer.getvalue()
+
+
+def zip_bytes(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, member in members.items():
+            archive.writestr(name, member)
+    return buffer.getvalue()
+
+
+MEMBERS = {f"{n}.jpg": os.urandom(3000) for n in range(6)}
+
+
+@pytest.mark.parametrize("answer", [content, chunked])
+@pytest.mark.parametrize(("suffix", "pack"), [(".tar", bytes), (".tar.gz", gzip.compress)])
+def test_a_tar_at_an_address_is_read_as_it_comes(
+    server: Server,
+    suffix: str,
+    pack: Callable[[bytes], bytes],
+    answer: Callable[[bytes], Answer],
+) -> None:
+    server.answers[f"/a{suffix}?k"] = answer(pack(tar_bytes(MEMBERS)))
+    name = server.at("/a" + suffix)
+    assert outcomes(f"{name}?k") == {f"{name}!{n}": body for n, body in MEMBERS.items()}
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_a_tar_whose_connection_is_cut_is_a_failed_row(server: Server, suffix: str) -> None:
+    whole = tar_bytes(MEMBERS)
+    whole = gzip.compress(whole) if suffix == ".tar.gz" else whole
+    name = server.at("/a" + suffix)
+    for cut in (content(whole[:9000], claim=len(whole)), chunked(whole[:9000], False)):
+        server.answers["/a" + suffix] = cut
+        rows = outcomes(name)
+        assert list(rows)[-1] == name
+        assert re.fullmatch("cannot be read(| beyond member .): it is cut off", str(rows.pop(name)))
+        assert all(rows[f"{name}!{n}"] == MEMBERS[n] for n in list(MEMBERS)[: len(rows)])
+
+
+def test_a_tar_that_is_not_there_or_none_is_a_failed_row(server: Server) -> None:
+    name = server.at("/a.tar")
+    assert outcomes(name) == {name: "the server answered 404 Not Found"}
+    server.answers["/a.tar"] = content(b"<html>" * 999)
+    assert outcomes(name) == {name: "not a tar archive, or its beginning is damaged"}
+
+
+def test_a_zip_at_an_address_is_a_failed_row_that_says_what_to_do(server: Server) -> None:
+    server.answers["/a.zip"] = content(zip_bytes(MEMBERS))
+    name = server.at("/a.zip")
+    assert outcomes(name) == {name: "a zip archive cannot be read over http(s): download it first"}
+    assert server.asked["/a.zip"] == 0
+
+
+# --- runs ---------------------------------------------------------------------------------
+
+
+def test_a_run_over_addresses_ends_with_its_failed_rows_and_resumes(
+    server: Server, tmp_path: Path, tiny_weights: Path
+) -> None:
+    server.answers.update({f"/{n}.jpg": content(JPEG) for n in range(20)})
+    server.answers["/5.jpg"] = status(503)
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(server.at(f"/{n}.jpg") + "\n" for n in range(20)))
+    options: dict[str, Any] = {"weights": tiny_weights, "batch_size": 4}
+    record = r2ncli.classify_to(tmp_path / "whole.csv", [f"@{listed}"], **options)
+    assert record["counts"] == {"inputs": 20, "ok": 19, "failed": 1}
+
+    def stop(progress: r2ncli.Progress) -> None:
+        if progress.done == 9:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        r2ncli.classify_to(tmp_path / "x.csv", [f"@{listed}"], on_progress=stop, **options)
+    server.asked.clear()
+    r2ncli.classify_to(tmp_path / "x.csv", [f"@{listed}"], resume=True, **options)
+    assert (tmp_path / "x.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert set(server.asked) == {f"/{n}.jpg" for n in range(9, 20)}
+
+
+def test_on_error_fail_keeps_what_was_done_and_goes_on_with_that_picture(
+    server: Server, tmp_path: Path, tiny_weights: Path
+) -> None:
+    addresses = [server.at(f"/{n}.jpg") for n in range(12)]
+    server.answers.update({f"/{n}.jpg": content(JPEG) for n in range(12)})
+    server.answers["/7.jpg"] = status(404)
+    out = tmp_path / "x.csv"
+    options: dict[str, Any] = {"weights": tiny_weights, "batch_size": 2, "on_error": "fail"}
+    with pytest.raises(FailedInputError, match=r"/7\.jpg: the server answered 404") as raised:
+        r2ncli.classify_to(out, addresses, **options)
+    assert raised.value.exit_code == 7
+    assert not out.exists()
+    server.answers["/7.jpg"] = content(JPEG)
+    server.asked.clear()
+    record = r2ncli.classify_to(out, addresses, resume=True, **options)
+    assert record["counts"] == {"inputs": 12, "ok": 12, "failed": 0}
+    assert set(server.asked) == {f"/{n}.jpg" for n in range(7, 12)}
+    with out.open(newline="") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == addresses
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_a_server_is_silent_keeps_what_was_done(
+    server: Server, tmp_path: Path, tiny_weights: Path, number: signal.Signals
+) -> None:
+    server.answers.update({f"/{n}.jpg": content(JPEG) for n in range(8)})
+    server.answers["/4.jpg"] = silence(server)
+    out = tmp_path / "x.csv"
+    command = [
+        *(sys.executable, "-m", "r2ncli", "classify", "-b", "2", "-o", str(out)),
+        *("--weights", str(tiny_weights), *(server.at(f"/{n}.jpg") for n in range(8))),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(r2ncli.__file__).parents[1])}
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment, "PYTHONWARNINGS": "ignore"},
+        preexec_fn=heed_interrupts,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not server.asked["/7.jpg"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.5)  # the first batches become rows
+        process.send_signal(number)
+        assert process.stderr is not None
+        said = process.stderr.read()  # to its end: the server is silent all the while
+        assert process.wait() == (130 if number == signal.SIGINT else 143)
+    assert "interrupted: what was done is kept in" in said
+    assert "go on with --resume" in said
+    assert "Traceback" not in said
+    server.answers["/4.jpg"] = content(JPEG)
+    server.asked.clear()
+    ended = subprocess.run([*command, "--resume", "-q"], env=environment, check=False)
+    assert ended.returncode == 0
+    assert "/0.jpg" not in server.asked
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [server.at(f"/{n}.jpg") for n in range(8)]
+    assert {row["status"] for row in rows} == {"ok"}
+
+
+# --- what fsspec opens --------------------------------------------------------------------
+
+
+def fill(memory: Any, *paths: str) -> None:
+    for path in paths:
+        memory.pipe(path, path.encode())
+
+
+def test_a_folder_of_fsspec_is_walked_in_the_order_of_a_walk(memory: Any) -> None:
+    fill(memory, "/p/b.jpg", "/p/a/z.jpg", "/p/a/m/x.jpg", "/p/a/B.jpg", "/p/Z/q.jpg", "/p/a-b/k.jpg")  # fmt: skip # noqa: E501
+    fill(memory, "/p/.hidden/h.jpg", "/p/.h.jpg", "/p/notes.txt", "/p/__MACOSX/a.jpg", "/o/x.jpg")
+    expected = ["b.jpg", "Z/q.jpg", "a/B.jpg", "a/z.jpg", "a/m/x.jpg", "a-b/k.jpg"]
+    for argument in ("memory://p", "memory://p/"):
+        assert outcomes(argument) == {f"memory://p/{n}": f"/p/{n}".encode() for n in expected}
+        assert names(argument) == [f"memory://p/{n}" for n in expected]
+    assert names("memory://")[0] == "memory://o/x.jpg"
+    assert all(source.remote for source in found("memory://p"))
+    assert names("memory://p", exclude=("a*",)) == ["memory://p/b.jpg", "memory://p/Z/q.jpg"]
+
+
+def test_a_file_of_fsspec_is_always_tried(memory: Any) -> None:
+    fill(memory, "/p/notes.txt", "/p/a[1].jpg")
+    assert outcomes("memory://p/notes.txt") == {"memory://p/notes.txt": b"/p/notes.txt"}
+    assert outcomes("memory://p/a[1].jpg") == {"memory://p/a[1].jpg": b"/p/a[1].jpg"}
+
+
+def test_a_pattern_of_fsspec_matches_in_order(memory: Any) -> None:
+    fill(memory, "/p/b.jpg", "/p/a.jpg", "/p/c.png", "/p/sub/d.jpg", "/p/.e.jpg", "/p/.f/g.jpg")
+    assert names("memory://p/*.jpg") == ["memory://p/a.jpg", "memory://p/b.jpg"]
+    assert names("memory://p/[bc].*") == ["memory://p/b.jpg", "memory://p/c.png"]
+    assert names("memory://p/*") == [
+        *(f"memory://p/{n}" for n in ("a.jpg", "b.jpg", "c.png", "sub/d.jpg")),
+    ]
+    assert names("memory://p/**/*.jpg") == [
+        *(f"memory://p/{n}" for n in ("a.jpg", "b.jpg", "sub/d.jpg")),
+    ]
+    with pytest.raises(InputNotFoundError, match=r"nothing matches: memory://p/\*\.gif"):
+        find_images(["memory://p/*.gif"], print)
+
+
+def test_a_local_file_by_its_address_is_read(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(b"x")
+    assert outcomes(f"file://{tmp_path}/x.jpg") == {f"file://{tmp_path}/x.jpg": b"x"}
+    assert outcomes(f"file://{tmp_path}") == {f"file://{tmp_path}/x.jpg": b"x"}
+    assert outcomes(f"file://{tmp_path}/*.jpg") == {f"file://{tmp_path}/x.jpg": b"x"}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".tar", tar_bytes(MEMBERS)),
+        (".tar.gz", gzip.compress(tar_bytes(MEMBERS))),
+        (".zip", zip_bytes(MEMBERS)),
+    ],
+)
+def test_an_archive_of_fsspec_is_read_in_place(
+    memory: Any, tmp_path: Path, suffix: str, content: bytes
+) -> None:
+    memory.pipe("/a" + suffix, content)
+    (tmp_path / ("a" + suffix)).write_bytes(content)
+    for name in (f"memory://a{suffix}", f"file://{tmp_path}/a{suffix}"):
+        assert outcomes(name) == {f"{name}!{n}": body for n, body in MEMBERS.items()}
+
+
+def test_what_is_missing_in_fsspec_is_said_before_anything_runs(memory: Any) -> None:
+    for address in ("memory://x.jpg", "memory://x", "memory://a.zip", "memory://a.tar"):
+        with pytest.raises(InputNotFoundError, match=f"no such file or folder: {address}"):
+            find_images([address], print)
+
+
+def test_an_unknown_or_missing_file_system_is_a_usage_error() -> None:
+    for address in ("nonsense://b/x.jpg", "nonsense://b/*.jpg"):
+        with pytest.raises(UsageError, match="nonsense"):
+            find_images([address], print)
+    with pytest.raises(UsageError, match="s3fs"):
+        find_images(["s3://key:secret@bucket/x.jpg"], print)
+
+
+def test_without_fsspec_the_way_to_get_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(UsageError, match=r"pip install 'r2ncli\[remote\]'") as raised:
+        find_images(["s3://bucket/x.jpg"], print)
+    assert raised.value.exit_code == 2
+
+
+def test_an_address_in_a_list_that_cannot_be_opened_is_a_row_and_no_end(
+    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(memory, "/p/a.jpg")
+    listed = tmp_path / "list.txt"
+    entries = ["memory://gone.jpg", "memory://gone", "nonsense://x", "nonsense://x.jpg"]
+    entries += ["nonsense://a.zip", "memory://gone.tar", "s3://k:s@b/x.jpg", "memory://p"]
+    listed.write_text("\n".join(entries))
+    rows = outcomes(f"@{listed}")
+    assert list(rows) == [*entries[:6], "s3://b/x.jpg", "memory://p/a.jpg"]
+    assert rows.pop("memory://p/a.jpg") == b"/p/a.jpg"
+    assert all(isinstance(row, str) and "k:s" not in row for row in rows.values())
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    assert all("pip install" in str(row) for row in outcomes(f"@{listed}").values())
+
+
+def test_whatever_a_file_system_raises_is_a_row_or_an_exit_code(
+    memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoCredentialsError(Exception):
+        """As botocore's: no OSError."""
+
+    def refusing(*_: object, **__: object) -> None:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    fill(memory, "/p/a.jpg", "/p/sub/b.jpg")
+    for method in ("isdir", "exists", "glob", "open", "ls", "info"):
+        monkeypatch.setattr(type(memory), method, refusing)
+    assert outcomes("memory://p/a.jpg") == {
+        "memory://p/a.jpg": "cannot be read: unable to locate credentials"
+    }
+    monkeypatch.undo()
+    monkeypatch.setattr(type(memory), "glob", refusing)
+    with pytest.raises(InputNotFoundError, match="unable to locate credentials"):
+        find_images(["memory://p/x*"], print)
+    monkeypatch.setattr(type(memory), "ls", refusing)
+    monkeypatch.setattr(type(memory), "isdir", lambda *_: True)
+    assert outcomes("memory://p") == {
+        "memory://p": "the folder cannot be listed: Unable to locate credentials"
+    }

@@ -1,0 +1,199 @@
+"""Which inputs are taken: by pattern, number and shard."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+
+import r2ncli
+from r2ncli.errors import InputNotFoundError, OutputError, UsageError
+from r2ncli.sources.selection import Selection, in_shard
+from r2ncli.sources.walk import find_images
+
+
+def takes(name: str, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()) -> bool:
+    return Selection(include=include, exclude=exclude).takes(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "taken"),
+    [
+        ("x/a.jpg", "*.jpg", True),
+        ("x/a.JPG", "*.jpg", False),  # upper and lower case differ
+        ("x/a.jpg", "a.*", True),
+        ("x/a.jpg", "x", False),  # no slash: the last part alone
+        ("x/a.jpg", "x/*", True),
+        ("y/x/a.jpg", "x/*", False),  # a slash: the whole name
+        ("y/x/a.jpg", "*/x/*", True),
+        ("x/a.jpg", "[ab].jpg", True),
+        ("x/c.jpg", "[!ab].jpg", True),
+        ("a.tar!x/b.jpg", "b.jpg", True),
+        ("a.tar!b.jpg", "b.*", True),
+        ("a.tar.gz!b.jpg", "a*", False),
+        ("a.tar!x/b.jpg", "a.tar!x/*", True),
+        ("what!/b!.jpg", "b!.jpg", True),
+        ("http://h/x/a.jpg", "a.jpg", True),
+        ("http://h/x/a.jpg", "http://h/*", True),
+    ],
+)
+def test_include_takes_what_matches(name: str, pattern: str, taken: bool) -> None:
+    assert takes(name, include=(pattern,)) == taken
+    assert takes(name, include=("nothing", pattern)) == taken
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "left_out"),
+    [
+        ("x/y/a.jpg", "*.jpg", True),
+        ("x/y/a.jpg", "x", True),  # a folder, and all in it
+        ("x/y/a.jpg", "y", True),
+        ("x/y/a.jpg", "y/", True),
+        ("x/y/a.jpg", "x/y", True),
+        ("x/y/a.jpg", "x/y/", True),
+        ("z/x/y/a.jpg", "x/y", False),
+        ("x/y/a.jpg", "*/y", True),
+        ("x/yy/a.jpg", "y", False),
+        ("/x/y/a.jpg", "/x", True),
+        ("a.tar!x/b.jpg", "x", True),
+        ("a.tar!x/b.jpg", "a.tar", True),
+        ("d/a.tar!x/b.jpg", "d/a.tar", True),
+        ("a.tar!x/b.jpg", "a.tar!x/b*", True),
+        ("d/a.tar.bz2!x/b.jpg", "d/a.tar.bz2!x", True),
+        ("http://h/x/a.jpg", "x", True),
+    ],
+)
+def test_exclude_leaves_out_pictures_and_whole_folders(
+    name: str, pattern: str, left_out: bool
+) -> None:
+    assert takes(name, exclude=(pattern,)) == (not left_out)
+    assert takes(name, include=("*",), exclude=(pattern,)) == (not left_out)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def touch(*paths: str) -> None:
+    for path in paths:
+        os.makedirs(os.path.dirname(path) or os.curdir, exist_ok=True)
+        Path(path).write_bytes(b"x")
+
+
+def names(*paths: str, **selection: Any) -> list[str]:
+    return [source.name for source in find_images(paths, print, Selection(**selection))]
+
+
+def test_an_excluded_folder_is_not_even_listed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch("a/1.jpg", "b/2.jpg", "c/b/3.jpg")
+    scandir = os.scandir
+
+    def refusing(path: str) -> Any:
+        if os.path.basename(path) == "b":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert names() == ["a/1.jpg", "b", "c/b"]
+    assert names(exclude=("b",)) == ["a/1.jpg"]
+    assert names(exclude=("c/b",)) == ["a/1.jpg", "b"]
+
+
+def test_patterns_hold_for_files_that_are_named_and_for_entries_of_lists(here: Path) -> None:
+    touch("a.jpg", "b.jpg", "c.txt")
+    Path("list").write_text("a.jpg\nb.jpg\nc.txt\n")
+    for arguments in (("a.jpg", "b.jpg", "c.txt"), ("@list",)):
+        assert names(*arguments, include=("*.jpg",)) == ["a.jpg", "b.jpg"]
+        assert names(*arguments, exclude=("a*", "c.*")) == ["b.jpg"]
+
+
+def test_max_takes_the_first(here: Path) -> None:
+    touch(*(f"{n}.jpg" for n in range(9)))
+    assert names(max=3) == ["0.jpg", "1.jpg", "2.jpg"]
+    assert names(max=3, exclude=("1*",)) == ["0.jpg", "2.jpg", "3.jpg"]
+    assert len(names(max=99)) == 9
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 100])
+def test_shards_cover_all_names_exactly_once(count: int) -> None:
+    all_names = [f"x/{n}.jpg" for n in range(500)] + ["é.jpg", "\\xff.jpg"]
+    shares = [[n for n in all_names if in_shard(n, (i + 1, count))] for i in range(count)]
+    assert sorted(sum(shares, [])) == sorted(all_names)  # noqa: RUF017  few
+    if count <= 7:
+        assert all(len(share) > 300 / count for share in shares)
+
+
+def test_a_shard_is_the_same_on_every_machine() -> None:
+    assert [i for i in range(1, 6) if in_shard("photos/a.jpg", (i, 5))] == [3]
+    assert [i for i in range(1, 6) if in_shard("é.jpg", (i, 5))] == [2]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_outputs_of_all_shards_have_every_picture_once(
+    tmp_path: Path, pictures: Path, tiny_weights: Path
+) -> None:
+    seen: list[str] = []
+    for share in range(1, 4):
+        out = tmp_path / f"{share}.csv"
+        record = r2ncli.classify_to(out, pictures, weights=tiny_weights, shard=f"{share}/3", max=15)
+        assert record["shard"] == f"{share}/3"
+        seen += [row["path"] for row in rows_of(out)]
+    assert sorted(seen) == [f"{pictures}/{n:05d}.jpg" for n in range(15)]  # max comes first
+
+
+def test_an_empty_shard_is_an_empty_finished_output(tmp_path: Path, tiny_weights: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    empty = next(i for i in range(1, 3) if not in_shard(f"{tmp_path}/a.jpg", (i, 2)))
+    options: dict[str, Any] = {"weights": tiny_weights, "shard": f"{empty}/2"}
+    record = r2ncli.classify_to(tmp_path / "x.csv", tmp_path, **options)
+    assert record["counts"] == {"inputs": 0, "ok": 0, "failed": 0}
+    assert (tmp_path / "x.csv").read_text().startswith("path,status,error,index_1")
+    assert rows_of(tmp_path / "x.csv") == []
+    r2ncli.extract_to(tmp_path / "x.h5", tmp_path, **options)
+    with h5py.File(tmp_path / "x.h5") as file:
+        assert file["features/layer4"].shape == (0, 64)
+        assert len(file["paths"]) == 0
+    assert list(r2ncli.classify(tmp_path, **options)) == []
+
+
+def test_a_shard_of_no_image_at_all_is_no_image_found(tmp_path: Path, tiny_weights: Path) -> None:
+    with pytest.raises(InputNotFoundError, match="no image found"):
+        r2ncli.classify_to(tmp_path / "x.csv", tmp_path, weights=tiny_weights, shard="1/2")
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "1/0", "a/b", "-1/2", "1/2/3", "", "1 / 2"])
+def test_a_bad_shard_is_a_usage_error(tmp_path: Path, shard: str) -> None:
+    with pytest.raises(UsageError, match="expected I/N") as raised:
+        r2ncli.classify(tmp_path, shard=shard)
+    assert raised.value.exit_code == 2
+
+
+def test_another_shard_is_not_resumed(tmp_path: Path, pictures: Path, tiny_weights: Path) -> None:
+    out = tmp_path / "x.csv"
+    r2ncli.classify_to(out, pictures, weights=tiny_weights, shard="1/2")
+    with pytest.raises(OutputError, match="shard was 1/2, is 2/2"):
+        r2ncli.classify_to(out, pictures, weights=tiny_weights, shard="2/2", resume=True)
+    with pytest.raises(OutputError, match="shard was 1/2, is None"):
+        r2ncli.classify_to(out, pictures, weights=tiny_weights, resume=True)
+    r2ncli.classify_to(out, pictures, weights=tiny_weights, shard="1/2", resume=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"max": 0}, {"timeout": 0}, {"timeout": float("nan")}, {"on_error": "stop"}]
+)
+def test_an_option_of_sources_that_cannot_be_is_a_usage_error(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError):
+        r2ncli.classify(tmp_path, **options)

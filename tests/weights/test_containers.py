@@ -1,0 +1,187 @@
+"""How a file is packed is told from its bytes, and what is no checkpoint by what it is."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from r2ncli.errors import CheckpointError
+from r2ncli.weights.containers import broken_members, container, reading
+
+
+def error_of(path: Path) -> str:
+    with pytest.raises(CheckpointError) as raised:
+        container(path)
+    assert raised.value.exit_code == 4
+    return str(raised.value)
+
+
+def zipped(*names: str) -> bytes:
+    """A zip archive with members of these names."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name in names or ("archive/data.pkl",):
+            archive.writestr(name, bytes(2000))
+    return content.getvalue()
+
+
+def safetensors(header: object = None, data: bytes = b"") -> bytes:
+    text = json.dumps(header or {}).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (zipped(), "zip"),
+        (pickle.dumps({"a": [1]}, protocol=2), "pickle"),
+        (pickle.dumps({"a": [1]}, protocol=4), "pickle"),
+        (safetensors(), "safetensors"),
+    ],
+)
+def test_containers_are_told_by_their_content(tmp_path: Path, content: bytes, kind: str) -> None:
+    for name in ("a.pth", "a.safetensors", "a"):
+        (tmp_path / name).write_bytes(content)
+        assert container(tmp_path / name) == kind
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"<!DOCTYPE html>\n<html>504</html>", "a web page"),
+        (b"\xef\xbb\xbf\n <HTML><head>", "a web page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML document"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (gzip.compress(zipped()), "unpack it first"),
+        (zipped()[:1000], "truncated"),
+        (zipped()[:-30], "truncated"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "not a checkpoint"),
+        (bytes(1000), "not a checkpoint"),
+        (b"{}", "not a checkpoint"),
+        (b"\x80", "not a checkpoint"),
+    ],
+)
+def test_what_is_no_checkpoint_says_what_it_seems_to_be(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(content)
+    text = error_of(path)
+    assert text.startswith(f"{path}: ")
+    assert reason in text
+
+
+def test_a_folder_or_a_missing_file_is_no_checkpoint(tmp_path: Path) -> None:
+    assert error_of(tmp_path) == f"{tmp_path}: is a folder, not a checkpoint file"
+    text = error_of(tmp_path / "a.pth")
+    assert text == f"{tmp_path}/a.pth: cannot be read: No such file or directory"
+
+
+def test_a_folder_says_what_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "b.pth").touch()
+    (tmp_path / "a.txt").touch()
+    assert error_of(tmp_path).endswith("is a folder, not a checkpoint file; in it is b.pth")
+    (tmp_path / "data.pkl").touch()
+    assert "an unpacked one: download the file again" in error_of(tmp_path)
+
+
+def test_a_pipe_is_no_file_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    assert error_of(tmp_path / "pipe.pth").endswith("is no regular file")
+    with pytest.raises(CheckpointError, match="no regular file"), reading(Path("/dev/null")):
+        pass
+
+
+def test_a_pickle_of_an_old_protocol_is_told_where_it_asks_first(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    for content in (b"cposix\nsystem\n(S'true'\ntR.", b"(cposix\nsystem\nS'true'\no."):
+        path.write_bytes(content)
+        assert container(path) == "pickle"
+    path.write_bytes(b"(S'true'\niposix\nsystem\n.")  # text, as far as its first bytes go
+    assert "text, not a checkpoint: it starts \"(S'true' iposix" in error_of(path)
+
+
+def test_a_safetensors_file_that_lacks_its_end_is_truncated(tmp_path: Path) -> None:
+    header = {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
+    whole = safetensors(header, bytes(16))
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(whole)
+    assert container(path) == "safetensors"
+    for cut in (1, 16, 20):
+        path.write_bytes(whole[:-cut])
+        assert f"truncated: {len(whole) - cut} of a safetensors file's" in error_of(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["a/data.pkl", "a/constants.pkl"], "a TorchScript program"),
+        (["a/data.pkl", "a/.data/extern_modules"], "a torch.package archive"),
+        (["a/archive_format", "a/models/model.json"], "a torch.export program"),
+        (["config.json", "model.weights.h5"], "a Keras model"),
+        (["x.npy", "y.npy"], "a zip archive of NumPy arrays"),
+        (["net/weights.pth", "net/readme.txt"], "with net/weights.pth inside: unpack it first"),
+        (["photo.jpg"], "a zip archive, but not one that torch.save writes"),
+    ],
+)
+def test_a_zip_archive_of_something_else_is_told_by_its_members(
+    tmp_path: Path, names: list[str], reason: str
+) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(zipped(*names))
+    assert reason in error_of(path)
+
+
+def test_a_zip_archive_whose_list_is_damaged_is_damaged(tmp_path: Path) -> None:
+    whole = bytearray(zipped())
+    whole[whole.index(b"PK\x01\x02")] ^= 1
+    path = tmp_path / "a.pth"
+    path.write_bytes(whole)
+    assert "damaged: a zip container that cannot be listed" in error_of(path)
+
+
+def test_members_that_do_not_fit_their_checksum_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(zipped("a/data.pkl", "a/data/0"))
+    assert broken_members(path) == (2, [])
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"a/data/0", 0, content.index(b"PK\x01\x02")) + 100] ^= 1
+    path.write_bytes(content)
+    assert broken_members(path) == (2, ["a/data/0"])
+
+
+def test_an_archive_without_checksums_has_none_that_could_break(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    content = bytearray(zipped("a/data.pkl"))
+    for start in (14, content.index(b"PK\x01\x02") + 16):
+        content[start : start + 4] = bytes(4)
+    path.write_bytes(content)
+    assert broken_members(path) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("mark", "offset", "byte"),
+    [
+        (b"PK\x01\x02", 8, 1),  # encrypted
+        (b"PK\x01\x02", 10, 99),  # a compression that does not exist
+        (b"PK\x01\x02", 42, 200),  # not where the list says
+        (b"PK\x03\x04", 30, 0xFF),  # another name in its place
+    ],
+)
+def test_a_member_that_cannot_be_read_is_broken_and_no_bug(
+    tmp_path: Path, mark: bytes, offset: int, byte: int
+) -> None:
+    content = bytearray(zipped("a/data.pkl"))
+    content[content.index(mark) + offset] = byte
+    path = tmp_path / "a.pth"
+    path.write_bytes(content)
+    assert container(path) == "zip"
+    assert broken_members(path) == (1, ["a/data.pkl"])
