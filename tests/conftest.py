@@ -1,10 +1,9 @@
-"""What tests share: a tiny network in a file, pictures, and no settings of this machine."""
+"""What all tests share: a tiny network in a file, images, and no settings of this machine."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,25 +13,22 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from support.networks import TINY_ARCHITECTURE
+from support.reference_weights import reference_state_dict
 
-from r2ncli.architectures import Architecture
+from r2ncli.architectures import DEFAULT_NETWORK
 from r2ncli.model import Res2Net
 
 if not torch.cuda.is_available():  # Triton's kernels are interpreted; set before their import
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-TINY = Architecture(
-    (1, 1, 1, 1), base_width=16, stem=(8, 8, 16), average_pool_shortcut=True,
-    stage_planes=(16, 16, 16, 16), classes=6,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a tiny network with labels, input 32 x 32."""
     torch.manual_seed(0)
-    network = Res2Net(TINY)
-    for module in network.modules():  # untrained statistics would make all pictures alike
+    network = Res2Net(TINY_ARCHITECTURE)
+    for module in network.modules():  # untrained statistics would make all images alike
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
@@ -42,6 +38,14 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     save_file(network.state_dict(), path, {"r2n": json.dumps(metadata)})
+    return path
+
+
+@pytest.fixture(scope="session")
+def reference_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference weights of the default network in a file, which no test may change."""
+    path = tmp_path_factory.mktemp("reference") / "reference.pth"
+    torch.save(reference_state_dict(DEFAULT_NETWORK), path)
     return path
 
 
@@ -62,13 +66,13 @@ def make_pictures() -> Callable[..., Path]:
 
 @pytest.fixture
 def pictures(tmp_path: Path, make_pictures: Callable[..., Path]) -> Path:
-    """A folder of twenty pictures."""
+    """A folder of twenty images."""
     return make_pictures(tmp_path / "pictures", 20)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Small networks are quicker with one thread than with several on busy cores."""
+    """Run torch on one thread: small networks are slower on several busy cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -77,7 +81,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Compiled networks are kept for the session, and never beside the user's."""
+    """Keep compiled networks for the session, in a cache folder that is not the user's."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("R2N_CACHE", str(folder))
@@ -86,7 +90,7 @@ def cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 
 @pytest.fixture(autouse=True)
 def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Neither weights, proxies nor a network of the machine reach a test."""
+    """Keep weights, proxies and networks of this machine away from every test."""
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -102,9 +106,3 @@ def hub(tmp_path: Path) -> Path:
     folder = tmp_path / "torch" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     return folder
-
-
-def heed_interrupts() -> None:
-    """For a child before its program begins: SIGINT counts, though a script in the background,
-    which may have started the tests, ignores it and hands that on."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)

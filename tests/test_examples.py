@@ -15,15 +15,14 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from PIL import Image
 from safetensors.torch import load_file
+from support.networks import TINY_ARCHITECTURE
+from support.scripts import CHECKS, EXAMPLES, example
 
 import r2ncli
 from r2ncli.weights.checkpoints import find_checkpoint, read_metadata
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-CHECKS = Path(__file__).with_name("checks")
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 
 
@@ -39,13 +38,6 @@ def train_demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 @pytest.fixture
 def neighbours(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return example("nearest_neighbours", monkeypatch)
-
-
-def example(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.syspath_prepend(CHECKS)
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    return __import__(name)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +61,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_on_class_folders_gives_a_network_that_r2n_classifies_with(
     train_demo: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_demo, "ARCHITECTURE", TINY)
+    monkeypatch.setattr(train_demo, "ARCHITECTURE", TINY_ARCHITECTURE)
     monkeypatch.setattr(train_demo, "BATCH_SIZE", 4)  # more steps, and gentler ones
     monkeypatch.setattr(train_demo, "PEAK_LEARNING_RATE", 0.02)
     output = tmp_path / "colours.safetensors"

@@ -6,16 +6,16 @@ import math
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from PIL import Image
+from support.extras import needs
+from support.networks import TINY_ARCHITECTURE
 from support.reference_weights import reference_state_dict
-from test_examples import EXAMPLES, example
+from support.scripts import EXAMPLES, example
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from typer.testing import CliRunner
@@ -25,14 +25,6 @@ from r2ncli.cli.app import app
 from r2ncli.weights.loading import load_model
 
 NAME = "res2net50_v1b_26w_4s"
-
-
-@pytest.fixture(scope="module")
-def reference_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The published network's reference weights in a file."""
-    path = tmp_path_factory.mktemp("reference") / "reference.pth"
-    torch.save(reference_state_dict(NAME), path)
-    return path
 
 
 def has_all_of(part: nn.Module, weights: str | Path) -> bool:
@@ -48,13 +40,6 @@ def losses(printed: str) -> list[float]:
     assert found
     assert all(math.isfinite(loss) for loss in found)
     return found
-
-
-def needs(*libraries: str) -> None:
-    """Skip, and say why, where a library of the extra is absent; a broken one fails."""
-    for library in libraries:
-        if find_spec(library) is None:
-            pytest.skip(f"{library} is not installed: pip install '.[interop]'")
 
 
 # --- torchvision --------------------------------------------------------------------------
@@ -92,7 +77,7 @@ def test_a_converted_backbone_loads_strictly_into_what_torchvision_keeps_of_a_ne
     tiny_weights: Path, tmp_path: Path
 ) -> None:
     r2ncli.convert(tiny_weights, tmp_path / "backbone.pth", to="torchvision-backbone")
-    kept = IntermediateLayerGetter(r2ncli.Res2Net(TINY), {"layer4": "out"})
+    kept = IntermediateLayerGetter(r2ncli.Res2Net(TINY_ARCHITECTURE), {"layer4": "out"})
     kept.load_state_dict(torch.load(tmp_path / "backbone.pth", weights_only=True), strict=True)
     assert has_all_of(kept, tiny_weights)
 
@@ -174,7 +159,7 @@ def test_timm_gives_the_same_logits(
 def test_mmpretrain_gives_the_same_logits_with_the_deep_stem_and_no_other(
     reference_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needs("mmpretrain", "mmcv", "mmengine", "modelindex", "markdown")
+    needs("interop", "mmpretrain", "mmcv", "mmengine", "modelindex", "markdown")
     mmpretrain = example("mmpretrain_classifier", monkeypatch)
     assert mmpretrain.main([str(reference_file)]) == 0
 
@@ -196,7 +181,7 @@ def test_mmpretrain_gives_the_same_logits_with_the_deep_stem_and_no_other(
 def test_a_unet_with_a_registered_encoder_trains(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    needs("segmentation_models_pytorch")
+    needs("interop", "segmentation_models_pytorch")
     unet = example("unet", monkeypatch)
     model = unet.segmenter("demo")
     assert has_all_of(model.encoder.network, "demo")
@@ -238,7 +223,7 @@ print("trained")
 def test_yolo_has_the_layers_outputs_and_trains(
     reference_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needs("ultralytics")
+    needs("interop", "ultralytics")
     monkeypatch.setenv("YOLO_OFFLINE", "1")
     monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", f"{EXAMPLES}:{EXAMPLES.parent}")

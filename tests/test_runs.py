@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import features
+from support.results import read_csv
 
 import r2ncli
 from r2ncli import runs
@@ -31,11 +31,6 @@ from r2ncli.images.decode import DecodeRules
 from r2ncli.outputs.partial import BLOCK_ROWS
 from r2ncli.outputs.results import read_record
 from r2ncli.outputs.rows import Classification
-
-
-def read_csv(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 class StopAfterError(Exception):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import h5py
 import pytest
-from conftest import heed_interrupts
+from support.processes import heed_interrupts
 from typer.testing import CliRunner
 
 import r2ncli

@@ -16,10 +16,10 @@ import pillow_heif
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from images.test_decode import FILES
 from PIL import Image, ImageOps, features
 from PIL.Image import Transpose
 from support.icc_profiles import PROFILES, in_srgb
+from support.images import FILES, orientation
 
 from r2ncli.architectures import Preprocessing
 from r2ncli.errors import ImageError
@@ -100,12 +100,6 @@ def encoded(image: Image.Image, kind: str, **metadata: Any) -> bytes:
     else:
         image.copy().save(content, kind, **OPTIONS.get(kind, {}), **metadata)
     return content.getvalue()
-
-
-def orientation(value: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = value
-    return exif
 
 
 def decoded(content: bytes) -> Array:

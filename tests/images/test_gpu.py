@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from images.test_jpeg import FOR_CARD, jpeg, patched
 from PIL import Image
 from support.icc_profiles import PROFILES
+from support.jpegs import FOR_CARD, jpeg, patched
 
 from r2ncli import predictor
 from r2ncli.architectures import Preprocessing

@@ -7,8 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from outputs.test_formats import classified, features, write
-from outputs.test_results import SHAPES, rows
+from support.results import SHAPES, classified, features, rows, write
 
 from r2ncli import diff
 from r2ncli.errors import InputNotFoundError, OutputError, UsageError

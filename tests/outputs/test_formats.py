@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 
@@ -10,6 +9,7 @@ import h5py
 import numpy as np
 import pyarrow.parquet
 import pytest
+from support.results import LABELLED, classified, features, read_csv, write
 
 from r2ncli.errors import UsageError
 from r2ncli.outputs.formats import (
@@ -24,30 +24,6 @@ from r2ncli.outputs.formats import (
 from r2ncli.outputs.partial import PartialOutput
 from r2ncli.outputs.results import read_names, read_record
 from r2ncli.outputs.rows import Classification, Features, Prediction
-
-LABELLED = CsvFormat(topk=2, with_wnids=True, with_labels=True)
-
-
-def classified(path, *probabilities):
-    """A classification with these probabilities."""
-    return Classification(
-        path, tuple(Prediction(i, f"n{i}", f"label {i}", p) for i, p in enumerate(probabilities))
-    )
-
-
-def write(output, format, rows, record=None):
-    """Write all rows as one run does."""
-    with PartialOutput(output, format) as partial:
-        partial.begin(record or {})
-        for row in rows:
-            partial.append(row)
-        partial.finish(record or {})
-
-
-def read_csv(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
 
 # --- CSV ------------------------------------------------------------------------------
 
@@ -209,16 +185,6 @@ def test_rows_do_not_depend_on_how_they_fell_into_blocks(tmp_path, suffix, monke
 
 
 # --- HDF5 -----------------------------------------------------------------------------
-
-
-def features(count, failed=(), shape=(5,)):
-    random = np.random.default_rng(1)
-    for n in range(count):
-        values = random.standard_normal(shape).astype(np.float32)
-        if n in failed:
-            yield Features(f"p/ü{n}.jpg", {}, "empty file")
-        else:
-            yield Features(f"p/ü{n}.jpg", {"layer4": values, "layer1.0.bn1": values[:2]})
 
 
 def test_features_paths_and_status_are_aligned(tmp_path):

@@ -6,8 +6,7 @@ import re
 
 import h5py
 import pytest
-from outputs.test_formats import classified, features, write
-from outputs.test_results import SHAPES, read_all, rows
+from support.results import SHAPES, classified, features, read_all, rows, write
 
 import r2ncli
 from r2ncli.errors import InputNotFoundError, OutputError, UsageError

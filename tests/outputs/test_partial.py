@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from outputs.test_formats import LABELLED, classified, read_csv, write
+from support.results import LABELLED, classified, read_csv, write
 
 from r2ncli.errors import OutputError
 from r2ncli.outputs.formats import Hdf5Format

@@ -10,31 +10,18 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from outputs.test_formats import LABELLED, classified, features, write
+from support.results import LABELLED, SHAPES, classified, features, read_all, rows, write
 
 from r2ncli.errors import OutputError, UsageError
 from r2ncli.outputs.formats import ROW_FORMATS, Hdf5Format
 from r2ncli.outputs.results import (
     is_features,
     open_features,
-    read_classifications,
-    read_features,
     read_format,
     read_names,
     read_record,
 )
 from r2ncli.outputs.rows import Classification, Features, Prediction
-
-SHAPES = {"layer4": (5,), "layer1.0.bn1": (2,)}
-
-
-def rows(count=300):
-    random = np.random.default_rng(3)
-    for n, (a, b) in enumerate(random.random((count, 2)).astype(np.float32).tolist()):
-        if n % 7:
-            yield classified(f'p/ü,"{n}\n\u2028.jpg', a, b)
-        else:
-            yield Classification(f"p/{n}.jpg", (), "cannot be read: no such file or directory")
 
 
 def written(folder, suffix):
@@ -46,10 +33,6 @@ def written(folder, suffix):
     else:
         write(out, ROW_FORMATS[suffix](2, True, True), rows(), record)
     return out
-
-
-def read_all(out):
-    return list(read_features(out) if is_features(out) else read_classifications(out))
 
 
 @pytest.mark.parametrize("suffix", ROW_FORMATS)

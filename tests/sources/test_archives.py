@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.archives import tar_bytes, zip_bytes
+from support.sources import outcome
 
 import r2ncli
-from r2ncli.errors import ImageError
 from r2ncli.sources import archives
 from r2ncli.sources import walk as walking
 from r2ncli.sources.archives import Budget
@@ -52,25 +53,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert sorted(os.listdir("/dev/fd")) == before
 
 
-def tar_bytes(members: dict[str, bytes], format: int = tarfile.GNU_FORMAT) -> bytes:
-    """A tar of files in memory."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def zip_bytes(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
-
-
 def write(name: str, content: bytes) -> str:
     Path(name).write_bytes(content)
     return name
@@ -83,13 +65,6 @@ def found(*paths: str, max_bytes: int = 10**9) -> list[Input]:
 def outcomes(*paths: str, max_bytes: int = 10**9) -> dict[str, bytes | str]:
     """What each input gives: its bytes, or why there are none."""
     return {source.name: outcome(source, max_bytes) for source in found(*paths)}
-
-
-def outcome(source: Input, max_bytes: int = 10**9) -> bytes | str:
-    try:
-        return source.read(max_bytes)
-    except ImageError as error:
-        return str(error)
 
 
 def within(archive: str, members: dict[str, bytes]) -> dict[str, bytes]:

@@ -11,20 +11,29 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
-import threading
 import time
-import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
-from conftest import heed_interrupts
 from PIL import Image
+from support.archives import tar_bytes, zip_bytes
+from support.processes import heed_interrupts
+from support.servers import (
+    Answer,
+    Server,
+    chunked,
+    content,
+    endless,
+    in_turn,
+    moved,
+    silence,
+    status,
+)
+from support.sources import outcome
 
 import r2ncli
 from r2ncli.errors import FailedInputError, ImageError, InputNotFoundError, UsageError
@@ -32,8 +41,6 @@ from r2ncli.sources import remote
 from r2ncli.sources.remote import is_url, read_url, without_secrets
 from r2ncli.sources.selection import Selection
 from r2ncli.sources.walk import Input, find_images
-
-Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
 def picture(colour: str = "red") -> bytes:
@@ -43,48 +50,6 @@ def picture(colour: str = "red") -> bytes:
 
 
 JPEG = picture()
-
-
-class Server:
-    """A web server of this test's own; `answers` says what it does at a path."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, Answer] = {}
-        self.asked: Counter[str] = Counter()
-        self.headers: list[Any] = []
-        self.over = threading.Event()
-        server = self
-
-        class Asked(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                server.asked[self.path] += 1
-                server.headers.append(self.headers)
-                self.close_connection = True
-                answer = server.answers.get(self.path, status(404))
-                try:
-                    answer(self)
-                except OSError:  # who asked has gone
-                    return
-
-            def log_message(self, *_: object) -> None:
-                return
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Asked)
-        self._http.daemon_threads = True
-        self.host = f"127.0.0.1:{self._http.server_port}"
-        self.thread = threading.Thread(target=self._http.serve_forever, args=(0.02,))
-        self.thread.start()
-
-    def at(self, path: str) -> str:
-        return f"http://{self.host}{path}"
-
-    def close(self) -> None:
-        self.over.set()
-        self._http.shutdown()
-        self.thread.join()
-        self._http.server_close()
 
 
 @pytest.fixture
@@ -114,79 +79,12 @@ def memory() -> Iterator[Any]:
 # --- answers ------------------------------------------------------------------------------
 
 
-def content(body: bytes, code: int = 200, claim: int | None = None, **headers: str) -> Answer:
-    def answer(asked: BaseHTTPRequestHandler) -> None:
-        asked.send_response(code)
-        asked.send_header("Content-Length", str(len(body) if claim is None else claim))
-        for name, value in headers.items():
-            asked.send_header(name, value)
-        asked.end_headers()
-        asked.wfile.write(body)
-
-    return answer
-
-
-def status(code: int) -> Answer:
-    return content(b"<html>no", code)
-
-
-def in_turn(*answers: Answer) -> Answer:
-    """Each once, and the last one for ever."""
-    left = list(answers)
-
-    def answer(asked: BaseHTTPRequestHandler) -> None:
-        (left.pop(0) if len(left) > 1 else left[0])(asked)
-
-    return answer
-
-
-def moved(to: str) -> Answer:
-    return content(b"", 302, Location=to)
-
-
-def chunked(body: bytes, whole: bool = True) -> Answer:
-    def answer(asked: BaseHTTPRequestHandler) -> None:
-        asked.send_response(200)
-        asked.send_header("Transfer-Encoding", "chunked")
-        asked.end_headers()
-        for start in range(0, len(body), 100):
-            piece = body[start : start + 100]
-            asked.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
-        if whole:
-            asked.wfile.write(b"0\r\n\r\n")
-
-    return answer
-
-
-def endless(piece: bytes, server: Server, pause: float = 0.0) -> Answer:
-    def answer(asked: BaseHTTPRequestHandler) -> None:
-        asked.send_response(200)
-        asked.end_headers()
-        while not server.over.is_set():
-            asked.wfile.write(piece)
-            if pause:
-                server.over.wait(pause)
-
-    return answer
-
-
-def silence(server: Server) -> Answer:
-    return lambda _asked: server.over.wait() and None
-
-
 def found(*paths: str, **selection: Any) -> list[Input]:
     return list(find_images(paths, print, Selection(**{"timeout": 20.0, **selection})))
 
 
 def names(*paths: str, **selection: Any) -> list[str]:
     return [source.name for source in found(*paths, **selection)]
-
-
-def outcome(source: Input, max_bytes: int = 10**8) -> bytes | str:
-    try:
-        return source.read(max_bytes)
-    except ImageError as error:
-        return str(error)
 
 
 def outcomes(*paths: str, **selection: Any) -> dict[str, bytes | str]:
@@ -370,24 +268,6 @@ def test_pictures_of_many_addresses_come_in_input_order(server: Server, tiny_wei
 
 
 # --- archives at an address ---------------------------------------------------------------
-
-
-def tar_bytes(members: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, member in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(member)
-            archive.addfile(info, io.BytesIO(member))
-    return buffer.getvalue()
-
-
-def zip_bytes(members: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, member in members.items():
-            archive.writestr(name, member)
-    return buffer.getvalue()
 
 
 MEMBERS = {f"{n}.jpg": os.urandom(3000) for n in range(6)}

@@ -9,6 +9,7 @@ from typing import Any
 
 import h5py
 import pytest
+from support.files import touch
 
 import r2ncli
 from r2ncli.errors import InputNotFoundError, OutputError, UsageError
@@ -72,19 +73,6 @@ def test_exclude_leaves_out_pictures_and_whole_folders(
 ) -> None:
     assert takes(name, exclude=(pattern,)) == (not left_out)
     assert takes(name, include=("*",), exclude=(pattern,)) == (not left_out)
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def touch(*paths: str) -> None:
-    for path in paths:
-        os.makedirs(os.path.dirname(path) or os.curdir, exist_ok=True)
-        Path(path).write_bytes(b"x")
 
 
 def names(*paths: str, **selection: Any) -> list[str]:

@@ -18,26 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import heed_interrupts
+from support.files import touch
+from support.processes import heed_interrupts
 
 from r2ncli.errors import ImageError, InputNotFoundError, UsageError
 from r2ncli.sources import walk as walking
 from r2ncli.sources.selection import SUFFIXES, Selection
 from r2ncli.sources.walk import Input, Walk, file_input, find_images, printable
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def touch(*paths: str | bytes) -> None:
-    for path in paths:
-        os.makedirs(os.path.dirname(path) or os.curdir, exist_ok=True)
-        with open(path, "wb") as file:
-            file.write(b"x")
 
 
 def found(*paths: str | os.PathLike[str]) -> list[Input]:

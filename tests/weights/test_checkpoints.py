@@ -7,15 +7,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.checkpoints import error_of
 
 from r2ncli.architectures import DEFAULT_NETWORK, PUBLISHED, Preprocessing
-from r2ncli.errors import CheckpointError
 from r2ncli.weights import checkpoints, containers
 from r2ncli.weights.checkpoints import (
     checked_sha256,
@@ -40,13 +39,6 @@ def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a download was begun")
 
     monkeypatch.setattr(checkpoints, "download_file", unwanted)
-
-
-def error_of(call: Callable[..., object], *arguments: Any, **options: Any) -> str:
-    with pytest.raises(CheckpointError) as raised:
-        call(*arguments, **options)
-    assert raised.value.exit_code == 4
-    return str(raised.value)
 
 
 # --- where a checkpoint is looked for -----------------------------------------------------

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.reference_weights import TINY, reference_network
+from support.checkpoints import saved
 from typer.testing import CliRunner
 
 from r2ncli.cli.app import app
@@ -22,21 +22,10 @@ KEYS = [
 
 
 @pytest.fixture
-def state_dict():
-    """A small network's state dict, to be changed at will."""
-    return {n: t.clone() for n, t in reference_network(TINY["v1b"]).state_dict().items()}
-
-
-@pytest.fixture
 def other(state_dict, tmp_path):
     """The file of the unchanged state dict."""
     save_file(state_dict, tmp_path / "other.safetensors")
     return tmp_path / "other.safetensors"
-
-
-def saved(content, path):
-    torch.save(content, path)
-    return path
 
 
 def test_the_same_tensors_are_equal_in_any_container_and_naming(state_dict, other, tmp_path):

@@ -11,16 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.checkpoints import error_of
 
 from r2ncli.errors import CheckpointError
 from r2ncli.weights.containers import broken_members, container, reading
-
-
-def error_of(path: Path) -> str:
-    with pytest.raises(CheckpointError) as raised:
-        container(path)
-    assert raised.value.exit_code == 4
-    return str(raised.value)
 
 
 def zipped(*names: str) -> bytes:
@@ -74,28 +68,30 @@ def test_what_is_no_checkpoint_says_what_it_seems_to_be(
 ) -> None:
     path = tmp_path / "a.pth"
     path.write_bytes(content)
-    text = error_of(path)
+    text = error_of(container, path)
     assert text.startswith(f"{path}: ")
     assert reason in text
 
 
 def test_a_folder_or_a_missing_file_is_no_checkpoint(tmp_path: Path) -> None:
-    assert error_of(tmp_path) == f"{tmp_path}: is a folder, not a checkpoint file"
-    text = error_of(tmp_path / "a.pth")
+    assert error_of(container, tmp_path) == f"{tmp_path}: is a folder, not a checkpoint file"
+    text = error_of(container, tmp_path / "a.pth")
     assert text == f"{tmp_path}/a.pth: cannot be read: No such file or directory"
 
 
 def test_a_folder_says_what_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "b.pth").touch()
     (tmp_path / "a.txt").touch()
-    assert error_of(tmp_path).endswith("is a folder, not a checkpoint file; in it is b.pth")
+    assert error_of(container, tmp_path).endswith(
+        "is a folder, not a checkpoint file; in it is b.pth"
+    )
     (tmp_path / "data.pkl").touch()
-    assert "an unpacked one: download the file again" in error_of(tmp_path)
+    assert "an unpacked one: download the file again" in error_of(container, tmp_path)
 
 
 def test_a_pipe_is_no_file_and_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pth")
-    assert error_of(tmp_path / "pipe.pth").endswith("is no regular file")
+    assert error_of(container, tmp_path / "pipe.pth").endswith("is no regular file")
     with pytest.raises(CheckpointError, match="no regular file"), reading(Path("/dev/null")):
         pass
 
@@ -106,7 +102,7 @@ def test_a_pickle_of_an_old_protocol_is_told_where_it_asks_first(tmp_path: Path)
         path.write_bytes(content)
         assert container(path) == "pickle"
     path.write_bytes(b"(S'true'\niposix\nsystem\n.")  # text, as far as its first bytes go
-    assert "text, not a checkpoint: it starts \"(S'true' iposix" in error_of(path)
+    assert "text, not a checkpoint: it starts \"(S'true' iposix" in error_of(container, path)
 
 
 def test_a_safetensors_file_that_lacks_its_end_is_truncated(tmp_path: Path) -> None:
@@ -117,7 +113,7 @@ def test_a_safetensors_file_that_lacks_its_end_is_truncated(tmp_path: Path) -> N
     assert container(path) == "safetensors"
     for cut in (1, 16, 20):
         path.write_bytes(whole[:-cut])
-        assert f"truncated: {len(whole) - cut} of a safetensors file's" in error_of(path)
+        assert f"truncated: {len(whole) - cut} of a safetensors file's" in error_of(container, path)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +133,7 @@ def test_a_zip_archive_of_something_else_is_told_by_its_members(
 ) -> None:
     path = tmp_path / "a.pth"
     path.write_bytes(zipped(*names))
-    assert reason in error_of(path)
+    assert reason in error_of(container, path)
 
 
 def test_a_zip_archive_whose_list_is_damaged_is_damaged(tmp_path: Path) -> None:
@@ -145,7 +141,7 @@ def test_a_zip_archive_whose_list_is_damaged_is_damaged(tmp_path: Path) -> None:
     whole[whole.index(b"PK\x01\x02")] ^= 1
     path = tmp_path / "a.pth"
     path.write_bytes(whole)
-    assert "damaged: a zip container that cannot be listed" in error_of(path)
+    assert "damaged: a zip container that cannot be listed" in error_of(container, path)
 
 
 def test_members_that_do_not_fit_their_checksum_are_named(tmp_path: Path) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from safetensors.torch import load_file, save_file
+from support.extras import needs
+from support.networks import TINY_ARCHITECTURE
 from support.reference_weights import reference_network, reference_state_dict
 from typer.testing import CliRunner
 
@@ -73,7 +73,7 @@ def test_published_networks_come_back_bit_identical(
 def test_half_precision_stays_half(tmp_path: Path) -> None:
     half = {
         name: tensor.half() if tensor.is_floating_point() else tensor
-        for name, tensor in reference_network(TINY).state_dict().items()
+        for name, tensor in reference_network(TINY_ARCHITECTURE).state_dict().items()
     }
     torch.save({"state_dict": {f"module.{n}": t for n, t in half.items()}}, tmp_path / "half.pth")
     convert(tmp_path / "half.pth", tmp_path / "there.safetensors", to="mmpretrain")
@@ -97,7 +97,7 @@ def test_a_backbone_has_the_official_names_without_a_classifier(
 ) -> None:
     done = convert(tiny_weights, tmp_path / "backbone.pth", to="torchvision-backbone")
     backbone = torch.load(tmp_path / "backbone.pth", weights_only=True)
-    official = reference_network(TINY).state_dict()
+    official = reference_network(TINY_ARCHITECTURE).state_dict()
     assert list(backbone) == [name for name in official if not name.startswith("fc.")]
     assert done.naming == "torchvision-backbone"
     with pytest.raises(CheckpointError, match="2 tensors are missing"):  # there is no way back
@@ -167,7 +167,7 @@ def test_what_exists_is_replaced_only_when_told(
         convert(tiny_weights, output)
     assert (tmp_path / name).read_text() == "precious"
     convert(tiny_weights, output, overwrite=True)
-    assert load_model(output).architecture == TINY
+    assert load_model(output).architecture == TINY_ARCHITECTURE
 
 
 def test_a_checkpoint_can_be_converted_over_itself(tiny_weights: Path, tmp_path: Path) -> None:
@@ -296,15 +296,9 @@ def test_the_command_refuses_an_unknown_container_as_a_wrong_use(tmp_path: Path)
 # --- other runtimes -----------------------------------------------------------------------
 
 
-def needs(*libraries: str) -> None:
-    for library in libraries:
-        if find_spec(library) is None:
-            pytest.skip(f"{library} is not installed: pip install '.[onnx]'")
-
-
 @pytest.mark.interop
 def test_onnx_takes_any_batch_and_keeps_the_metadata(tiny_weights: Path, tmp_path: Path) -> None:
-    needs("onnxscript", "onnxruntime")
+    needs("onnx", "onnxscript", "onnxruntime")
     import onnx
     import onnxruntime
 
@@ -327,7 +321,7 @@ def test_onnx_takes_any_batch_and_keeps_the_metadata(tiny_weights: Path, tmp_pat
 
 @pytest.mark.interop
 def test_openvino_gets_a_pair_of_files_and_tells_nobody(tiny_weights: Path, tmp_path: Path) -> None:
-    needs("onnxscript", "openvino")
+    needs("onnx", "onnxscript", "openvino")
     sys.modules.pop("openvino_telemetry.main", None)
     convert(tiny_weights, tmp_path / "out.xml")
     assert left_over(tmp_path) == ["out.bin", "out.xml"]

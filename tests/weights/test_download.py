@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from weights.test_checkpoints import error_of
+from support.checkpoints import error_of
 
 from r2ncli.architectures import DEFAULT_NETWORK, OFFICIAL_ADDRESS, PUBLISHED
 from r2ncli.weights import checkpoints, download

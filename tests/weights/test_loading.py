@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from support.checkpoints import hollow, saved, torch_bytes
+from support.pickles import Payload
 from support.reference_weights import TINY, reference_input, reference_network, relative_error
 
 import r2ncli
@@ -36,45 +38,10 @@ from r2ncli.weights.naming import names_for
 BIRDS = ["auk", "booby", "crow", "dove", "emu", "finch", "gull"]
 
 
-@pytest.fixture(autouse=True)
-def _nothing_from_this_machine(monkeypatch, tmp_path):
-    """No weights of the machine's own."""
-    monkeypatch.delenv("R2N_WEIGHTS", raising=False)
-    monkeypatch.delenv("R2N_WEIGHTS_BASE_URL", raising=False)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch home"))
-
-
 @pytest.fixture(scope="module")
 def network():
     """A small network with a head for seven classes."""
     return reference_network(TINY["v1b"])
-
-
-@pytest.fixture
-def state_dict(network):
-    """Its state dict, to be changed at will."""
-    return dict(network.state_dict())
-
-
-def saved(content, path, **options):
-    """`content` saved by torch at `path`."""
-    torch.save(content, path, **options)
-    return path
-
-
-def packed(content, **options):
-    """What torch saves, as bytes."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer, **options)
-    return buffer.getvalue()
-
-
-def hollow(architecture):
-    """A state dict of full shapes that takes no room in a file: every tensor is one zero."""
-    return {
-        name: torch.zeros((), dtype=torch.int64 if "num_batches" in name else None).expand(shape)
-        for name, shape in expected_shapes(architecture).items()
-    }
 
 
 def same_weights(network, state_dict):
@@ -437,16 +404,6 @@ def test_what_a_checkpoint_says_of_itself_must_fit(said, reason, state_dict, tmp
 # --- files that are dangerous ---------------------------------------------------------
 
 
-class Payload:
-    """Calls a function when it is unpickled."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
 @pytest.mark.parametrize("container", ["zip", "legacy"])
 @pytest.mark.parametrize(
     ("function", "arguments", "name"),
@@ -516,16 +473,16 @@ NO_CHECKPOINTS = {
     "random bytes": (NOISE, "not a checkpoint"),
     "random bytes that start as a pickle": (b"\x80\x02" + NOISE, "refused, nothing of it was exec"),
     "random bytes that start as a zip": (b"PK\x03\x04" + NOISE, "truncated: a zip"),
-    "half a zip container": (packed(hollow(TINY["v1"]))[:4096], "truncated: a zip"),
+    "half a zip container": (torch_bytes(hollow(TINY["v1"]))[:4096], "truncated: a zip"),
     "a picture in a zip": (zipped("photo.jpg"), "a zip archive, but not one that torch.save"),
     "TorchScript": (zipped("a/data.pkl", "a/constants.pkl"), "a TorchScript program"),
     "a hollow zip container": (zipped("a/data.pkl", "a/version"), "truncated"),
     "a broken safetensors": (b"\x10\0\0\0\0\0\0\0{" + NOISE, "damaged"),
-    "a list": (packed([torch.zeros(1)]), "holds a list, expected a state dict"),
-    "a tensor": (packed(torch.zeros(1)), "holds a Tensor, expected a state dict"),
-    "no tensors": (packed({"a": 1, "b": "x"}), "holds no state dict (its keys: 'a', 'b')"),
-    "an empty dict": (packed({}), "holds no state dict (its keys: none)"),
-    "a wrapped list": (packed({"model": [1]}), "holds no state dict (its keys: 'model')"),
+    "a list": (torch_bytes([torch.zeros(1)]), "holds a list, expected a state dict"),
+    "a tensor": (torch_bytes(torch.zeros(1)), "holds a Tensor, expected a state dict"),
+    "no tensors": (torch_bytes({"a": 1, "b": "x"}), "holds no state dict (its keys: 'a', 'b')"),
+    "an empty dict": (torch_bytes({}), "holds no state dict (its keys: none)"),
+    "a wrapped list": (torch_bytes({"model": [1]}), "holds no state dict (its keys: 'model')"),
 }
 
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from support.pickles import Payload
 
 from r2ncli.errors import CheckpointError
 from r2ncli.weights.containers import container
@@ -42,16 +43,6 @@ REFUSED = "refused, nothing of it was executed: it asks for {}, which a state di
 
 
 # --- names, however they are written --------------------------------------------------
-
-
-class Payload:
-    """Calls a function when it is unpickled."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 def unicode(text):

@@ -11,9 +11,7 @@ import lzma
 import os
 import pickle
 import shutil
-import tarfile
 import warnings
-import zipfile
 
 import h5py
 import numpy as np
@@ -23,6 +21,9 @@ import torchvision
 from PIL import Image
 from safetensors.torch import save as safetensors_bytes
 from safetensors.torch import save_file
+from support.archives import tar_bytes, zip_bytes
+from support.checkpoints import hollow, saved, torch_bytes
+from support.pickles import Payload
 from support.reference_weights import TINY, reference_network, reference_state_dict
 from typer.testing import CliRunner
 
@@ -42,15 +43,6 @@ KEYS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def hub(monkeypatch, tmp_path):
-    """torch.hub's folder: an empty one of the test's own."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch home"))
-    folder = tmp_path / "torch home" / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The default network of full size with the kit's weights, named with its digits."""
@@ -59,28 +51,8 @@ def whole(tmp_path_factory):
     return path.rename(path.with_name(f"{DEFAULT}-{sha256(path)[:8]}.pth"))
 
 
-@pytest.fixture
-def state_dict():
-    """A small network's state dict, to be changed at will."""
-    return dict(reference_network(TINY["v1b"]).state_dict())
-
-
 def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def saved(content, path, **options):
-    """`content` saved by torch at `path`."""
-    torch.save(content, path, **options)
-    return path
-
-
-def hollow(architecture):
-    """A state dict of full shapes that takes no room in a file: every tensor is one zero."""
-    return {
-        name: torch.zeros((), dtype=torch.int64 if "num_batches" in name else None).expand(shape)
-        for name, shape in expected_shapes(architecture).items()
-    }
 
 
 def statuses(verification):
@@ -622,22 +594,12 @@ def test_a_digest_of_the_whole_list_is_known(state_dict, tmp_path, monkeypatch):
 # --- files that are dangerous, or no checkpoint ---------------------------------------
 
 
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_file_that_asks_to_run_something_fails_by_its_name_and_nothing_has_run(
     zipped, state_dict, tmp_path
 ):
     mark = tmp_path / "mark"
-    content = {"state_dict": state_dict, "extra": Payload(str(mark))}
+    content = {"state_dict": state_dict, "extra": Payload(os.mkdir, str(mark))}
     path = saved(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
     assert failures(path) == {
         "pickle": "refused, nothing of it was executed: it asks for posix.mkdir, "
@@ -663,33 +625,6 @@ def test_a_folder_is_an_error(tmp_path):
 
 
 # --- thirty files that are broken, or something else ----------------------------------
-
-
-def torch_bytes(content, **options):
-    """What torch saves."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer, **options)
-    return buffer.getvalue()
-
-
-def zip_bytes(**members):
-    """A zip archive."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name.replace("__", "/"), content)
-    return buffer.getvalue()
-
-
-def tar_bytes():
-    """A tar archive with a checkpoint inside."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        content = torch_bytes(WEIGHTS)
-        member = tarfile.TarInfo("net/model.pth")
-        member.size = len(content)
-        archive.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
 
 
 def h5_bytes():
@@ -811,17 +746,17 @@ BROKEN_OR_FOREIGN = {
     "xz": (lambda: lzma.compress(b"x"), "container", "xz-compressed: unpack it first"),
     "bzip2": (lambda: bz2.compress(b"x"), "container", "bzip2-compressed: unpack it first"),
     "a tar archive": (
-        tar_bytes,
+        lambda: tar_bytes({"net/model.pth": torch_bytes(WEIGHTS)}),
         "container",
         "a tar archive, not a checkpoint: unpack it first",
     ),
     "a zip archive around a checkpoint": (
-        lambda: zip_bytes(net__model_pth=b"").replace(b"model_pth", b"model.pth"),
+        lambda: zip_bytes({"net/model_pth": b""}).replace(b"model_pth", b"model.pth"),
         "container",
         "a zip archive with net/model.pth inside: unpack it first",
     ),
     "a zip archive of pictures": (
-        lambda: zip_bytes(a=b"", b=b""),
+        lambda: zip_bytes({"a": b"", "b": b""}),
         "container",
         "a zip archive, but not one that torch.save writes",
     ),
@@ -896,7 +831,7 @@ BROKEN_OR_FOREIGN = {
         "a pickle, but not one that torch.save writes",
     ),
     "a poisoned pickle": (
-        lambda: torch_bytes({"state_dict": WEIGHTS, "x": Payload("/nonexistent")}),
+        lambda: torch_bytes({"state_dict": WEIGHTS, "x": Payload(os.mkdir, "/nonexistent")}),
         "pickle",
         f"{REFUSED}posix.mkdir, which a state dict never needs",
     ),
@@ -992,7 +927,7 @@ def test_errors_are_json_documents_of_the_same_keys(arguments, code, error, hub)
 
 
 def test_a_refused_file_is_a_json_document_too(tmp_path):
-    path = saved({"x": Payload(str(tmp_path / "mark"))}, tmp_path / "evil.pth")
+    path = saved({"x": Payload(os.mkdir, str(tmp_path / "mark"))}, tmp_path / "evil.pth")
     code, out, errors = run(path, "--json")
     document = json.loads(out)
     assert code == 4
