@@ -59,6 +59,15 @@ def imports(file: str, *, at_import_only: bool = False) -> Iterator[str]:
         pending.extend(ast.iter_child_nodes(node))
 
 
+def modules_of(test: Path) -> Iterator[str]:
+    """The modules that a file of the tests imports."""
+    for node in ast.walk(ast.parse(test.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
 def is_function(node: ast.AST) -> bool:
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
 
@@ -136,6 +145,19 @@ def test_importing_the_library_imports_no_terminals_libraries() -> None:
     )
     assert "r2ncli.pipeline" in done.stdout.split()
     assert not set(done.stdout.split()) & {"typer", "rich"}
+
+
+def test_no_test_module_imports_another_one() -> None:
+    tests = Path(__file__).parent
+    folders = {path.name for path in tests.iterdir() if path.is_dir()} - {"support"}
+    found = {}
+    for file in tests.rglob("*.py"):
+        parts = {part for module in modules_of(file) for part in module.split(".")}
+        tops = {module.split(".")[0] for module in modules_of(file)}
+        names = {part for part in parts if part == "conftest" or part.startswith("test_")}
+        if wrong := names | tops & folders:
+            found[str(file.relative_to(tests))] = wrong
+    assert found == {}, "move what two test modules share to tests/support"
 
 
 # --- the reading itself -------------------------------------------------------------------

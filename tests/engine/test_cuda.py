@@ -12,9 +12,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from engine.test_engine import (
+from support.engines import (
+    CPU,
     FULL,
     SMALL,
+    cuda_engine,
     global_state,
     noise,
     normalised,
@@ -25,22 +27,14 @@ from support.reference_weights import TINY, reference_network, relative_error
 
 import r2ncli
 from r2ncli.bench import bench
-from r2ncli.engine import POOLS, cpu_model, cuda, pytorch
+from r2ncli.engine import POOLS, cuda, pytorch
 from r2ncli.engine.cuda import SLOTS, CudaEngine, quickest_form, suitable_batch_size
 from r2ncli.engine.devices import exact_settings, find_devices, find_precision, out_of_memory
 from r2ncli.engine.folding import FoldedNetwork
 from r2ncli.errors import DeviceError
 from r2ncli.outputs.results import read_record, read_rows
 
-CPU = torch.device("cpu", 0)
 GIB = 2**30
-
-
-def engine(network=None, outputs=("fc",), pool="none", **options):
-    """A CUDA engine in float32, of CPU devices unless others are given."""
-    options = {"devices": [CPU], "precision": "fp32", "batch_size": 3} | options
-    network = network or reference_network(TINY["v1"])
-    return CudaEngine(network, outputs, pool, options.pop("preprocessing", SMALL), **options)
 
 
 class LittleMemory(FoldedNetwork):
@@ -65,21 +59,10 @@ def memory(monkeypatch):
 # --- the same numbers, whoever calls ------------------------------------------------------
 
 
-@pytest.mark.parametrize("pool", POOLS)
-def test_all_layers_at_once_are_the_plain_networks(pool):
-    network, pixels = reference_network(TINY["v1b"]), noise(3)
-    expected = plain_outputs(network, normalised(pixels))
-    outputs = engine(network, list(expected), pool)(pixels)
-    assert list(outputs) == list(expected)
-    for name, array in outputs.items():
-        assert array.dtype == np.float32
-        assert relative_error(array, pooled(expected[name], pool)) < 1e-5, name
-
-
 @pytest.mark.parametrize("devices", [1, 2])
 def test_calls_of_many_threads_get_their_own_rows(devices):
     network = reference_network(TINY["v1"])
-    run = engine(network, ["fc", "layer2"], devices=[CPU] * devices)
+    run = cuda_engine(network, ["fc", "layer2"], devices=[CPU] * devices)
     batches = [noise(3, seed=seed) for seed in range(24)]
     alone = pytorch.TorchEngine(
         network, ["fc", "layer2"], "none", SMALL, precision="fp32", batch_size=3
@@ -92,7 +75,7 @@ def test_calls_of_many_threads_get_their_own_rows(devices):
 
 
 def test_a_slot_that_is_used_again_leaves_the_callers_outputs_alone():
-    run = engine(outputs=["fc", "layer1"])
+    run = cuda_engine(outputs=["fc", "layer1"])
     pixels = noise(3)
     first = run(pixels)
     kept = {name: array.copy() for name, array in first.items()}
@@ -104,7 +87,7 @@ def test_a_slot_that_is_used_again_leaves_the_callers_outputs_alone():
 
 
 def test_a_busy_card_holds_no_other_up():
-    run = engine(devices=[CPU, CPU])
+    run = cuda_engine(devices=[CPU, CPU])
     busy, go_on = threading.Event(), threading.Event()
 
     def wait(_module, _inputs):
@@ -122,13 +105,13 @@ def test_a_busy_card_holds_no_other_up():
 
 
 def test_the_first_batches_are_spread_over_the_cards():
-    run = engine(devices=[CPU, CPU])
+    run = cuda_engine(devices=[CPU, CPU])
     slots = [run._idle.get() for _ in range(run.description.streams)]
     assert [slot.card for slot in slots] == run._cards * SLOTS
 
 
 def test_a_batchs_memory_outlives_its_engine():
-    run = engine(batch_size=2)
+    run = cuda_engine(batch_size=2)
     pixels = run.empty_batch(64)
     assert (pixels.shape, pixels.dtype) == ((2, 64, 64, 3), np.uint8)
     assert pixels.flags.c_contiguous
@@ -142,24 +125,7 @@ def test_a_batch_that_memory_cannot_hold_is_an_error_that_says_so():
     with pytest.raises(
         DeviceError, match=r"can be pinned for batches of 3 \(cpu:0\).*--batch-size"
     ):
-        engine().empty_batch(10**9)
-
-
-def test_a_call_leaves_torchs_global_state_as_it_was():
-    before = global_state()
-    engine()(noise(3))
-    assert global_state() == before
-
-
-def test_another_default_dtype_changes_nothing():
-    expected = engine()(noise(3))["fc"]
-    torch.set_default_dtype(torch.float64)
-    try:
-        outputs = engine()(noise(3))["fc"]
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert outputs.dtype == np.float32
-    assert np.array_equal(outputs, expected)
+        cuda_engine().empty_batch(10**9)
 
 
 def test_what_decides_a_cards_values_is_ours_for_a_while():
@@ -219,16 +185,6 @@ def test_kernels_that_round_otherwise_are_right_and_others_wrong(dtype):
     assert not any(cuda._alike(wrong, values, dtype) for wrong in (shifted, damaged, -values))
 
 
-def test_the_description_says_what_runs():
-    description = engine(devices=[CPU, CPU]).description
-    assert description.backend == "torch"
-    assert description.library == f"torch {torch.__version__}"
-    assert description.device_model == cpu_model()
-    assert (description.precision, description.batch_size) == ("fp32", 3)
-    assert description.streams == 2 * SLOTS
-    assert description.executed_batch_size is None
-
-
 def test_the_cards_are_named_by_their_numbers():
     cards = [torch.device(f"cuda:{card}") for card in (0, 2, 3)]
     assert cuda._names(cards[:1]) == "cuda:0"
@@ -278,9 +234,9 @@ def test_the_batch_size_is_the_cards_and_the_pictures(model, gib, side, output_b
 )
 def test_a_batch_that_a_card_cannot_hold_is_computed_in_halves(memory, batch_size, holds, executed):
     network, pixels = reference_network(TINY["v1b"]), noise(batch_size)
-    expected = engine(network, ["fc", "layer3"], batch_size=batch_size)(pixels)
+    expected = cuda_engine(network, ["fc", "layer3"], batch_size=batch_size)(pixels)
     memory.holds = holds
-    run = engine(network, ["fc", "layer3"], batch_size=batch_size)
+    run = cuda_engine(network, ["fc", "layer3"], batch_size=batch_size)
     assert run.description.batch_size == batch_size
     assert run.description.executed_batch_size == executed
     for _ in range(2):
@@ -290,7 +246,7 @@ def test_a_batch_that_a_card_cannot_hold_is_computed_in_halves(memory, batch_siz
 
 def test_memory_that_runs_out_in_the_middle_loses_no_row(memory):
     network = reference_network(TINY["v1"])
-    run = engine(network, batch_size=4, devices=[CPU, CPU])
+    run = cuda_engine(network, batch_size=4, devices=[CPU, CPU])
     batches = [noise(4, seed=seed) for seed in range(12)]
     expected = [run(pixels)["fc"] for pixels in batches]
     assert run.description.executed_batch_size is None
@@ -303,19 +259,19 @@ def test_memory_that_runs_out_in_the_middle_loses_no_row(memory):
 
 
 def test_memory_for_not_even_one_picture_is_an_error_that_names_the_device(memory):
-    run = engine(batch_size=4)
+    run = cuda_engine(batch_size=4)
     memory.holds = 0
     for _ in range(SLOTS + 1):  # no call waits for a slot that is not given back
         with pytest.raises(DeviceError, match=r"^cpu:0 \(.*\): out of memory at batch size 4\. "):
             run(noise(4))
     with pytest.raises(DeviceError, match=r"^cpu:0 \(.*\): out of memory .* --batch-size"):
-        engine(batch_size=4)
+        cuda_engine(batch_size=4)
     memory.holds = 1000
     assert np.isfinite(run(noise(4))["fc"]).all()
 
 
 def test_what_a_broken_off_call_left_is_not_kept(memory):
-    run = engine(outputs=["layer1", "fc"], batch_size=2)
+    run = cuda_engine(outputs=["layer1", "fc"], batch_size=2)
     network = run._cards[0]._network
 
     def fail(_module, _inputs):
@@ -330,7 +286,7 @@ def test_what_a_broken_off_call_left_is_not_kept(memory):
 
 
 def test_another_failure_halves_nothing():
-    run = engine(batch_size=4)
+    run = cuda_engine(batch_size=4)
     for failure, kind, words in (
         (torch.AcceleratorError("unplugged"), DeviceError, r"^cpu:0 \(.*\) failed: unplugged"),
         (RuntimeError("a bug"), RuntimeError, "a bug"),
@@ -485,7 +441,7 @@ needs_cards = pytest.mark.skipif(
 
 def card_engine(network=None, outputs=("fc",), pool="none", name="auto", **options):
     """An engine in float32, of cards."""
-    return engine(network, outputs, pool, **{"devices": find_devices(name)} | options)
+    return cuda_engine(network, outputs, pool, **{"devices": find_devices(name)} | options)
 
 
 @pytest.mark.cuda

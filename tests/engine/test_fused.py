@@ -1,4 +1,4 @@
-"""The network of fused kernels gives what the plain network gives, whatever is asked of it."""
+"""The network of fused kernels gives what `FoldedNetwork` gives, whatever is asked of it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from support.reference_weights import TINY, reference_network, relative_error
 
 pytest.importorskip("triton")
 
-from engine.test_kernels import DEVICE, pytestmark  # noqa: F401
+from support.kernels import DEVICE, RUNS_KERNELS
 
 from r2ncli.architectures import PUBLISHED, Preprocessing
 from r2ncli.engine.folding import FoldedNetwork
 from r2ncli.engine.fused import FusedNetwork
 from r2ncli.model import Res2Net, layer_shapes
 
+pytestmark = RUNS_KERNELS
 STEPS = ("relu", "maxpool", "layer1.0", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc")
 
 tiny = pytest.mark.parametrize("architecture", TINY.values(), ids=TINY)
@@ -34,7 +35,7 @@ def outputs_of(form, network, names, pixels, pool="none"):
 
 
 def assert_alike(network, names, pixels, pool="none"):
-    """As torch's own functions, which `test_engine` compares with the plain network."""
+    """Compare with `FoldedNetwork`, which `test_engines` compares with the plain network."""
     ours = outputs_of(FusedNetwork, network, names, pixels, pool)
     expected = outputs_of(FoldedNetwork, network, names, pixels, pool)
     assert list(ours) == list(names)
@@ -45,17 +46,17 @@ def assert_alike(network, names, pixels, pool="none"):
 
 
 @tiny
-def test_fused_steps_are_the_plain_networks(architecture):
+def test_fused_steps_are_those_of_torchs_functions(architecture):
     assert_alike(reference_network(architecture), STEPS, noise(2, 47))
 
 
 @pytest.mark.parametrize("pool", ["avg", "max"])
-def test_fused_steps_are_pooled_as_the_plain_networks(pool):
+def test_fused_steps_are_pooled_as_torch_pools_them(pool):
     assert_alike(reference_network(TINY["v1"]), STEPS, noise(2, 47), pool)
 
 
 @tiny
-def test_all_layers_at_once_are_the_plain_networks(architecture):
+def test_all_layers_at_once_are_those_of_torchs_functions(architecture):
     assert_alike(
         reference_network(architecture), tuple(layer_shapes(architecture, 32)), noise(1, 32)
     )
@@ -63,7 +64,7 @@ def test_all_layers_at_once_are_the_plain_networks(architecture):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["v1b", "2 splits in 2 groups"])
-def test_layers_alone_are_the_plain_networks(name):
+def test_each_layer_alone_is_that_of_torchs_functions(name):
     network = reference_network(TINY[name])
     for layer in list(layer_shapes(TINY[name], 32))[::4]:
         assert_alike(network, (layer,), noise(1, 32))
@@ -71,7 +72,7 @@ def test_layers_alone_are_the_plain_networks(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [name for name in PUBLISHED if "101" not in name])
-def test_published_networks_give_the_plain_logits(variant):
+def test_published_blocks_give_what_torchs_functions_give(variant):
     """With a block or two of each stage: the others, and those of the 101s, are like these."""
     shortened = replace(PUBLISHED[variant].architecture, layers=(2, 1, 1, 1))
     assert_alike(reference_network(shortened), ("layer1", "layer4", "fc"), noise(1, 32))
@@ -98,7 +99,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
             assert relative_error(values.cpu(), together[name][row : row + 1].cpu()) < 1e-6
 
 
-def test_the_given_network_is_left_as_it_was():
+def test_fusing_leaves_the_given_network_as_it_was():
     network = reference_network(TINY["v1b"])
     before = {name: value.clone() for name, value in network.state_dict().items()}
     outputs_of(FusedNetwork, network, ["fc", "layer1.0.bns.0"], noise(1, 32))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine.test_engine import SMALL, global_state, noise, tiny
+from support.engines import SMALL, global_state, noise, tiny
 from support.reference_weights import TINY, reference_network, relative_error
 
 import r2ncli

@@ -6,11 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 
-import numpy as np
 import pytest
 import torch
+from support.kernels import DEVICE, RUNS_KERNELS
 from torch.nn import functional as F  # noqa: N812, as the field calls it
 
 pytest.importorskip("triton")
@@ -21,17 +20,7 @@ from r2ncli.engine.kernels import (
     stem_convolution,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # triton 3.6
-    pytest.mark.skipif(
-        not torch.cuda.is_available()
-        and version("triton") < "3.7"
-        and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
-        reason="this triton's interpreter does not know this numpy",
-    ),
-]
-# without a card the kernels run in Triton's interpreter (see conftest)
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = RUNS_KERNELS
 
 
 @pytest.fixture(autouse=True)
