@@ -16,6 +16,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from r2ncli.api import classify as classify
+    from r2ncli.api import classify_to as classify_to
+    from r2ncli.api import extract as extract
+    from r2ncli.api import extract_to as extract_to
     from r2ncli.architectures import Architecture as Architecture
     from r2ncli.architectures import Preprocessing as Preprocessing
     from r2ncli.errors import CheckpointError as CheckpointError
@@ -26,17 +30,14 @@ if TYPE_CHECKING:
     from r2ncli.errors import R2NError as R2NError
     from r2ncli.errors import UsageError as UsageError
     from r2ncli.model import Res2Net as Res2Net
+    from r2ncli.options import Progress as Progress
+    from r2ncli.options import RunOptions as RunOptions
     from r2ncli.outputs.diff import Difference as Difference
     from r2ncli.outputs.diff import diff as diff
     from r2ncli.outputs.merge import merge as merge
     from r2ncli.outputs.rows import Classification as Classification
     from r2ncli.outputs.rows import Features as Features
     from r2ncli.outputs.rows import Prediction as Prediction
-    from r2ncli.pipeline import Progress as Progress
-    from r2ncli.pipeline import classify as classify
-    from r2ncli.pipeline import extract as extract
-    from r2ncli.runs import classify_to as classify_to
-    from r2ncli.runs import extract_to as extract_to
     from r2ncli.weights.convert import Conversion as Conversion
     from r2ncli.weights.convert import convert as convert
     from r2ncli.weights.loading import load_model as load_model
@@ -78,8 +79,8 @@ _MODULES = {
     "weights.verify": ("verify_weights",),
     "weights.convert": ("convert", "Conversion"),
     "outputs.rows": ("Classification", "Prediction", "Features"),
-    "pipeline": ("classify", "extract", "Progress"),
-    "runs": ("classify_to", "extract_to"),
+    "api": ("classify", "extract", "classify_to", "extract_to"),
+    "options": ("RunOptions", "Progress"),
     "outputs.diff": ("diff", "Difference"),
     "outputs.merge": ("merge",),
 }

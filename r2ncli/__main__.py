@@ -1,6 +1,25 @@
-"""``python -m r2ncli`` is the command ``r2n``."""
+"""The entry point of the program: ``r2n`` and ``python -m r2ncli``.
 
-from r2ncli.cli.app import app
+It imports the command line late, so that Ctrl-C is answered from the first moment.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Run the command line; exit with 130 if it is interrupted while it is loaded."""
+    try:
+        from r2ncli.cli.app import main as run
+
+        run()
+    except KeyboardInterrupt:
+        sys.stderr.write("r2n: interrupted\n")
+        sys.stderr.flush()
+        os._exit(130)
+
 
 if __name__ == "__main__":
-    app(prog_name="r2n")
+    main()

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -23,13 +23,13 @@ from r2ncli.architectures import DEFAULT_NETWORK, PUBLISHED, Architecture, Prepr
 from r2ncli.engine import EngineDescription
 from r2ncli.errors import ImageError, UsageError
 from r2ncli.images.decode import decode
-from r2ncli.outputs.formats import CsvFormat
+from r2ncli.options import PathLike, RunOptions
+from r2ncli.outputs.formats import CsvFormat, Format
 from r2ncli.outputs.partial import PartialOutput
-from r2ncli.outputs.rows import Classification
-from r2ncli.pipeline import classification, no_image_found, run, top_classes
-from r2ncli.predictor import LOGITS, Pipeline, assemble_pipeline
-from r2ncli.runs import row_format
-from r2ncli.sources.walk import Input, PathLike, file_input, find_images
+from r2ncli.outputs.rows import Batch
+from r2ncli.pipeline import Classify, run
+from r2ncli.predictor import Predictor, assemble_predictor
+from r2ncli.sources.walk import Input, file_input, find_images, no_image_found
 from r2ncli.weights.checkpoints import imagenet_labels
 
 if TYPE_CHECKING:
@@ -125,44 +125,37 @@ def bench(
     """
     if not 0 < seconds < 3600:  # false for NaN
         raise UsageError(f"seconds must be more than 0 and less than 3600, not {seconds:g}")
+    if isinstance(paths, str | os.PathLike):
+        paths = [paths]
     found = list(islice(find_images(paths, lambda _warning: None), MOST_PICTURES)) if paths else []
     if paths and not found:
         raise no_image_found()
     say = on_measuring or (lambda _words: None)
     checkpoint = _random_checkpoint() if weights is None else _checkpoint_at_hand(weights)
-    whole = assemble_pipeline(
-        checkpoint,
-        (LOGITS,),
-        device=device,
-        backend=backend,
-        precision=precisions[0],
-        workers=workers,
+    options = RunOptions(
+        topk=TOPK, device=device, backend=backend, precision=precisions[0], workers=workers
     )
+    task = Classify()
+    whole = assemble_predictor(checkpoint, task.layers(options), options)
     sizes = batch_sizes or _batch_sizes(whole.engine.description)
 
     speeds: dict[tuple[str, int], ModelSpeed] = {}
     for precision in precisions:
         for size in sizes:
-            pipeline = assemble_pipeline(
-                checkpoint,
-                (LOGITS,),
-                device=device,
-                backend=backend,
-                precision=precision,
-                batch_size=size,
-            )
-            executed = pipeline.engine.description.precision
+            measured = replace(options, precision=precision, batch_size=size)
+            predictor = assemble_predictor(checkpoint, task.layers(options), measured)
+            executed = predictor.engine.description.precision
             if (executed, size) not in speeds:
                 say(f"model, {executed}, batch {size}")
                 speeds[executed, size] = _model_speed(
-                    pipeline, checkpoint.network.architecture, seconds
+                    predictor, checkpoint.network.architecture, seconds
                 )
 
     with tempfile.TemporaryDirectory(prefix="r2n-bench-") as folder:
         inputs = found or generated_jpegs(Path(folder))
         kind = f"pictures of {', '.join(map(str, paths))}" if found else "generated JPEGs"
         pictures = f"{len(inputs)} {kind}{'' if found else ' of 500 x 375'}"
-        stages = tuple(_stages(whole, inputs, Path(folder), seconds, say))
+        stages = tuple(_stages(whole, options, inputs, Path(folder), seconds, say))
     alone = [stage for stage in stages if stage.stage != "whole"]
     return BenchReport(
         weights="random" if weights is None else checkpoint.variant,
@@ -221,12 +214,12 @@ def _batch_sizes(description: EngineDescription) -> tuple[int, ...]:
     return (1, 8) if description.device_kind == "cpu" else (1, 64, 256)
 
 
-def _model_speed(pipeline: Pipeline, architecture: Architecture, seconds: float) -> ModelSpeed:
+def _model_speed(predictor: Predictor, architecture: Architecture, seconds: float) -> ModelSpeed:
     from r2ncli.model import forward_flops
 
-    description = pipeline.engine.description
-    rate, latencies = _forward(pipeline, seconds)
-    flops = rate * forward_flops(architecture, pipeline.preprocessing.image_size)
+    description = predictor.engine.description
+    rate, latencies = _forward(predictor, seconds)
+    flops = rate * forward_flops(architecture, predictor.preprocessing.image_size)
     first, *others = description.device.split(",")
     product = matmul_flops_per_second(description.precision, first)
     return ModelSpeed(
@@ -239,13 +232,13 @@ def _model_speed(pipeline: Pipeline, architecture: Architecture, seconds: float)
     )
 
 
-def _forward(pipeline: Pipeline, seconds: float) -> tuple[float, list[float]]:
+def _forward(predictor: Predictor, seconds: float) -> tuple[float, list[float]]:
     """Images/s with all of the engine's streams at work on full batches, and seconds of each.
 
     Two batches of each stream come first, which do not count.
     """
-    engine, description = pipeline.engine, pipeline.engine.description
-    side = pipeline.preprocessing.image_size
+    engine, description = predictor.engine, predictor.engine.description
+    side = predictor.preprocessing.image_size
 
     def forward(deadline: float) -> list[float]:
         pixels = engine.empty_batch(side)
@@ -295,38 +288,40 @@ def _peak_resident_mb() -> float:
 
 
 def _stages(
-    pipeline: Pipeline,
+    predictor: Predictor,
+    options: RunOptions,
     inputs: list[Input],
     folder: Path,
     seconds: float,
     say: Callable[[str], None],
 ) -> Iterator[StageSpeed]:
     say("read and decode")
-    yield _decode_speed(pipeline, inputs, seconds)
+    yield _decode_speed(predictor, inputs, seconds)
 
     say("forward")
-    rate, latencies = _forward(pipeline, seconds)
+    rate, latencies = _forward(predictor, seconds)
     yield StageSpeed("forward", rate, *_percentiles(latencies))
 
     say("the whole pipeline")
-    count = max(2 * pipeline.engine.description.batch_size, int(rate * seconds))
+    count = max(2 * predictor.engine.description.batch_size, int(rate * seconds))
     start = time.perf_counter()
-    rows = run(islice(cycle(inputs), count), pipeline, top_classes(TOPK))
-    results = [classification(row, pipeline.labels) for row in rows]
-    _write(pipeline, results, folder / "whole.csv")
+    format = Classify().format(CsvFormat, options, predictor)
+    keep = Classify().keep(options, predictor)
+    results = list(run(islice(cycle(inputs), count), predictor, keep))
+    _write(format, results, folder / "whole.csv")
     whole = StageSpeed("whole", count / (time.perf_counter() - start))
 
     say("write")
     writing: list[float] = []
     while sum(writing) < min(seconds, 1.0) or len(writing) < 3:
         start = time.perf_counter()
-        _write(pipeline, results, folder / "write.csv")
+        _write(format, results, folder / "write.csv")
         writing.append(time.perf_counter() - start)
-    yield StageSpeed("write", len(results) * len(writing) / sum(writing))
+    yield StageSpeed("write", count * len(writing) / sum(writing))
     yield whole
 
 
-def _decode_speed(pipeline: Pipeline, inputs: list[Input], seconds: float) -> StageSpeed:
+def _decode_speed(predictor: Predictor, inputs: list[Input], seconds: float) -> StageSpeed:
     """All decode threads at work, as long as it takes to fill `seconds`."""
     deadline = time.perf_counter() + seconds
 
@@ -337,16 +332,16 @@ def _decode_speed(pipeline: Pipeline, inputs: list[Input], seconds: float) -> St
             if start > deadline and latencies:
                 break
             try:
-                content = source.read(pipeline.rules.max_bytes)
-                decode(content, pipeline.preprocessing, pipeline.rules)
+                content = source.read(predictor.rules.max_bytes)
+                decode(content, predictor.preprocessing, predictor.rules)
             except ImageError:
                 pass  # a failed picture takes its time too
             latencies.append(time.perf_counter() - start)
         return latencies
 
     start = time.perf_counter()
-    with ThreadPoolExecutor(pipeline.workers) as threads:
-        latencies = list(threads.map(decode_until_deadline, range(pipeline.workers)))
+    with ThreadPoolExecutor(predictor.workers) as threads:
+        latencies = list(threads.map(decode_until_deadline, range(predictor.workers)))
     took = time.perf_counter() - start
     all_latencies = np.concatenate(latencies)
     return StageSpeed(
@@ -354,9 +349,9 @@ def _decode_speed(pipeline: Pipeline, inputs: list[Input], seconds: float) -> St
     )
 
 
-def _write(pipeline: Pipeline, results: Sequence[Classification], out: Path) -> None:
-    with PartialOutput(out, row_format(CsvFormat, pipeline, TOPK)) as partial:
+def _write(format: Format, results: Sequence[Batch], out: Path) -> None:
+    with PartialOutput(out, format) as partial:
         partial.begin({})
-        for result in results:
-            partial.append(result)
+        for batch in results:
+            partial.append(batch)
         partial.finish({})

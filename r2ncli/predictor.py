@@ -1,23 +1,20 @@
-"""A network made ready to run on pictures: options and a checkpoint become a `Pipeline`."""
+"""A network made ready to run on pictures: options and a checkpoint become a `Predictor`."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from r2ncli.architectures import Preprocessing
 from r2ncli.engine import (
-    BACKENDS,
-    POOLS,
     Engine,
     EngineDescription,
     Pixels,
@@ -30,9 +27,8 @@ from r2ncli.engine import (
 from r2ncli.engine.cache import Entry, loaded_entry
 from r2ncli.engine.calibration import Calibration, Sample, choose_sample, decoded
 from r2ncli.errors import UsageError
-from r2ncli.images.decode import MAX_PIXELS, DecodeRules
-from r2ncli.sources.selection import MAX_BYTES
-from r2ncli.sources.walk import PathLike
+from r2ncli.images.decode import DecodeRules
+from r2ncli.options import INT8, NO_LISTENERS, Listeners, RunOptions
 from r2ncli.weights.checkpoints import (
     Labels,
     checked_sha256,
@@ -42,45 +38,18 @@ from r2ncli.weights.checkpoints import (
     read_metadata,
 )
 from r2ncli.weights.containers import container
-from r2ncli.weights.download import OnProgress
 
 if TYPE_CHECKING:
     from r2ncli.images.gpu import CardDecoder
     from r2ncli.weights.loading import Checkpoint
 
 LOGITS = "fc"  # the module whose output the logits are
-DECODES = ("auto", "exact", "gpu")
-GPU = DECODES[-1]
-INT8 = "int8"
+GPU = "gpu"
 MAX_WORKERS = 256
 
 
-class ExecutionOptions(TypedDict, total=False):
-    """Keywords that say how a network is executed; see `open_pipeline`."""
-
-    device: str
-    backend: str
-    precision: str
-    calibration: Sequence[PathLike] | PathLike | None
-    batch_size: int | None
-    workers: int | None
-    decode: str
-    image_size: int | None
-    no_crop: bool
-    max_pixels: int
-    max_bytes: int
-
-
-class PipelineOptions(ExecutionOptions, total=False):
-    """Keywords that say which network is executed, and how; see `open_pipeline`."""
-
-    weights: str | os.PathLike[str] | None
-    on_download: OnProgress | None
-    on_quantising: Callable[[int], None] | None
-
-
 @dataclass(frozen=True)
-class Pipeline:
+class Predictor:
     """A network at work: what turns inputs into rows, and what it is made of."""
 
     engine: Engine
@@ -98,53 +67,24 @@ class Pipeline:
     card_decoder: CardDecoder | None = None  # where JPEGs are decoded on the card
 
 
-def open_pipeline(
-    layers: Sequence[str],
-    pool: str = "avg",
-    *,
-    weights: str | os.PathLike[str] | None = None,
-    on_download: OnProgress | None = None,
-    on_quantising: Callable[[int], None] | None = None,
-    on_warning: Callable[[str], None] | None = None,
-    **options: Unpack[ExecutionOptions],
-) -> Pipeline:
-    """Load the weights and get a device ready.
+def open_predictor(
+    layers: Sequence[str], options: RunOptions, listeners: Listeners = NO_LISTENERS
+) -> Predictor:
+    """Load the weights and get a device ready to give the outputs of `layers`.
 
     With the backend ``openvino`` the compiled network is kept in the cache: the next time
     neither torch nor the checkpoint's tensors are loaded.
-
-    Parameters
-    ----------
-    layers : sequence of str
-        Modules of the network whose outputs are wanted.
-    pool : str
-        ``avg`` or ``max`` over height and width, or ``none``.
-    weights : str, path or None
-        A checkpoint file, a published network's name, or ``demo`` (see `find_checkpoint`).
-    on_download : callable, optional
-        Called with a `DownloadProgress` while weights are downloaded.
-    on_quantising : callable, optional
-        Called with the number of pictures before a network is quantised, which takes a while.
-    on_warning : callable, optional
-        Takes a sentence if the cache cannot be written, calibration pictures fail, or a card
-        cannot run the quickest kernels.
-    calibration : path, sequence of paths, or None
-        Pictures that the precision ``int8`` is calibrated with (see `choose_sample`), which
-        needs them; for logits.
-    **options
-        As for `assemble_pipeline`.
 
     Raises
     ------
     UsageError, CheckpointError, DeviceError
         An option, the weights or the device do not fit.
     InputNotFoundError
-        `calibration` has no picture that can be used.
+        `options.calibration` has no image that can be used.
     """
     # what can be said before a large file is loaded, or even downloaded, is said before
-    check_options(pool, **options)
-    device, precision = options.get("device", "auto"), options.get("precision", "auto")
-    if find_backend(options.get("backend", "auto"), device) == "torch":
+    device, precision, pool = options.device, options.precision, options.pool
+    if find_backend(options.backend, device) == "torch":
         if precision == INT8:
             raise UsageError(
                 "precision 'int8' is for backend 'openvino' on a CPU: here backend 'torch' runs"
@@ -155,18 +95,19 @@ def open_pipeline(
         found = find_devices(device)[0]
         find_precision(precision, found)
         _check_decoding(options, found.type)
-        checkpoint = load_checkpoint(weights, on_progress=on_download)
-        pipeline = assemble_pipeline(checkpoint, layers, pool, **options)
-        if on_warning and pipeline.engine.description.remark:
-            on_warning(pipeline.engine.description.remark)
-        return pipeline
+        checkpoint = load_checkpoint(options.weights, on_progress=listeners.on_download)
+        predictor = assemble_predictor(checkpoint, layers, options)
+        if predictor.engine.description.remark:
+            listeners.on_warning(predictor.engine.description.remark)
+        return predictor
 
     from r2ncli.engine import openvino
 
     _check_decoding(options, "cpu")
     layers = _distinct(layers)
-    rules, workers, warn = _rules(options), _workers(options), on_warning or _ignore
-    calibration = options.get("calibration")
+    rules, workers = options.decode_rules(), _workers(options)
+    warn = listeners.on_warning
+    calibration = options.calibration
     sample: Sample | None = None
     if calibration is None:
         precision = openvino.find_precision(precision)
@@ -175,8 +116,8 @@ def open_pipeline(
 
         made_by = quantizer()
         sample = choose_sample(calibration, rules, workers, warn)
-    batch_size = options.get("batch_size") or openvino.BATCH_SIZE
-    path = find_checkpoint(weights, on_progress=on_download)
+    batch_size = options.batch_size or openvino.BATCH_SIZE
+    path = find_checkpoint(options.weights, on_progress=listeners.on_download)
     container(path)
     sha256, metadata = checked_sha256(path), read_metadata(path)
     preprocessing = _preprocessing(preprocessing_of(metadata, path), options)
@@ -206,8 +147,7 @@ def open_pipeline(
         pixels = None
         if sample is not None:
             pixels = decoded(sample, preprocessing, rules, workers, warn)
-            if on_quantising:
-                on_quantising(len(pixels))
+            listeners.on_quantising(len(pixels))
         loaded = load_file(path, sha256)
         facts = {
             "variant": loaded.variant,
@@ -222,7 +162,7 @@ def open_pipeline(
         return openvino.OpenVinoEngine(entry.graph, layers, precision)
 
     entry, engine = loaded_entry(settings, compile_checkpoint, load, warn)
-    return Pipeline(
+    return Predictor(
         engine=engine,
         preprocessing=preprocessing,
         rules=rules,
@@ -238,79 +178,29 @@ def open_pipeline(
     )
 
 
-def open_classifier(
-    topk: int,
-    on_warning: Callable[[str], None] | None = None,
-    **options: Unpack[PipelineOptions],
-) -> Pipeline:
-    """The pipeline that gives logits, after a look at `topk` (see `open_pipeline`)."""
-    if topk < 1:
-        raise UsageError(f"topk must be at least 1, not {topk}")
-    return open_pipeline((LOGITS,), on_warning=on_warning, **options)
-
-
-def open_extractor(
-    layers: Sequence[str],
-    pool: str,
-    on_warning: Callable[[str], None] | None = None,
-    **options: Unpack[PipelineOptions],
-) -> Pipeline:
-    """The pipeline that gives features, never in int8 (see `open_pipeline`)."""
-    _refuse_int8(options.get("precision"))
-    return open_pipeline(layers, pool, on_warning=on_warning, **options)
-
-
-def assemble_pipeline(
-    checkpoint: Checkpoint,
-    layers: Sequence[str],
-    pool: str = "avg",
-    **options: Unpack[ExecutionOptions],
-) -> Pipeline:
-    """Get a device ready for a loaded checkpoint.
-
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        A loaded one.
-    layers, pool
-        As for `open_pipeline`.
-    device : str
-        ``auto`` (one card, or the CPU), ``cpu``, ``cuda`` (all cards of the first one's model) or
-        ``cuda:N``.
-    backend : str
-        ``torch``, ``openvino`` (for the CPU), or ``auto``: on a CPU openvino where it is
-        installed, else torch.
-    precision : str
-        ``auto`` (the fastest that keeps top-1), ``fp32``, ``bf16`` or ``fp16``.
-    batch_size : int or None
-        Pictures a batch; None means what suits the device.
-    workers : int or None
-        Decode threads; None means one a core.
-    decode : str
-        ``exact``: every pixel decoded at full size; ``auto``: JPEGs of more than twice the
-        resize target reduced while they are decoded, within a grey level in the mean;
-        ``gpu``: baseline JPEGs decoded on the CUDA card, the others as ``exact``.
-    image_size : int or None
-        The network's input in pixels; the resize target keeps the checkpoint's ratio.
-    no_crop : bool
-        Stretch the whole picture to the input instead of cropping its centre.
-    max_pixels, max_bytes : int
-        A picture, or a file, beyond it is a failed row.
+def assemble_predictor(
+    checkpoint: Checkpoint, layers: Sequence[str], options: RunOptions
+) -> Predictor:
+    """Get a device ready for a checkpoint that is loaded, to give the outputs of `layers`.
 
     Raises
     ------
     UsageError, DeviceError
         An option or the device does not fit.
     """
-    device, precision = options.get("device", "auto"), options.get("precision", "auto")
-    _refuse_int8(precision)
-    check_options(pool, **options)
-    batch_size = options.get("batch_size")
+    device, precision, pool, batch_size = (
+        options.device,
+        options.precision,
+        options.pool,
+        options.batch_size,
+    )
+    if precision == INT8:
+        raise UsageError("`precision=int8` needs a checkpoint file, to keep what was quantised")
     layers = _distinct(layers)
     preprocessing = _preprocessing(checkpoint.preprocessing, options)
     shapes = _shapes(checkpoint, layers, pool, preprocessing)
     engine: Engine
-    if find_backend(options.get("backend", "auto"), device) == "torch":
+    if find_backend(options.backend, device) == "torch":
         from r2ncli.engine.cuda import CudaEngine
         from r2ncli.engine.devices import find_devices
         from r2ncli.engine.pytorch import TorchEngine
@@ -332,10 +222,10 @@ def assemble_pipeline(
         size = batch_size or openvino.BATCH_SIZE
         graph = _graph(checkpoint, layers, pool, preprocessing, precision, size)
         engine = openvino.OpenVinoEngine(graph, layers, precision)
-    return Pipeline(
+    return Predictor(
         engine=engine,
         preprocessing=preprocessing,
-        rules=_rules(options),
+        rules=options.decode_rules(),
         workers=_workers(options),
         checkpoint=checkpoint.path,
         sha256=checkpoint.sha256,
@@ -355,8 +245,8 @@ def _distinct(layers: Sequence[str]) -> tuple[str, ...]:
     return layers
 
 
-def _preprocessing(checkpoints: Preprocessing, options: ExecutionOptions) -> Preprocessing:
-    return checkpoints.resized(options.get("image_size"), options.get("no_crop", False))
+def _preprocessing(checkpoints: Preprocessing, options: RunOptions) -> Preprocessing:
+    return checkpoints.resized(options.image_size, options.no_crop)
 
 
 def _shapes(
@@ -395,18 +285,10 @@ def _graph(
     return compiled(graph, precision)
 
 
-def _rules(options: ExecutionOptions) -> DecodeRules:
-    return DecodeRules(
-        options.get("decode", "auto"),
-        options.get("max_pixels", MAX_PIXELS),
-        options.get("max_bytes", MAX_BYTES),
-    )
-
-
-def _check_decoding(options: ExecutionOptions, device_kind: str) -> None:
+def _check_decoding(options: RunOptions, device_kind: str) -> None:
     """Raise a UsageError where JPEGs are to be decoded on a card that does not run, or without
     the libraries for it."""
-    if options.get("decode") != GPU:
+    if options.decode != GPU:
         return
     if device_kind != "cuda":
         raise UsageError(
@@ -419,57 +301,20 @@ def _check_decoding(options: ExecutionOptions, device_kind: str) -> None:
 
 
 def _card_decoder(
-    options: ExecutionOptions, description: EngineDescription, preprocessing: Preprocessing
+    options: RunOptions, description: EngineDescription, preprocessing: Preprocessing
 ) -> CardDecoder | None:
     _check_decoding(options, description.device_kind)
-    if options.get("decode") != GPU:
+    if options.decode != GPU:
         return None
     from r2ncli.engine.devices import find_devices
     from r2ncli.images.gpu import CardDecoder
 
-    cards = find_devices(options.get("device", "auto"))
-    return CardDecoder(cards, preprocessing, _rules(options))
+    cards = find_devices(options.device)
+    return CardDecoder(cards, preprocessing, options.decode_rules())
 
 
-def _workers(options: ExecutionOptions) -> int:
-    return min(options.get("workers") or cores(), MAX_WORKERS)
-
-
-def check_options(pool: str = "avg", **options: Unpack[ExecutionOptions]) -> None:
-    """Raise a UsageError for a value that cannot be, whatever the device and the weights are."""
-    for name, value, choices in (
-        ("pool", pool, POOLS),
-        ("backend", options.get("backend", "auto"), BACKENDS),
-        ("decode", options.get("decode", "auto"), DECODES),
-    ):
-        if value not in choices:
-            raise UsageError(f"{name} {value!r}: expected one of {', '.join(choices)}")
-    calibrated = options.get("calibration") is not None
-    if options.get("precision") == INT8 and not calibrated:
-        raise UsageError(
-            "precision 'int8' needs pictures to be calibrated with: give --calibration PATHS, "
-            "pictures like those to be classified; 300 suffice"
-        )
-    if calibrated and options.get("precision") != INT8:
-        raise UsageError("--calibration is for --precision int8: give both, or neither")
-    for name, number in (
-        ("batch size", options.get("batch_size")),
-        ("workers", options.get("workers")),
-        ("max pixels", options.get("max_pixels")),
-        ("max bytes", options.get("max_bytes")),
-    ):
-        if number is not None and number < 1:
-            raise UsageError(f"{name} must be at least 1, not {number}")
-    size = options.get("image_size")
-    if size is not None and not 32 <= size <= 4096:
-        raise UsageError(f"image size must be from 32 to 4096, not {size}")
-
-
-def _refuse_int8(precision: str | None) -> None:
-    if precision == INT8:
-        raise UsageError(
-            "precision 'int8' is for classify alone: it keeps top-1, not the values of features"
-        )
+def _workers(options: RunOptions) -> int:
+    return min(options.workers or cores(), MAX_WORKERS)
 
 
 def _no_such_layer(layer: str, layers: list[str]) -> str:
@@ -478,6 +323,3 @@ def _no_such_layer(layer: str, layers: list[str]) -> str:
     near = difflib.get_close_matches(layer, layers, n=3, cutoff=0.4)
     hint = f"Did you mean {', '.join(near)}? " if near else ""
     return f"no layer {layer!r}. {hint}r2n extract --list-layers prints all of them"
-
-
-def _ignore(_warning: str) -> None: ...

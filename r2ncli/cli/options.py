@@ -1,216 +1,140 @@
-"""The options that commands share: each name, help text and shown default once.
-
-The defaults themselves are the library's: an option that was not given is None, and is not
-handed on.
-"""
+"""Command-line options, made from `RunOptions`; and those that only the command line has."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import Field, fields
+from functools import wraps
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
-INPUTS, PICTURES, NETWORK, OUTPUT = "Inputs", "Pictures", "Network", "Output"
+from r2ncli.options import Option, RunOptions, options_of
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 Paths = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="PATHS",
-        help="Pictures, folders, .tar, .tar.gz and .zip archives, 'patterns*', @list, - (names on "
-        "standard input), addresses.",
+        help="Images, folders, archives (.tar, .tar.gz, .zip, …), quoted patterns, @list files, "
+        "- (names on standard input) and URLs.",
         show_default="the current folder",
     ),
 ]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        "--weights",
-        metavar="FILE|NAME|demo",
-        help="A checkpoint file, a published name, or demo (ten CIFAR-10 classes, for trying "
-        "the tool).",
-        show_default="$R2N_WEIGHTS, else res2net50_v1b_26w_4s",
-        rich_help_panel=NETWORK,
-    ),
+Json = Annotated[
+    bool, typer.Option("--json", metavar="", help="Print one JSON document to stdout.")
 ]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        help="auto, cpu, cuda (all cards of the first one's model) or cuda:N.",
-        show_default="auto",
-        rich_help_panel=NETWORK,
-    ),
-]
-Backend = Annotated[
-    str | None,
-    typer.Option(
-        "--backend",
-        help="auto, torch or openvino (CPU).",
-        show_default="auto",
-        rich_help_panel=NETWORK,
-    ),
-]
-Precision = Annotated[
-    str | None,
-    typer.Option(
-        "--precision",
-        help="auto (the fastest that keeps top-1), fp32, bf16, fp16, or int8 (classify).",
-        show_default="auto",
-        rich_help_panel=NETWORK,
-    ),
-]
-Calibration = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--calibration",
-        metavar="PATHS",
-        help="Pictures that int8 is calibrated with, as PATHS may be; repeatable; 300 are taken.",
-        rich_help_panel=NETWORK,
-    ),
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        "-b",
-        "--batch-size",
-        help="Pictures a batch.",
-        show_default="what suits the device",
-        rich_help_panel=NETWORK,
-    ),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        "-j",
-        "--workers",
-        help="Decode threads.",
-        show_default="one a core",
-        rich_help_panel=NETWORK,
-    ),
-]
-Decode = Annotated[
-    str | None,
-    typer.Option(
-        "--decode",
-        help="auto, exact, or gpu (baseline JPEGs on the CUDA card; needs the extra gpu-decode).",
-        show_default="auto",
-        rich_help_panel=PICTURES,
-    ),
-]
-ImageSize = Annotated[
-    int | None,
-    typer.Option(
-        "--image-size",
-        help="The network's input, in pixels.",
-        show_default="as trained",
-        rich_help_panel=PICTURES,
-    ),
-]
-NoCrop = Annotated[
+Quiet = Annotated[
     bool,
     typer.Option(
-        "--no-crop",
-        help="Stretch the whole picture instead of cropping its centre.",
-        rich_help_panel=PICTURES,
-    ),
-]
-MaxPixels = Annotated[
-    int | None,
-    typer.Option(
-        "--max-pixels",
-        help="A picture of more is a failed row.",
-        show_default="200 million",
-        rich_help_panel=PICTURES,
-    ),
-]
-MaxBytes = Annotated[
-    int | None,
-    typer.Option(
-        "--max-bytes",
-        help="A file of more is a failed row.",
-        show_default="512 MB",
-        rich_help_panel=PICTURES,
-    ),
-]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--include",
-        metavar="PATTERN",
-        help="Take only names that match; repeatable.",
-        rich_help_panel=INPUTS,
-    ),
-]
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--exclude",
-        metavar="PATTERN",
-        help="Leave out pictures and folders; repeatable.",
-        rich_help_panel=INPUTS,
-    ),
-]
-Max = Annotated[
-    int | None,
-    typer.Option("--max", help="Take the first so many pictures.", rich_help_panel=INPUTS),
-]
-Shard = Annotated[
-    str | None,
-    typer.Option(
-        "--shard",
-        metavar="I/N",
-        help="Take the share I of N; N jobs cover all exactly once.",
-        rich_help_panel=INPUTS,
-    ),
-]
-Null = Annotated[
-    bool,
-    typer.Option(
-        "-0",
-        "--null",
-        help="Names in lists and on stdin end with a NUL byte.",
-        rich_help_panel=INPUTS,
-    ),
-]
-Timeout = Annotated[
-    float | None,
-    typer.Option(
-        "--timeout",
-        help="Seconds for one remote picture.",
-        show_default="60",
-        rich_help_panel=INPUTS,
-    ),
-]
-OnError = Annotated[
-    str | None,
-    typer.Option(
-        "--on-error",
-        help="continue, or fail: end at the first failure.",
-        show_default="continue",
-        rich_help_panel=INPUTS,
+        "-q",
+        "--quiet",
+        metavar="",
+        help="Show no progress and no summary; failures still show.",
     ),
 ]
 Overwrite = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite", help="Start again over an output that exists.", rich_help_panel=OUTPUT
-    ),
+    bool, typer.Option("--overwrite", metavar="", help="Replace the output if it exists.")
 ]
-Resume = Annotated[
-    bool,
-    typer.Option(
-        "--resume", help="Go on with an output that was interrupted.", rich_help_panel=OUTPUT
-    ),
-]
-RetryFailed = Annotated[
-    bool,
-    typer.Option(
-        "--retry-failed",
-        help="Try the failed rows of a finished output again.",
-        rich_help_panel=OUTPUT,
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Quiet = Annotated[
-    bool, typer.Option("-q", "--quiet", help="No progress and no summary; failures still show.")
-]
+
+
+def flags(name: str) -> tuple[str, ...]:
+    """The names of an option of `RunOptions` on the command line."""
+    option = _ALL[name].metadata["option"]
+    return option.flags or ("--" + name.replace("_", "-"),)
+
+
+def for_command_line(text: str) -> str:
+    """`text` with the keywords that it names in backticks as options of the command line.
+
+    ``use `batch_size=4` `` becomes ``use --batch-size 4``.
+    """
+
+    def option(match: re.Match[str]) -> str:
+        name, value = match[1], (match[2] or "").strip("\"'")
+        if name not in _ALL:
+            return match[0]
+        longest = max(flags(name), key=len)
+        return longest if value in ("", "True") else f"{longest} {value}"
+
+    return re.sub(r"`(\w+)(?:=([^`]*))?`", option, text)
+
+
+def with_run_options(command: str) -> Callable[[F], F]:
+    """Add the options of `command` to the parameters of a function that takes ``options``.
+
+    The function's parameter ``options`` becomes all options of `RunOptions` that the command
+    has; it is called with the `RunOptions` that were given.
+    """
+
+    def complete(function: F) -> F:
+        declared = [*options_of(command, to_file=True)]
+
+        @wraps(function)
+        def called(**given: Any) -> Any:
+            options = {
+                field.name: given.pop(field.name) for field, _ in declared if field.name in given
+            }
+            options = {name: value for name, value in options.items() if value is not None}
+            return function(options=RunOptions(**options), **given)
+
+        signature = inspect.signature(function, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.name != "options"]
+        parameters = [*own, *(_parameter(field, option) for field, option in declared)]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+        called.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=parameters
+        )
+        called.__annotations__ = {p.name: p.annotation for p in parameters}
+        return called  # type: ignore[return-value]
+
+    return complete
+
+
+def _parameter(field: Field[Any], option: Option) -> inspect.Parameter:
+    given: Any = field.default
+    shown = option.shown or (", ".join(given) if option.repeatable and given else True)
+    kind = _cli_type(field, option)
+    annotation: Any = Annotated[
+        kind,
+        typer.Option(
+            *flags(field.name),
+            help=for_command_line(option.help),
+            metavar=option.metavar or "|".join(option.choices) or _METAVARS.get(kind, "TEXT"),
+            show_default=shown,
+            rich_help_panel=option.panel,
+            autocompletion=_completing(option.suggestions) if option.suggestions else None,
+        ),
+    ]
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None if option.repeatable else given,
+        annotation=annotation,
+    )
+
+
+def _completing(suggestions: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in suggestions() if value.startswith(incomplete)]
+
+    return complete
+
+
+def _cli_type(field: Field[Any], option: Option) -> Any:
+    if option.repeatable:
+        return list[str] | None
+    if option.choices:
+        return Literal[option.choices]
+    hint = _HINTS[field.name]
+    types = getattr(hint, "__args__", (hint,))
+    kind = next((kind for kind in (bool, int, float) if kind in types), str)
+    return kind | None if type(None) in types else kind
+
+
+_HINTS = get_type_hints(RunOptions)
+_METAVARS: dict[Any, str] = {bool: "", int: "N", int | None: "N", float: "N"}
+_ALL = {field.name: field for field in fields(RunOptions)}

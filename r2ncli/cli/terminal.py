@@ -1,12 +1,12 @@
-"""What a person sees: sentences, one progress line, a line a picture, tables, JSON.
+"""Terminal output: sentences, one progress line, a line per image, tables, JSON.
 
-Names and errors reach a terminal as plain text: never as markup, control characters
-escaped. With `cli` this is the only file that prints.
+Names and errors reach a terminal as plain text: never as markup, control characters escaped.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -22,31 +22,44 @@ from r2ncli.errors import OutputError
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
+    from r2ncli.options import Progress
     from r2ncli.outputs.rows import Classification
-    from r2ncli.pipeline import Progress
     from r2ncli.weights.download import DownloadProgress
 
 FAILURES_SHOWN = 20
+MIN_PATH = 16  # columns that are left to a path beside a long label
 
 
-def say(text: str) -> None:
-    """A sentence on stderr; a stderr that is closed or full stops no run."""
+def say(text: str, colour: str | None = None) -> None:
+    """Print a sentence to stderr; a stderr that is closed or full stops no run."""
     with suppress(OSError, ValueError):
-        typer.echo(plain(text), err=True)
+        typer.echo(coloured(plain(text), colour, sys.stderr), err=True)
+
+
+def say_error(text: str) -> None:
+    """Print why a command ended to stderr."""
+    say(text, "red")
+
+
+def coloured(text: str, colour: str | None, stream: TextIO | None) -> str:
+    """`text` in a colour where `stream` is a terminal and ``NO_COLOR`` is not set."""
+    if colour is None or not is_terminal(stream) or os.environ.get("NO_COLOR"):
+        return text
+    return typer.style(text, fg=colour)
 
 
 def put(text: str) -> None:
-    """Data on stdout, at once.
+    """Print data to stdout, at once.
 
     Raises
     ------
     BrokenPipeError
-        Whoever read it has seen enough.
+        The reader closed the pipe.
     OutputError
         It is closed or full.
     """
     if sys.stdout is None:
-        raise OutputError("stdout is closed: give a file with -o")
+        raise OutputError("stdout is closed: give an output file with -o")
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -57,15 +70,13 @@ def put(text: str) -> None:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a person reads it; a closed stream is none at all."""
+    """Whether a stream is a terminal; a closed one is not."""
     return stream is not None and stream.isatty()
 
 
 def plain(text: str) -> str:
-    """`text` for a terminal: control characters escaped, so that a name cannot act."""
-    from r2ncli.sources.walk import (
-        bytes_as_hex,  # late: it imports what reads archives and addresses
-    )
+    """`text` for a terminal, with control characters escaped."""
+    from r2ncli.sources.walk import bytes_as_hex  # late: it imports what reads archives and URLs
 
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
@@ -74,7 +85,7 @@ def plain(text: str) -> str:
 
 
 class Report:
-    """What a person sees of a run: one progress line, failures, and a summary."""
+    """The report of a run on stderr: one progress line, failures, and a summary."""
 
     def __init__(self, verb: str, quiet: bool, bar: bool = True, failures: bool = True) -> None:
         self.verb = verb
@@ -94,16 +105,23 @@ class Report:
     def __exit__(self, *_exception: object) -> None:
         self._end_bar()
 
+    def preparing(self) -> None:
+        """Show that the network is prepared, which takes a while in a first run."""
+        if not self.quiet and is_terminal(sys.stderr):
+            self._show("preparing the network", 0, None, "(a first run takes longer)")
+
     def row(self, progress: Progress) -> None:
-        """Take in one finished row."""
+        """Report one finished row."""
         if self.progress is None:
             self._started, self._begun_at = time.monotonic(), progress.done - 1
+            if not self._with_bar:
+                self._end_bar()
         self.progress = progress
         if progress.error is not None and self.failures:
             if progress.failed <= FAILURES_SHOWN:
-                self.sentence(f"{progress.path}: {progress.error}")
+                self.sentence(f"{progress.path}: {progress.error}", "red")
             elif progress.failed == FAILURES_SHOWN + 1:
-                self.sentence("more pictures failed; their rows say why")
+                self.sentence("more images failed; their rows say why")
         if self._with_bar:
             elapsed = time.monotonic() - self._started
             rate = (progress.done - self._begun_at) / elapsed if elapsed > 0.2 else 0.0
@@ -114,8 +132,13 @@ class Report:
                 text += f"  {rate:,.0f} images/s  {_duration(left)} left"
             self._show(self.verb, progress.done, progress.found, text)
 
+    def rows(self, done: int) -> None:
+        """Report how many rows are copied."""
+        if self._with_bar:
+            self._show(self.verb, done, None, f"{done:,} rows")
+
     def download(self, progress: DownloadProgress) -> None:
-        """Take in one piece of a download."""
+        """Report one piece of a download."""
         if not self._announced:
             self._announced = True
             self.sentence(f"downloading {progress.address} to {progress.destination.parent}")
@@ -128,33 +151,35 @@ class Report:
         if progress.received == progress.total:
             self._end_bar()
 
-    def quantising(self, pictures: int) -> None:
-        """Tell what takes so long."""
+    def quantising(self, images: int) -> None:
+        """Announce int8 quantisation, which is slow."""
         if not self.quiet:
-            found = "which the next run finds in the cache"
-            self.sentence(f"quantising with {pictures} pictures, {found}")
+            kept = "the next run finds the result in the cache"
+            self.sentence(f"quantising with {images} images; {kept}")
 
-    def sentence(self, text: str) -> None:
-        """Say something without tearing the progress line."""
+    def sentence(self, text: str, colour: str | None = None) -> None:
+        """Print a sentence without tearing the progress line."""
         if self._bar is None:
-            say(text)
+            say(text, colour)
         else:
-            self._bar.console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(
+                plain(text), style=colour, markup=False, highlight=False, soft_wrap=True
+            )
 
     def summary(self, more: str) -> int:
-        """End the progress line, say what was done, and give the exit code."""
+        """End the progress line, print what was done, and return the exit code."""
         self._end_bar()
         progress = self.progress
-        if progress is None:
-            return 0
+        done, failed = (0, 0) if progress is None else (progress.done, progress.failed)
         if not self.quiet:
             now = time.monotonic()
-            count, seconds = progress.done - self._begun_at, now - self._started
-            failed = f" ({progress.failed:,} failed)" if progress.failed else ""
+            count, seconds = done - self._begun_at, now - self._started
+            failures = f" ({failed:,} failed)" if failed else ""
             rate = f" at {count / seconds:,.0f} images/s" if seconds > 1 else ""
-            took = _duration(now - self._created)
-            say(f"{progress.done:,} images{failed} in {took}{rate}{more}")
-        return 7 if progress.failed else 0
+            prepared = self._started - self._created
+            after = f" after {_duration(prepared)} of preparation" if prepared > 1 else ""
+            say(f"{done:,} images{failures} in {_duration(seconds)}{rate}{after}{more}")
+        return 7 if failed else 0
 
     def _show(self, name: str, done: int, total: int | None, text: str) -> None:
         if self._bar is None:
@@ -174,7 +199,7 @@ class Report:
             )
             self._bar.start()
             self._task = self._bar.add_task(name, text=text)
-        self._bar.update(self._task, completed=done, total=total, text=text)
+        self._bar.update(self._task, description=name, completed=done, total=total, text=text)
 
     def _end_bar(self) -> None:
         if self._bar is not None:
@@ -190,19 +215,23 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d} min"
 
 
-def picture_line(result: Classification, width: int) -> str:
-    """``path  label 87.3 %, label 6.1 %, …``: as many of the k as the width holds, at least one."""
+def image_line(result: Classification, width: int) -> str:
+    """``path  label 87.3 %, label 6.1 %, …``: as many classes as fit into `width`, at least one.
+
+    A path that is too long for that is shortened in its middle.
+    """
     from rich.cells import cell_len
 
     name = plain(result.path)
     if result.error is not None:
-        return f"{name}  failed: {plain(result.error)}"
+        line = f"{name}  failed: {plain(result.error)}"
+        return coloured(line, "red", sys.stdout)
     parts = [
         f"{plain(p.label) if p.label is not None else f'class {p.index}'} "
         f"{100 * p.probability:.1f} %"
         for p in result.predictions
     ]
-    line = f"{name}  {parts[0]}"
+    line = f"{shortened(name, max(width - 2 - cell_len(parts[0]), MIN_PATH))}  {parts[0]}"
     for part in parts[1:]:
         if cell_len(line) + 2 + cell_len(part) > width:
             break
@@ -210,8 +239,21 @@ def picture_line(result: Classification, width: int) -> str:
     return line
 
 
+def shortened(path: str, width: int) -> str:
+    """`path` in at most `width` columns, with ``…`` in place of its middle where it is longer."""
+    from rich.cells import cell_len, set_cell_size
+
+    if cell_len(path) <= width:
+        return path
+    end = path[-(width - 1) * 2 // 3 :]
+    while cell_len(end) > (width - 1) * 2 // 3:
+        end = end[1:]
+    start = set_cell_size(path, width - 1 - cell_len(end)).rstrip()
+    return f"{start}…{end}"
+
+
 def terminal_width() -> int:
-    """Columns of the terminal, or of ``COLUMNS``."""
+    """Columns of the terminal, or ``COLUMNS``."""
     return shutil.get_terminal_size().columns
 
 
@@ -223,7 +265,7 @@ def print_table(
     right_from: int | None = None,
     colours: dict[str, str] | None = None,
 ) -> None:
-    """A table on stdout; a cell that is a key of `colours` is coloured on a terminal."""
+    """Print a table to stdout; a cell that is a key of `colours` is coloured on a terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -242,8 +284,10 @@ def print_table(
 
 
 def plain_lines(text: str) -> str:
+    """Every line of `text` for a terminal (see `plain`)."""
     return "\n".join(map(plain, text.splitlines()))
 
 
 def print_json(document: dict[str, Any]) -> None:
+    """Print a JSON document to stdout."""
     put(json.dumps(document, indent=2, ensure_ascii=False) + "\n")

@@ -20,16 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from r2ncli.errors import UsageError
+from r2ncli.outputs.formats import format_of
+from r2ncli.outputs.hdf5 import FeatureFile, open_features
 from r2ncli.outputs.record import differing_settings
-from r2ncli.outputs.results import (
-    FeatureFile,
-    existing_result,
-    is_features,
-    open_features,
-    read_classifications,
-    read_record,
-)
-from r2ncli.outputs.rows import Classification
+from r2ncli.outputs.results import existing_result, read_record, read_rows
+from r2ncli.outputs.rows import FEATURES, Classification
 
 EXAMPLES = 5
 PROBABILITY = "probability"
@@ -185,8 +180,8 @@ def diff(a: str | OsPathLike[str], b: str | OsPathLike[str], *, atol: float = 0.
     if not atol >= 0:
         raise UsageError(f"atol must be at least 0, not {atol}")
     first, second = existing_result(a), existing_result(b)
-    of_features = is_features(first)
-    if of_features != is_features(second):
+    of_features, second_too = (format_of(path).content == FEATURES for path in (first, second))
+    if of_features != second_too:
         features, rows = (first, second) if of_features else (second, first)
         raise UsageError(f"{features} holds features and {rows} classes: they cannot be compared")
     records = read_record(first), read_record(second)
@@ -196,8 +191,8 @@ def diff(a: str | OsPathLike[str], b: str | OsPathLike[str], *, atol: float = 0.
         else:
             _check_classes(first, second, *records)
             tally = _compare(
-                map(_classification_row, read_classifications(first)),
-                map(_classification_row, read_classifications(second)),
+                map(_classification_row, read_rows(first)),
+                map(_classification_row, read_rows(second)),
                 _probability_differences,
                 atol,
             )

@@ -1,153 +1,296 @@
-"""The formats of output files: how rows become a block's bytes, and blocks the file.
+"""The formats of output files, one object each: how rows are packed, joined and read back.
 
-A format packs a block of rows, reads the names of a block back, and joins blocks into the
-file that users see. Blocks, locks and renames are the writers' business.
+Adding a format is adding a class and a row of `FORMATS`: the suffixes that a command takes, the
+libraries that are required and recorded, and everything that reads outputs follow from it.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from importlib.util import find_spec
+from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from r2ncli.errors import UsageError
-from r2ncli.outputs.rows import Classification, Features
+from r2ncli.outputs.hdf5 import Hdf5Format
+from r2ncli.outputs.rows import CLASSES, INDEX, LABEL, PROBABILITY, WNID, Batch
 
-CHUNK_BYTES = 4_000_000
-STRINGS_AT_ONCE = 4096  # names held while an HDF5 file is joined
-GROUP_CELLS = 200_000  # of a Parquet file's row group, which is held while it is joined
+ROWS_AT_ONCE = 1024  # of a finished file that is read
+GROUP_CELLS = 200_000  # of a Parquet row group, which is held in memory while it is written
 
 Record = Mapping[str, Any]
+Cells = Sequence[Any]
 
 
 class Format(Protocol):
-    """One kind of output file."""
+    """One kind of output file.
 
-    @property
-    def suffix(self) -> str:
-        """How its files' names end."""
+    Attributes
+    ----------
+    suffix, block_suffix : str
+        How the names of its files, and of its blocks, end.
+    content : str
+        What its rows hold: `CLASSES` or `FEATURES` (see `rows`).
+    packages : tuple of str
+        Distributions that write it; they are recorded with their versions.
+    extra : str or None
+        The extra of r2n that installs them, where they are not always installed.
+    holds_record : bool
+        Whether the run record is inside the file; else it stands beside it.
+    """
 
-    @property
-    def block_suffix(self) -> str:
-        """How its blocks' names end."""
+    suffix: ClassVar[str]
+    block_suffix: ClassVar[str]
+    content: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]]
+    extra: ClassVar[str | None]
+    holds_record: ClassVar[bool]
 
-    def pack(self, rows: Sequence[Any]) -> bytes:
-        """A block's bytes."""
+    def pack(self, batches: Sequence[Batch]) -> bytes:
+        """The bytes of a block."""
 
-    def unpack_names(self, block: Path) -> Iterator[tuple[str, bool]]:
-        """Name of each row of a block, and whether it failed."""
-
-    def size_of(self, row: Any) -> int:
+    def row_bytes(self) -> int:
         """About how many bytes a row takes in a block."""
+
+    def read_block(self, block: Path) -> Iterator[tuple[str, bool]]:
+        """Name of each row of a block, and whether it failed."""
 
     def join(self, blocks: Sequence[Path], out: Path, record: Record) -> None:
         """Write the whole file."""
 
+    @classmethod
+    def of(cls, output: Path) -> Self:
+        """The format that a finished file was written with."""
 
-# --- rows: CSV, JSONL, Parquet ------------------------------------------------------------
+    @classmethod
+    def read_record(cls, output: Path) -> dict[str, Any]:
+        """The run record inside a finished file; empty where it is not inside."""
+
+    @classmethod
+    def read_names(cls, output: Path) -> Iterator[tuple[str, bool]]:
+        """Name of each row of a finished file, and whether it failed."""
+
+    @classmethod
+    def read(cls, output: Path, start: int = 0) -> Iterator[Batch]:
+        """The rows of a finished file from number `start` on."""
+
+
+# --- classes: CSV, JSONL, Parquet -----------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """``path,status,error,index_1,wnid_1,label_1,probability_1,index_2,…``, in whatever syntax."""
+    """``path,status,error,index_1,wnid_1,label_1,probability_1,index_2,…``, in any syntax.
+
+    Attributes
+    ----------
+    topk : int
+        Classes per row.
+    with_wnids, with_labels : bool
+        Whether they are known: else there are no such columns.
+    """
+
+    content: ClassVar[str] = CLASSES
+    packages: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str | None] = None
+    holds_record: ClassVar[bool] = False
 
     topk: int
     with_wnids: bool
     with_labels: bool
 
     def header(self) -> list[str]:
-        """The columns' names; `wnid_k` and `label_k` only where they are known."""
+        """The names of the columns."""
         columns = ["path", "status", "error"]
         for rank in range(1, self.topk + 1):
-            columns += [f"index_{rank}"]
-            columns += [f"wnid_{rank}"] * self.with_wnids + [f"label_{rank}"] * self.with_labels
-            columns += [f"probability_{rank}"]
+            columns += [f"{name}_{rank}" for name in self._ranked()]
         return columns
 
-    def cells(self, row: Classification) -> list[str | int | np.float32 | None]:
-        """One row, None where a cell is empty; a failed one is empty after its error."""
-        if row.error is not None:
-            width = self.topk * (2 + self.with_wnids + self.with_labels)
-            return [row.path, "failed", row.error, *[None] * width]
-        cells: list[str | int | np.float32 | None] = [row.path, "ok", None]
-        for prediction in row.predictions:
-            cells.append(prediction.index)
-            cells += [prediction.wnid or None] * self.with_wnids
-            cells += [_utf8(prediction.label) or None] * self.with_labels
-            cells.append(np.float32(prediction.probability))
-        return cells
+    def _ranked(self) -> list[str]:
+        """The columns of one rank, without their number."""
+        return [
+            INDEX,
+            *[WNID] * self.with_wnids,
+            *[LABEL] * self.with_labels,
+            PROBABILITY,
+        ]
 
-    def size_of(self, row: Classification) -> int:
-        return 64 * (1 + len(row.predictions))
+    def cells(self, batch: Batch) -> Iterator[Cells]:
+        """Each row's cells, None where one is empty; a failed row is empty after its error."""
+        ok = [error is None for error in batch.errors]
+        columns: list[Iterable[Any]] = [
+            batch.names,
+            ("ok" if fine else "failed" for fine in ok),
+            batch.errors,
+        ]
+        for rank in range(self.topk):
+            for name in self._ranked():
+                values: Iterable[Any] = batch.columns[name][:, rank]
+                if name in (WNID, LABEL):
+                    values = (_utf8(value) or None for value in values)
+                elif name == INDEX:
+                    values = batch.columns[name][:, rank].tolist()
+                columns.append(v if fine else None for v, fine in zip(values, ok, strict=True))
+        return zip(*columns, strict=True)
+
+    def row_bytes(self) -> int:
+        return 64 * (1 + self.topk)
+
+    @classmethod
+    def of(cls, output: Path) -> Self:
+        with cls._opened(output) as (format, _):
+            return format
+
+    @classmethod
+    def read_record(cls, _output: Path) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def read_names(cls, output: Path) -> Iterator[tuple[str, bool]]:
+        with cls._opened(output) as (_, rows):
+            for row in _checked(rows):
+                yield row[0], row[1] == "failed"
+
+    @classmethod
+    def read(cls, output: Path, start: int = 0) -> Iterator[Batch]:
+        with cls._opened(output) as (format, rows):
+            remaining = islice(_checked(rows), start, None)
+            while some := list(islice(remaining, ROWS_AT_ONCE)):
+                yield format.batch(some)
+
+    @classmethod
+    def _opened(cls, output: Path) -> AbstractContextManager[tuple[Self, Iterator[Cells]]]:
+        """The format of a finished file, and each row's cells."""
+        raise NotImplementedError
+
+    @classmethod
+    def _with_columns(cls, columns: list[str]) -> Self:
+        topk = sum(column.startswith(f"{INDEX}_") for column in columns)
+        format = cls(topk, f"{WNID}_1" in columns, f"{LABEL}_1" in columns)
+        if not topk or columns != format.header():
+            raise ValueError("its columns are not those of a result")
+        return format
+
+    def batch(self, rows: Sequence[Cells]) -> Batch:
+        """Rows of cells, as `cells` gives them or as text, as a batch.
+
+        Probabilities are the float32 that they were; one without a number is NaN.
+        """
+        shape = len(rows), self.topk
+        columns: dict[str, Any] = {
+            INDEX: np.zeros(shape, np.int64),
+            WNID: np.full(shape, None, object),
+            LABEL: np.full(shape, None, object),
+            PROBABILITY: np.full(shape, np.nan, np.float32),
+        }
+        names = self._ranked()
+        for number, (_, status, _, *values) in enumerate(rows):
+            if status == "ok":
+                for place, name in enumerate(names):
+                    found = values[place :: len(names)]
+                    if name == INDEX:
+                        found = [int(value) for value in found]
+                    elif name == PROBABILITY:
+                        found = [np.nan if value is None else value for value in found]
+                    else:
+                        found = [value or None for value in found]
+                    columns[name][number] = found
+        return Batch(
+            [row[0] for row in rows],
+            [None if row[1] == "ok" else row[2] or "" for row in rows],
+            {name: columns[name] for name in names},
+        )
 
 
 @dataclass(frozen=True)
 class CsvFormat(RowFormat):
     """RFC 4180, except that a line ends with a newline alone."""
 
-    suffix: str = ".csv"
-    block_suffix: str = ".csv"
+    suffix: ClassVar[str] = ".csv"
+    block_suffix: ClassVar[str] = ".csv"
 
-    def lines(self, rows: Iterable[Classification]) -> Iterator[str]:
-        """Rows as text; the header comes with the first, so that an error has none."""
-        header = [self.header()]
-        for row in rows:
-            yield _csv_text([*header, self.cells(row)])
-            header = []
+    def head(self) -> bytes:
+        """The first line."""
+        return _csv_text([self.header()]).encode()
 
-    def pack(self, rows: Sequence[Classification]) -> bytes:
-        return _csv_text(self.cells(row) for row in rows).encode()
+    def pack(self, batches: Sequence[Batch]) -> bytes:
+        return _csv_text(chain.from_iterable(map(self.cells, batches))).encode()
 
-    def unpack_names(self, block: Path) -> Iterator[tuple[str, bool]]:
+    def read_block(self, block: Path) -> Iterator[tuple[str, bool]]:
         with open(block, encoding="utf-8", newline="") as file:
-            for cells in csv.reader(file, strict=True):
-                if len(cells) != len(self.header()):
-                    raise ValueError(f"a row of {len(cells)} cells, not {len(self.header())}")
+            for cells in _of_width(csv.reader(file, strict=True), len(self.header())):
                 yield cells[0], cells[1] == "failed"
 
     def join(self, blocks: Sequence[Path], out: Path, record: Record) -> None:
-        _concatenate(_csv_text([self.header()]).encode(), blocks, out)
+        _concatenate(self.head(), blocks, out)
+
+    @classmethod
+    @contextmanager
+    def _opened(cls, output: Path) -> Iterator[tuple[Self, Iterator[Cells]]]:
+        _check_last_line(output)
+        with open(output, encoding="utf-8", newline="") as text:
+            rows = csv.reader(text, strict=True)
+            format = cls._with_columns(next(rows, []))
+            yield format, _of_width(rows, len(format.header()))
 
 
 @dataclass(frozen=True)
 class JsonlFormat(RowFormat):
-    """One JSON object a line, with all keys in the columns' order."""
+    """One JSON object per line, with all keys in the order of the columns."""
 
-    suffix: str = ".jsonl"
-    block_suffix: str = ".jsonl"
+    suffix: ClassVar[str] = ".jsonl"
+    block_suffix: ClassVar[str] = ".jsonl"
 
-    def pack(self, rows: Sequence[Classification]) -> bytes:
+    def head(self) -> bytes:
+        """What comes before the first row: nothing."""
+        return b""
+
+    def pack(self, batches: Sequence[Batch]) -> bytes:
         keys = [json.dumps(column) for column in self.header()]
         lines = []
-        for row in rows:
-            cells = zip(keys, map(_json_text, self.cells(row)), strict=True)
-            lines.append("{" + ", ".join(f"{key}: {text}" for key, text in cells) + "}\n")
+        for cells in chain.from_iterable(map(self.cells, batches)):
+            texts = zip(keys, map(_json_text, cells), strict=True)
+            lines.append("{" + ", ".join(f"{key}: {text}" for key, text in texts) + "}\n")
         return "".join(lines).encode()
 
-    def unpack_names(self, block: Path) -> Iterator[tuple[str, bool]]:
-        for row in json_rows(block, self.header()):
+    def read_block(self, block: Path) -> Iterator[tuple[str, bool]]:
+        for row in _json_rows(block, self.header()):
             yield row["path"], row["status"] == "failed"
 
     def join(self, blocks: Sequence[Path], out: Path, record: Record) -> None:
         _concatenate(b"", blocks, out)
+
+    @classmethod
+    @contextmanager
+    def _opened(cls, output: Path) -> Iterator[tuple[Self, Iterator[Cells]]]:
+        _check_last_line(output)
+        with open(output, encoding="utf-8", newline="\n") as text:
+            first = text.readline()
+        if first:
+            row = json.loads(first)
+            format = cls._with_columns(list(row) if isinstance(row, dict) else [])
+        else:  # no row tells no columns: a shard may have none
+            format = cls(0, False, False)
+        yield format, ([*row.values()] for row in _json_rows(output, format.header()))
 
 
 @dataclass(frozen=True)
 class ParquetFormat(JsonlFormat):
     """The columns as int32, string and float32; blocks are JSONL, only the whole is Parquet."""
 
-    suffix: str = ".parquet"
+    suffix: ClassVar[str] = ".parquet"
+    packages: ClassVar[tuple[str, ...]] = ("pyarrow",)
+    extra: ClassVar[str | None] = "parquet"
 
     def join(self, blocks: Sequence[Path], out: Path, record: Record) -> None:
         import pyarrow
@@ -155,38 +298,84 @@ class ParquetFormat(JsonlFormat):
 
         columns = self.header()
         schema = pyarrow.schema([(column, _parquet_type(column)) for column in columns])
-        rows = (row for block in blocks for row in json_rows(block, columns))
+        rows = chain.from_iterable(map(_json_rows, blocks, repeat(columns)))
         group_rows = max(1, GROUP_CELLS // len(columns))  # whatever the blocks were
         with open(out, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
             while group := list(islice(rows, group_rows)):
                 writer.write_table(pyarrow.Table.from_pylist(group, schema), group_rows)
 
+    @classmethod
+    @contextmanager
+    def _opened(cls, output: Path) -> Iterator[tuple[Self, Iterator[Cells]]]:
+        import pyarrow.parquet
 
-ROW_FORMATS: dict[str, type[CsvFormat | JsonlFormat | ParquetFormat]] = {
-    ".csv": CsvFormat,
-    ".jsonl": JsonlFormat,
-    ".parquet": ParquetFormat,
+        with pyarrow.parquet.ParquetFile(output) as file:
+            yield cls._with_columns(file.schema_arrow.names), _parquet_rows(file)
+
+
+FORMATS: dict[str, type[Format]] = {
+    format.suffix: format for format in (CsvFormat, JsonlFormat, ParquetFormat, Hdf5Format)
 }
 
 
-def check_parquet() -> None:
-    """Raise unless the library that writes and reads Parquet is there."""
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            "Parquet needs pyarrow, which is not installed: pip install 'r2ncli[parquet]'"
-        ) from error
+def suffixes(content: str | None = None) -> tuple[str, ...]:
+    """The suffixes of all formats, or of those that hold `content`."""
+    return tuple(suffix for suffix, f in FORMATS.items() if content in (None, f.content))
 
 
-def json_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file.
+def format_of(output: Path, content: str | None = None) -> type[Format]:
+    """The format that a file's suffix stands for.
 
     Raises
     ------
-    ValueError
-        A line is no object with exactly these columns.
+    UsageError
+        There is none with that suffix (and that `content`), or its libraries are not installed.
     """
+    expected = suffixes(content)
+    suffix = output.suffix.lower()
+    if suffix not in expected:
+        raise UsageError(f"{output}: the name must end in {_alternatives(expected)}")
+    format = FORMATS[suffix]
+    for package in format.packages:
+        if find_spec(package) is None:
+            raise UsageError(
+                f"{suffix} needs {package}, which is not installed: "
+                f"pip install 'r2ncli[{format.extra}]'"
+            )
+    return format
+
+
+def _alternatives(words: Sequence[str]) -> str:
+    return ", ".join(words[:-1]) + " or " * (len(words) > 1) + words[-1]
+
+
+# --- text -----------------------------------------------------------------------------------
+
+
+def _checked(rows: Iterator[Cells]) -> Iterator[Cells]:
+    for row in rows:
+        if row[1] not in ("ok", "failed"):
+            raise ValueError(f"status {row[1]!r}, neither ok nor failed")
+        yield row
+
+
+def _of_width(rows: Iterator[list[str]], width: int) -> Iterator[Cells]:
+    for cells in rows:
+        if len(cells) != width:
+            raise ValueError(f"a row of {len(cells)} cells, not {width}")
+        yield cells
+
+
+def _check_last_line(output: Path) -> None:
+    """Raise where a text ends inside a line: its last number may have lost digits."""
+    with open(output, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        if file.read() not in (b"", b"\n"):
+            raise ValueError("it ends inside a line")
+
+
+def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file; raises a ValueError where a line does not have `columns`."""
     with open(path, encoding="utf-8", newline="\n") as file:
         for line in file:
             row = json.loads(line)
@@ -195,11 +384,21 @@ def json_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _utf8(label: str | None) -> str | None:
-    """`label` with what is no text, half of a surrogate pair from a JSON file, escaped."""
-    if label is None or label.isascii():
-        return label
-    return label.encode("utf-8", "backslashreplace").decode()
+def _parquet_rows(file: Any) -> Iterator[Cells]:
+    for group in range(file.num_row_groups):
+        columns = file.read_row_group(group).columns
+        yield from zip(*(column.to_pylist() for column in columns), strict=True)
+
+
+def _parquet_type(column: str) -> str:
+    return {INDEX: "int32", PROBABILITY: "float32"}.get(column.partition("_")[0], "string")
+
+
+def _utf8(text: str | None) -> str | None:
+    """`text` with halves of surrogate pairs, which a JSON file may hold, escaped."""
+    if text is None or text.isascii():
+        return text
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _json_text(cell: str | int | np.float32 | None) -> str:
@@ -208,20 +407,15 @@ def _json_text(cell: str | int | np.float32 | None) -> str:
     return json.dumps(cell, ensure_ascii=False)
 
 
-def _parquet_type(column: str) -> str:
-    kind = column.partition("_")[0]
-    return {"index": "int32", "probability": "float32"}.get(kind, "string")
-
-
-def _concatenate(header: bytes, blocks: Sequence[Path], out: Path) -> None:
+def _concatenate(head: bytes, blocks: Sequence[Path], out: Path) -> None:
     with open(out, "wb") as file:
-        file.write(header)
+        file.write(head)
         for block in blocks:
             with open(block, "rb") as finished:
                 shutil.copyfileobj(finished, file, 1 << 20)
 
 
-def _csv_text(rows: Iterable[Sequence[object]]) -> str:
+def _csv_text(rows: Iterable[Cells]) -> str:
     return "".join([",".join(map(_csv_cell, cells)) + "\n" for cells in rows])
 
 
@@ -234,153 +428,3 @@ def _csv_cell(cell: object) -> str:
 
 
 _QUOTED = re.compile(r'[,"\n\r]').search
-
-
-# --- HDF5 -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Hdf5Format:
-    """``/features/<layer>`` [N, …] row-aligned with ``/paths``, ``/status``, ``/error`` [N].
-
-    Attributes
-    ----------
-    shapes : dict of str to tuple of int
-        One row's shape by layer.
-    dtype : str
-        ``float32`` or ``float16``.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    dtype: str = "float32"
-    suffix: str = ".h5"
-    block_suffix: str = ".npz"
-
-    def pack(self, rows: Sequence[Features]) -> bytes:
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "paths": np.array([row.path for row in rows]),
-            "errors": np.array([row.error or "" for row in rows]),
-            "failed": np.array([row.error is not None for row in rows]),
-        }
-        for layer, shape in self.shapes.items():
-            values = np.full((len(rows), *shape), np.nan, dtype=self.dtype)
-            for i, row in enumerate(rows):
-                if row.error is None:
-                    values[i] = row.features[layer]
-            arrays["features/" + layer] = values
-        packed = io.BytesIO()
-        np.savez(packed, allow_pickle=False, **arrays)
-        return packed.getvalue()
-
-    def unpack_names(self, block: Path) -> Iterator[tuple[str, bool]]:
-        with np.load(block) as arrays:
-            yield from zip(arrays["paths"].tolist(), arrays["failed"].tolist(), strict=True)
-
-    def size_of(self, row: Features) -> int:
-        return sum(
-            np.dtype(self.dtype).itemsize * int(np.prod(shape)) for shape in self.shapes.values()
-        )
-
-    def join(self, blocks: Sequence[Path], out: Path, record: Record) -> None:
-        count = sum(1 for block in blocks for _ in self.unpack_names(block))
-        import h5py
-
-        text = h5py.string_dtype("utf-8")
-        with _hdf5_file(out) as (file, disk):
-            for key, value in record.items():
-                plain = isinstance(value, str | int | float)
-                file.attrs[key] = value if plain else json.dumps(value, ensure_ascii=False)
-            # whole chunks of fixed sizes, whatever the blocks were: the same bytes each time
-            for layer, shape in self.shapes.items():
-                chunk = _chunk_shape(shape, np.dtype(self.dtype), count)
-                dataset = file.create_dataset(
-                    f"features/{layer}",
-                    (count, *shape),
-                    self.dtype,
-                    chunks=chunk if count else None,  # a shard may have no rows
-                )
-                for start, rows in _slabs(blocks, f"features/{layer}", chunk[0]):
-                    dataset[start : start + len(rows)] = rows
-                    disk.raise_error()
-            for name, key in (("paths", "paths"), ("status", "failed"), ("error", "errors")):
-                dataset = file.create_dataset(name, (count,), text)
-                for start, rows in _slabs(blocks, key, STRINGS_AT_ONCE):
-                    dataset[start : start + len(rows)] = rows
-                    disk.raise_error()
-
-
-@contextmanager
-def _hdf5_file(out: Path) -> Iterator[tuple[Any, _Disk]]:
-    """A new HDF5 file, and the disk below it, whose first failed write is raised at the end."""
-    import h5py
-
-    with _Disk(out, "w+b") as disk:
-        try:
-            with h5py.File(disk, "w") as file:
-                yield file, disk
-        finally:
-            disk.raise_error()
-
-
-class _Disk(io.FileIO):
-    """A file that keeps its first failed write for `raise_error` and takes the rest as written.
-
-    The HDF5 library must not see a write fail: on a full disk it crashes the process
-    (h5py 3.16: a segmentation fault while the file is closed).
-    """
-
-    error: OSError | None = None
-
-    def write(self, content: Any) -> int:
-        view = memoryview(content).cast("B")
-        written = 0
-        try:
-            while self.error is None and written < len(view):
-                written += super().write(view[written:])
-        except OSError as error:
-            self.error = error
-        return len(view)
-
-    def truncate(self, size: int | None = None) -> int:
-        try:
-            return super().truncate(size)
-        except OSError as error:
-            self.error = self.error or error
-            return size or 0
-
-    def raise_error(self) -> None:
-        """Raise what went wrong, if anything did."""
-        if self.error is not None:
-            raise self.error
-
-
-def _slabs(
-    blocks: Sequence[Path], key: str, rows_at_once: int
-) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """One array of all blocks, `rows_at_once` rows at a time, each with its first row's number."""
-    start, waiting = 0, []
-    for block in [*blocks, None]:
-        if block is not None:
-            with np.load(block) as arrays:
-                waiting.append(_as_stored(arrays[key]))
-        while waiting and (sum(map(len, waiting)) >= rows_at_once or block is None):
-            joined = np.concatenate(waiting)
-            slab, rest = joined[:rows_at_once], joined[rows_at_once:]
-            yield start, slab
-            start, waiting = start + len(slab), [rest] if len(rest) else []
-
-
-def _as_stored(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    if array.dtype.kind == "b":
-        return np.where(array, "failed", "ok").astype(object)
-    return array.astype(object) if array.dtype.kind == "U" else array
-
-
-def _chunk_shape(shape: tuple[int, ...], dtype: np.dtype[Any], rows: int) -> tuple[int, ...]:
-    """Rows together, at most `CHUNK_BYTES`; a larger row is cut along its first axes."""
-    chunk = list(shape)
-    for axis in range(len(chunk)):
-        while chunk[axis] > 1 and np.prod(chunk) * dtype.itemsize > CHUNK_BYTES:
-            chunk[axis] = -(-chunk[axis] // 2)
-    row_bytes = int(np.prod(chunk)) * dtype.itemsize
-    return (max(1, min(rows, 1024, CHUNK_BYTES // row_bytes)), *chunk)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike as OsPathLike
 from pathlib import Path
 from typing import Any
 
 from r2ncli.errors import OutputError, UsageError
-from r2ncli.outputs.formats import Format
+from r2ncli.outputs.formats import Format, format_of
 from r2ncli.outputs.partial import PartialOutput, checked_output, refuse_existing
-from r2ncli.outputs.record import differing_settings, in_words
-from r2ncli.outputs.results import existing_result, read_format, read_record, read_rows
-
-AGAIN = "--overwrite merges again"
+from r2ncli.outputs.record import EXECUTED, differing_settings, in_words
+from r2ncli.outputs.results import existing_result, read_batches, read_format, read_record
 
 Record = dict[str, Any]
 Shard = tuple[Path, Record]
@@ -25,6 +23,7 @@ def merge(
     output: str | OsPathLike[str],
     *,
     overwrite: bool = False,
+    on_progress: Callable[[int], None] | None = None,
 ) -> Record:
     """Join the finished outputs of ``--shard 1/N`` to ``N/N`` into `output`, in shard order.
 
@@ -36,6 +35,8 @@ def merge(
         Ends as they do.
     overwrite : bool
         Replace what is there.
+    on_progress : callable, optional
+        Takes the number of rows that are copied, after each batch.
 
     Returns
     -------
@@ -54,20 +55,28 @@ def merge(
     paths = [existing_result(shard) for shard in shards]
     suffixes = sorted({path.suffix.lower() for path in paths})
     if len(suffixes) != 1:
-        raise UsageError(f"expected the shards of one run in one format, not {suffixes or 'none'}")
-    out = checked_output(output, (suffixes[0],), overwrite=overwrite, choices=AGAIN)
+        raise UsageError(
+            f"all shards must have the same format, got {' and '.join(suffixes) or 'no shard'}"
+        )
+    out = checked_output(output, format_of(paths[0]).content, replaced=overwrite)
+    if out.suffix.lower() != suffixes[0]:
+        raise UsageError(f"{out}: must end in {suffixes[0]} as the shards do")
     if any(path.samefile(out) for path in paths if out.exists()):
-        raise UsageError(f"{out}: is one of the shards, give another output")
+        raise UsageError(f"{out} is one of the shards: give another output")
     ordered = _in_order([(path, read_record(path)) for path in paths])
     _check_settings(ordered)
     record = _merged_record([record for _, record in ordered])
-    with PartialOutput(out, _format(ordered), again=AGAIN) as partial:
+    done = 0
+    with PartialOutput(out, _format(ordered), "merge again with `overwrite`") as partial:
         if not overwrite:
-            refuse_existing(out, began=bool(partial.blocks()), choices=AGAIN)
+            refuse_existing(out, began=bool(partial.blocks()))
         partial.begin(record)
         for path, _ in ordered:
-            for row in read_rows(path):
-                partial.append(row)
+            for batch in read_batches(path):
+                partial.append(batch)
+                done += len(batch)
+                if on_progress:
+                    on_progress(done)
         partial.finish(record)
     return record
 
@@ -79,7 +88,7 @@ def _in_order(shards: list[Shard]) -> list[Shard]:
     for path, record in shards:
         match = re.fullmatch(r"(\d+)/(\d+)", str(record.get("shard")))
         if match is None or "fingerprint" not in record:
-            raise OutputError(f"{path}: expected the output of a run with --shard, it is of none")
+            raise OutputError(f"{path} was not made with `shard`")
         number, total = int(match[1]), int(match[2])
         totals[total] = path
         if len(totals) > 1:
@@ -90,7 +99,8 @@ def _in_order(shards: list[Shard]) -> list[Shard]:
         numbered[number] = path, record
     missing = [f"{n}/{total}" for n in range(1, total + 1) if n not in numbered]
     if missing:
-        raise OutputError(f"missing of {total} shards: {', '.join(missing)}. Give all of them")
+        are = "shard" + " is" * (len(missing) == 1) + "s are" * (len(missing) > 1)
+        raise OutputError(f"{are} missing: {', '.join(missing)}. Give all {total} shards")
     return [numbered[n] for n in sorted(numbered)]
 
 
@@ -113,12 +123,14 @@ def _format(ordered: list[Shard]) -> Format:
 
 
 def _merged_record(records: list[Record]) -> Record:
+    executed = [record[EXECUTED] for record in records if EXECUTED in record]
     return {
         **records[0],
         "shard": None,
         "counts": {
             key: sum(record["counts"][key] for record in records) for key in records[0]["counts"]
         },
+        **({EXECUTED: min(executed)} if executed else {}),
         "start": min(record["start"] for record in records),
         "end": max(record["end"] for record in records),
     }

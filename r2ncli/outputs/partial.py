@@ -8,13 +8,11 @@ mechanism for every format.
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import json
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from os import PathLike as OsPathLike
@@ -22,17 +20,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from r2ncli.errors import OutputError, UsageError
-from r2ncli.outputs.formats import Format, Record, check_parquet
+from r2ncli.errors import OutputError
+from r2ncli.outputs.damage import DAMAGE
+from r2ncli.outputs.formats import Format, Record, format_of
+from r2ncli.outputs.rows import Batch
 
 BLOCK_ROWS = 256
 BLOCK_BYTES = 64_000_000
-CHOICES = "--overwrite starts again, --resume goes on with it"
 
 REMOVED = "removed.json"  # what the record of a run is called while its blocks are removed
-
-# what reading a damaged block or output raises
-DAMAGE = (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, csv.Error)
 
 # every name that r2n gives to a file of a partial folder
 OURS = re.compile(r"lock|run\.json|removed\.json|final\.json|joined\.\w+|block-\d{8}\.\w+|.*\.tmp")
@@ -53,14 +49,14 @@ class PartialOutput:
         Rows in finished blocks.
     """
 
-    def __init__(self, output: Path, format: Format, again: str = "go on with --resume") -> None:
+    def __init__(self, output: Path, format: Format, again: str = "continue with `resume`") -> None:
         self.output = output
         self.folder = partial_folder(output)
         self.format = format
         self.again = again
         self.done = 0
-        self._rows: list[Any] = []
-        self._bytes = 0
+        self._batches: list[Batch] = []  # of the next block
+        self._block_rows = max(1, min(BLOCK_ROWS, BLOCK_BYTES // format.row_bytes()))
         self._next_block = 0
         self._lock: BinaryIO | None = None
 
@@ -99,8 +95,8 @@ class PartialOutput:
         record = begun_record(self.output)
         if record is None and self.blocks():
             raise OutputError(
-                f"{self.folder / 'run.json'}: damaged or missing, so its blocks cannot be "
-                "resumed. --overwrite starts again"
+                f"{self.folder / 'run.json'}: corrupted or missing, so its blocks cannot be "
+                "resumed. `overwrite` starts again"
             )
         return record
 
@@ -115,13 +111,13 @@ class PartialOutput:
         for number, block in enumerate(self.blocks()):
             if block.stem != f"block-{number:08d}":
                 raise OutputError(
-                    f"{self.folder}: block {number} is missing. --overwrite starts again"
+                    f"{self.folder}: block {number} is missing. `overwrite` starts again"
                 )
             try:
-                yield from self.format.unpack_names(block)
+                yield from self.format.read_block(block)
             except DAMAGE as error:
                 raise OutputError(
-                    f"{block}: damaged ({error}). --overwrite starts again"
+                    f"{block}: corrupted ({error}). `overwrite` starts again"
                 ) from error
 
     def begin(self, record: Record) -> None:
@@ -134,23 +130,25 @@ class PartialOutput:
         """Take `record` in place of the one that was begun with; the blocks stay."""
         self._write("run.json", json_bytes(record))
 
-    def append(self, row: Any) -> None:
-        """Add a row; a block that is full is written."""
-        self._rows.append(row)
-        self._bytes += self.format.size_of(row)
-        if len(self._rows) >= BLOCK_ROWS or self._bytes >= BLOCK_BYTES:
-            self.flush()
+    def append(self, batch: Batch) -> None:
+        """Add rows; every block that they fill is written."""
+        while len(batch):
+            room = self._block_rows - sum(map(len, self._batches))
+            self._batches.append(batch[:room])
+            batch = batch[room:]
+            if sum(map(len, self._batches)) == self._block_rows:
+                self.flush()
 
     def flush(self) -> None:
         """Write the rows since the last block as a block of their own."""
-        if not self._rows:
+        if not self._batches:
             return
         name = f"block-{self._next_block:08d}{self.format.block_suffix}"
-        self._write(name, self.format.pack(self._rows))
+        self._write(name, self.format.pack(self._batches))
         # An interrupt before this writes the same block once more under the same name; none can
         # come in between, for signals are seen at calls and jumps only.
-        done, following = self.done + len(self._rows), self._next_block + 1
-        self._rows, self._bytes, self._next_block, self.done = [], 0, following, done
+        done, following = self.done + sum(map(len, self._batches)), self._next_block + 1
+        self._batches, self._next_block, self.done = [], following, done
 
     def finish(self, record: Record) -> None:
         """Join the blocks, give the file its name, and remove the folder."""
@@ -167,7 +165,7 @@ class PartialOutput:
         try:
             self.format.join(blocks, joined, record)
             _fsync(joined)
-            if self.format.suffix != ".h5":  # which holds its record inside
+            if not self.format.holds_record:
                 self._write("final.json", json_bytes(record))
                 os.replace(self.folder / "final.json", record_path(self.output))
             os.replace(joined, self.output)
@@ -225,26 +223,25 @@ class PartialOutput:
             ) from error
 
 
-def checked_output(
-    output: str | OsPathLike[str],
-    suffixes: tuple[str, ...],
-    *,
-    overwrite: bool,
-    resume: bool = False,
-    retry_failed: bool = False,
-    choices: str = CHOICES,
-) -> Path:
-    """`output` as a path that a run may begin with, before anything else runs."""
+def checked_output(output: str | OsPathLike[str], content: str, *, replaced: bool) -> Path:
+    """`output` as a path that a run may begin with, before anything else runs.
+
+    Parameters
+    ----------
+    content : str
+        What its rows will hold (see `rows`).
+    replaced : bool
+        Whether an output, or an unfinished run, that is there is no obstacle.
+
+    Raises
+    ------
+    UsageError
+        No format for such rows has its suffix, or the format needs a library that is missing.
+    OutputError
+        It cannot be written, or exists.
+    """
     out = Path(output)
-    if out.suffix.lower() not in suffixes:
-        raise UsageError(f"{out}: an output of this command ends in {' or '.join(suffixes)}")
-    if out.suffix.lower() == ".parquet":
-        check_parquet()
-    if overwrite + resume + retry_failed > 1:
-        raise UsageError(
-            "--overwrite starts again, --resume goes on, and --retry-failed tries the failed rows "
-            "of a finished output again: give one of them"
-        )
+    format_of(out, content)
     try:
         if not out.parent.is_dir():
             raise OutputError(f"{out}: cannot be written: there is no folder {out.parent}")
@@ -252,17 +249,14 @@ def checked_output(
             raise OutputError(f"{out}: cannot be written: it is a folder")
         for name in (out, partial_folder(out), record_path(out)):
             name.exists()  # raises where a name is too long, or the folder may not be searched
-        if retry_failed and not out.exists():
-            raise OutputError(f"{out}: there is no finished output whose failed rows to try again")
-        if not overwrite and not resume and not retry_failed:
-            refuse_existing(out, began=partial_folder(out).exists(), choices=choices)
+        if not replaced:
+            refuse_existing(out, began=partial_folder(out).exists())
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise OutputError(f"{out}: cannot be written: {reason}") from error
+        raise OutputError(f"{out}: cannot be written: {_reason(error)}") from error
     return out
 
 
-def refuse_existing(out: Path, began: bool, choices: str = CHOICES) -> None:
+def refuse_existing(out: Path, began: bool) -> None:
     """Raise where an output or an unfinished run is there that a new one would replace."""
     for there, path, what in (
         (began, partial_folder(out), "an unfinished run"),
@@ -270,7 +264,9 @@ def refuse_existing(out: Path, began: bool, choices: str = CHOICES) -> None:
         (record_path(out).exists(), record_path(out), "a run record"),
     ):
         if there:
-            raise OutputError(f"{path} exists, {what}. {choices}")
+            raise OutputError(
+                f"{path} exists ({what}). `overwrite` starts again, `resume` continues it"
+            )
 
 
 def partial_folder(output: Path) -> Path:

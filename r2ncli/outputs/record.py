@@ -6,6 +6,10 @@ import hashlib
 import json
 from typing import Any
 
+from r2ncli.weights.checkpoints import Labels
+
+EXECUTED = "executed_batch_size"  # in the record only where memory did not hold a whole batch
+
 
 def fingerprint(record: dict[str, Any]) -> str:
     """A digest of what decides the values: equal fingerprints, equal bytes."""
@@ -55,3 +59,8 @@ def differing_settings(then: dict[str, Any], now: dict[str, Any]) -> dict[str, t
 def in_words(differing: dict[str, tuple[Any, Any]]) -> str:
     """``topk was 5, is 3; …``"""
     return "; ".join(f"{key} was {then}, is {now}" for key, (then, now) in differing.items())
+
+
+def labels_digest(labels: Labels) -> str:
+    """A digest of the labels, which may stand beside the checkpoint and not in it."""
+    return hashlib.sha256(json.dumps([labels.labels, labels.wnids]).encode()).hexdigest()

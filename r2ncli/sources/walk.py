@@ -47,7 +47,7 @@ from r2ncli.sources.remote import (
     read_url,
     without_secrets,
 )
-from r2ncli.sources.selection import Selection, in_shard, is_tried, is_visible
+from r2ncli.sources.selection import SUFFIXES, Selection, in_shard, is_tried, is_visible
 
 NAMES_AHEAD = 100_000  # how many names may wait, so that the total is known early
 BYTES_AHEAD = 64_000_000  # of pictures out of compressed archives that may wait
@@ -156,6 +156,12 @@ def printable(name: str) -> str:
 def bytes_as_hex(text: str) -> str:
     r"""`text` with the bytes that are no UTF-8, which Python keeps as surrogates, as ``\xNN``."""
     return re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text)
+
+
+def no_image_found() -> InputNotFoundError:
+    """The error of a walk without inputs."""
+    suffixes = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
+    return InputNotFoundError(f"no image found (looked for files ending in {suffixes})")
 
 
 class Walk:

@@ -1,0 +1,273 @@
+"""The HDF5 format of features: blocks are .npz files, the whole is one HDF5 file."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from r2ncli.outputs.damage import damage_as_error
+from r2ncli.outputs.rows import FEATURES, Batch
+
+CHUNK_BYTES = 4_000_000
+STRINGS_AT_ONCE = 4096  # names held while a file is joined or read
+# features in memory at once: a few rows each of a few places, for rows that come in another order
+SLAB_ROWS, SLAB_BYTES, SLABS = 64, 4_000_000, 16
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Hdf5Format:
+    """``/features/<layer>`` [N, …] row-aligned with ``/paths``, ``/status``, ``/error`` [N].
+
+    Attributes
+    ----------
+    shapes : dict of str to tuple of int
+        One row's shape by layer.
+    dtype : str
+        ``float32`` or ``float16``.
+    """
+
+    suffix: ClassVar[str] = ".h5"
+    block_suffix: ClassVar[str] = ".npz"
+    content: ClassVar[str] = FEATURES
+    packages: ClassVar[tuple[str, ...]] = ()  # h5py is always installed and recorded
+    extra: ClassVar[str | None] = None
+    holds_record: ClassVar[bool] = True
+
+    shapes: dict[str, tuple[int, ...]]
+    dtype: str = "float32"
+
+    def pack(self, batches: Sequence[Batch]) -> bytes:
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "paths": np.array([name for batch in batches for name in batch.names]),
+            "errors": np.array([error or "" for batch in batches for error in batch.errors]),
+            "failed": np.array([e is not None for batch in batches for e in batch.errors]),
+        }
+        for layer in self.shapes:
+            values = np.concatenate([batch.columns[layer] for batch in batches])
+            arrays["features/" + layer] = values = values.astype(self.dtype)
+            values[arrays["failed"]] = np.nan
+        packed = io.BytesIO()
+        np.savez(packed, allow_pickle=False, **arrays)
+        return packed.getvalue()
+
+    def row_bytes(self) -> int:
+        return np.dtype(self.dtype).itemsize * sum(map(math.prod, self.shapes.values()))
+
+    def read_block(self, block: Path) -> Iterator[tuple[str, bool]]:
+        with np.load(block) as arrays:
+            yield from zip(arrays["paths"].tolist(), arrays["failed"].tolist(), strict=True)
+
+    def join(self, blocks: Sequence[Path], out: Path, record: Record) -> None:
+        count = sum(1 for block in blocks for _ in self.read_block(block))
+        import h5py
+
+        text = h5py.string_dtype("utf-8")
+        with _new_file(out) as (file, disk):
+            for key, value in record.items():
+                plain = isinstance(value, str | int | float)
+                file.attrs[key] = value if plain else json.dumps(value, ensure_ascii=False)
+            # whole chunks of fixed sizes, whatever the blocks were: the same bytes each time
+            for layer, shape in self.shapes.items():
+                chunk = _chunk_shape(shape, np.dtype(self.dtype), count)
+                dataset = file.create_dataset(
+                    f"features/{layer}",
+                    (count, *shape),
+                    self.dtype,
+                    chunks=chunk if count else None,  # a shard may have no rows
+                )
+                for start, rows in _slabs(blocks, f"features/{layer}", chunk[0]):
+                    dataset[start : start + len(rows)] = rows
+                    disk.raise_error()
+            for name, key in (("paths", "paths"), ("status", "failed"), ("error", "errors")):
+                dataset = file.create_dataset(name, (count,), text)
+                for start, rows in _slabs(blocks, key, STRINGS_AT_ONCE):
+                    dataset[start : start + len(rows)] = rows
+                    disk.raise_error()
+
+    @classmethod
+    def of(cls, output: Path) -> Self:
+        with open_features(output) as features:
+            return cls(features.shapes, features.dtype)
+
+    @classmethod
+    def read_record(cls, output: Path) -> dict[str, Any]:
+        import h5py
+
+        with h5py.File(output) as file:
+            return {key: _from_attribute(value) for key, value in file.attrs.items()}
+
+    @classmethod
+    def read_names(cls, output: Path) -> Iterator[tuple[str, bool]]:
+        with open_features(output) as features:
+            yield from ((name, error is not None) for name, error in features.names())
+
+    @classmethod
+    def read(cls, output: Path, start: int = 0) -> Iterator[Batch]:
+        with open_features(output) as features:
+            yield from features.batches(start)
+
+
+class FeatureFile:
+    """A finished HDF5 file that is open: its names in order, its features by row number.
+
+    Attributes
+    ----------
+    shapes : dict of str to tuple of int
+        One row's shape by layer, in the order in which the layers were asked for.
+    dtype : str
+        ``float32`` or ``float16``.
+    """
+
+    def __init__(self, output: Path, file: Any) -> None:
+        self._output = output
+        layers = Hdf5Format.read_record(output).get("layers", sorted(file["features"]))
+        self._layers = {layer: file["features"][layer] for layer in layers}
+        self._texts = [file[name].asstr() for name in ("paths", "status", "error")]
+        self._count = len(file["paths"])
+        if not layers:
+            raise ValueError("it has no layer")
+        for dataset in (*self._layers.values(), *self._texts):
+            if len(dataset) != self._count:
+                raise ValueError(f"{len(dataset):,} rows of one thing, {self._count:,} of another")
+        self.shapes = {layer: dataset.shape[1:] for layer, dataset in self._layers.items()}
+        self.dtype = str(next(iter(self._layers.values())).dtype)
+        row_bytes = Hdf5Format(self.shapes, self.dtype).row_bytes()
+        self._slab_rows = max(1, min(SLAB_ROWS, SLAB_BYTES // row_bytes))
+        slabs = max(1, SLABS * SLAB_BYTES // max(SLAB_BYTES, row_bytes))
+        self._slab = lru_cache(slabs)(self._read_slab)
+
+    def names(self, start: int = 0) -> Iterator[tuple[str, str | None]]:
+        """Name of each row from number `start` on, and its error if it failed."""
+        paths, statuses, errors = self._texts
+        with damage_as_error(self._output):
+            for first in range(start, self._count, STRINGS_AT_ONCE):
+                some = slice(first, first + STRINGS_AT_ONCE)
+                rows = zip(paths[some], statuses[some], errors[some], strict=True)
+                for name, status, error in rows:
+                    yield name, error if status == "failed" else None
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """All rows from number `start` on."""
+        rows = self.names(start)
+        for first in range(start, self._count, self._slab_rows):
+            some = slice(first, min(first + self._slab_rows, self._count))
+            names, errors = zip(*(next(rows) for _ in range(some.start, some.stop)), strict=True)
+            yield Batch(names, errors, {layer: d[some] for layer, d in self._layers.items()})
+
+    def __getitem__(self, number: int) -> dict[str, npt.NDArray[Any]]:
+        """The features of row `number` by layer; NaN where it failed."""
+        slab, row = divmod(number, self._slab_rows)
+        return {layer: rows[row] for layer, rows in self._slab(slab).items()}
+
+    def _read_slab(self, number: int) -> dict[str, npt.NDArray[Any]]:
+        some = slice(number * self._slab_rows, (number + 1) * self._slab_rows)
+        with damage_as_error(self._output):
+            return {layer: dataset[some] for layer, dataset in self._layers.items()}
+
+
+@contextmanager
+def open_features(output: Path) -> Iterator[FeatureFile]:
+    """Open a finished HDF5 file for as long as the block lasts."""
+    import h5py
+
+    with ExitStack() as stack:
+        with damage_as_error(output):
+            file = FeatureFile(output, stack.enter_context(h5py.File(output)))
+        yield file
+
+
+def _from_attribute(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, str) and (value == "null" or value.startswith(("[", "{"))):
+        return json.loads(value)
+    return value
+
+
+@contextmanager
+def _new_file(out: Path) -> Iterator[tuple[Any, _Disk]]:
+    """A new HDF5 file, and the disk below it, whose first failed write is raised at the end."""
+    import h5py
+
+    with _Disk(out, "w+b") as disk:
+        try:
+            with h5py.File(disk, "w") as file:
+                yield file, disk
+        finally:
+            disk.raise_error()
+
+
+class _Disk(io.FileIO):
+    """A file that keeps its first failed write for `raise_error` and takes the rest as written.
+
+    The HDF5 library must not see a write fail: on a full disk it crashes the process
+    (h5py 3.16: a segmentation fault while the file is closed).
+    """
+
+    error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        view = memoryview(content).cast("B")
+        written = 0
+        try:
+            while self.error is None and written < len(view):
+                written += super().write(view[written:])
+        except OSError as error:
+            self.error = error
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+    def raise_error(self) -> None:
+        """Raise what went wrong, if anything did."""
+        if self.error is not None:
+            raise self.error
+
+
+def _slabs(
+    blocks: Sequence[Path], key: str, rows_at_once: int
+) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """One array of all blocks, `rows_at_once` rows at a time, each with its first row's number."""
+    start, waiting = 0, []
+    for block in [*blocks, None]:
+        if block is not None:
+            with np.load(block) as arrays:
+                waiting.append(_as_stored(arrays[key]))
+        while waiting and (sum(map(len, waiting)) >= rows_at_once or block is None):
+            joined = np.concatenate(waiting)
+            slab, rest = joined[:rows_at_once], joined[rows_at_once:]
+            yield start, slab
+            start, waiting = start + len(slab), [rest] if len(rest) else []
+
+
+def _as_stored(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if array.dtype.kind == "b":
+        return np.where(array, "failed", "ok").astype(object)
+    return array.astype(object) if array.dtype.kind == "U" else array
+
+
+def _chunk_shape(shape: tuple[int, ...], dtype: np.dtype[Any], rows: int) -> tuple[int, ...]:
+    """Rows together, at most `CHUNK_BYTES`; a larger row is cut along its first axes."""
+    chunk = list(shape)
+    for axis in range(len(chunk)):
+        while chunk[axis] > 1 and np.prod(chunk) * dtype.itemsize > CHUNK_BYTES:
+            chunk[axis] = -(-chunk[axis] // 2)
+    row_bytes = int(np.prod(chunk)) * dtype.itemsize
+    return (max(1, min(rows, 1024, CHUNK_BYTES // row_bytes)), *chunk)
