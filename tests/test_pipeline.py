@@ -15,8 +15,9 @@ import r2ncli
 from r2ncli.engine import EngineDescription, empty_pixels
 from r2ncli.errors import CheckpointError, DeviceError, InputNotFoundError, UsageError
 from r2ncli.images.decode import DecodeRules, decode
+from r2ncli.options import RunOptions
 from r2ncli.pipeline import run, top_classes
-from r2ncli.predictor import LOGITS, Pipeline, open_pipeline
+from r2ncli.predictor import LOGITS, Predictor, open_predictor
 from r2ncli.sources.walk import file_input
 
 backends = pytest.mark.parametrize("backend", ["torch", "openvino"])
@@ -142,11 +143,12 @@ def test_rows_come_in_input_order_from_several_streams(pictures):
 
     engine = SlowFirst(4, streams=3)
     inputs = [file_input(str(path), path.name) for path in sorted(pictures.iterdir())]
-    rows = list(run(inputs, counting_pipeline(engine)))
-    assert [row.name for row in rows] == [source.name for source in inputs]
-    alone = list(run(inputs, counting_pipeline(CountingEngine(4))))
-    for one, other in zip(rows, alone, strict=True):
-        assert one.outputs[LOGITS] == other.outputs[LOGITS]
+    batches = list(run(inputs, counting_predictor(engine), everything))
+    names = [name for batch in batches for name in batch.names]
+    assert names == [source.name for source in inputs]
+    alone = run(inputs, counting_predictor(CountingEngine(4)), everything)
+    for one, other in zip(batches, alone, strict=True):
+        np.testing.assert_array_equal(one.columns[LOGITS], other.columns[LOGITS])
 
 
 def test_a_folder_of_broken_pictures_only_gives_only_failed_rows(tmp_path, tiny_weights):
@@ -291,8 +293,13 @@ class CountingEngine:
         return {LOGITS: pixels.reshape(len(pixels), -1).mean(1, dtype=np.float32)[:, None]}
 
 
-def counting_pipeline(engine, workers=3):
-    return Pipeline(
+def everything(outputs):
+    """Keep all outputs of a batch."""
+    return outputs
+
+
+def counting_predictor(engine, workers=3):
+    return Predictor(
         engine, r2ncli.Preprocessing(32, 32), DecodeRules(), workers, Path("x"), "", "", 1, None,
         "avg", {LOGITS: (1,)},
     )  # fmt: skip
@@ -301,8 +308,8 @@ def counting_pipeline(engine, workers=3):
 def test_every_batch_has_the_engines_size(pictures):
     engine = CountingEngine(8)
     inputs = [file_input(str(path), path.name) for path in sorted(pictures.iterdir())]
-    rows = list(run(inputs, counting_pipeline(engine)))
-    assert len(rows) == 20
+    batches = list(run(inputs, counting_predictor(engine), everything))
+    assert [len(batch) for batch in batches] == [8, 8, 4]
     assert engine.batches == [(8, 32, 32, 3)] * 3
 
 
@@ -315,10 +322,11 @@ def test_only_a_few_batches_are_under_way_however_many_pictures_there_are(pictur
         for taken in range(1, 2001):
             yield inputs[taken % 20]
 
-    pipeline = counting_pipeline(CountingEngine(8))
-    under_way = [taken - given for given, _ in enumerate(run(many(), pipeline))]
+    predictor = counting_predictor(CountingEngine(8))
+    batches = run(many(), predictor, everything)
+    under_way = [taken - 8 * given for given, _ in enumerate(batches)]
     assert taken == 2000
-    assert max(under_way) <= 8 * (3 + -(-2 * pipeline.workers // 8))
+    assert max(under_way) <= 8 * (3 + -(-2 * predictor.workers // 8))
 
 
 def test_an_engine_that_fails_ends_the_run_with_its_error(pictures):
@@ -329,18 +337,19 @@ def test_an_engine_that_fails_ends_the_run_with_its_error(pictures):
             return super().__call__(pixels)
 
     inputs = [file_input(str(path), path.name) for path in sorted(pictures.iterdir())]
-    rows = run(inputs, counting_pipeline(FailingEngine(8)))
+    batches = run(inputs, counting_predictor(FailingEngine(8)), everything)
     with pytest.raises(DeviceError, match="fell out"):
-        list(rows)
+        list(batches)
 
 
-def test_open_pipeline_says_what_really_runs(tiny_weights):
-    pipeline = open_pipeline(["layer4"], weights=tiny_weights, precision="fp32", batch_size=5)
-    description = pipeline.engine.description
+def test_a_predictor_says_what_really_runs(tiny_weights):
+    options = RunOptions(weights=tiny_weights, precision="fp32", batch_size=5)
+    predictor = open_predictor(["layer4"], options)
+    description = predictor.engine.description
     assert (description.precision, description.batch_size) == ("fp32", 5)
     assert description.device == "cpu" or description.device.startswith("cuda")
-    assert pipeline.shapes == {"layer4": (64,)}
-    assert len(pipeline.sha256) == 64
+    assert predictor.shapes == {"layer4": (64,)}
+    assert len(predictor.sha256) == 64
 
 
 def test_a_keyword_that_nobody_knows_is_an_error(pictures, tiny_weights):

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -28,9 +29,10 @@ from r2ncli.engine import cores
 from r2ncli.engine import openvino as openvino_engine
 from r2ncli.errors import InputNotFoundError, OutputError, UsageError
 from r2ncli.images.decode import DecodeRules
+from r2ncli.outputs import plans
 from r2ncli.outputs.partial import BLOCK_ROWS
 from r2ncli.outputs.results import read_record
-from r2ncli.outputs.rows import Classification
+from r2ncli.outputs.rows import Batch
 
 
 class StopAfterError(Exception):
@@ -164,7 +166,7 @@ def test_parquet_without_its_library_is_refused_first(tmp_path, monkeypatch):
 def test_a_resumed_run_ends_with_the_uninterrupted_ones_bytes(
     tmp_path, make_pictures, tiny_weights, monkeypatch, stop, kind
 ):
-    monkeypatch.setattr(runs, "_now", lambda: "2026-01-01T00:00:00+00:00")
+    monkeypatch.setattr(plans, "_now", lambda: "2026-01-01T00:00:00+00:00")
     folder = make_pictures(tmp_path / "many", 20)
     for n in range(20, 600):
         os.link(folder / f"{n % 20:05d}.jpg", folder / f"{n:05d}.jpg")
@@ -172,14 +174,17 @@ def test_a_resumed_run_ends_with_the_uninterrupted_ones_bytes(
     (folder / "00010.jpg").write_bytes(b"")
     write = r2ncli.extract_to if kind == "h5" else r2ncli.classify_to
     whole, broken = tmp_path / f"whole.{kind}", tmp_path / f"broken.{kind}"
-    record = write(whole, folder, weights=tiny_weights)
+    options = {"weights": tiny_weights, "batch_size": 8}
+    record = write(whole, folder, **options)
     with pytest.raises(StopAfterError):
-        write(broken, folder, weights=tiny_weights, on_progress=stop_after(stop))
+        write(broken, folder, on_progress=stop_after(stop), **options)
     assert not broken.exists()
-    assert len(list((tmp_path / f"broken.{kind}.partial").glob("block-*"))) == -(-stop // 256)
+    kept = 8 * -(-stop // 8)  # whole batches
+    blocks = list((tmp_path / f"broken.{kind}.partial").glob("block-*"))
+    assert len(blocks) == -(-kept // BLOCK_ROWS)
     seen = []
     resumed = write(broken, folder, weights=tiny_weights, resume=True, on_progress=seen.append)
-    assert seen[0].done == stop + 1  # what was done is not done again
+    assert [p.done for p in seen] == [*range(kept + 1, 601)]  # what was done is not done again
     assert resumed == record
     assert record["counts"] == {"inputs": 600, "ok": 599, "failed": 1}
     assert broken.read_bytes() == whole.read_bytes()
@@ -293,7 +298,7 @@ def test_resume_refuses_other_inputs_and_names_the_first(
     with suppress(StopAfterError):
         r2ncli.classify_to(tmp_path / "x.csv", pictures, weights=tiny_weights, on_progress=stop)
     (pictures / "00007.jpg").rename(pictures / "00006b.jpg")
-    with pytest.raises(OutputError, match=r"it has \S*00007\.jpg, here is \S*00006b\.jpg"):
+    with pytest.raises(OutputError, match=r"it has \S*00007\.jpg, now there is \S*00006b\.jpg"):
         r2ncli.classify_to(tmp_path / "x.csv", pictures, weights=tiny_weights, resume=True)
 
 
@@ -332,7 +337,7 @@ def test_the_number_of_streams_is_recorded_and_may_change_on_resume(
 def test_an_output_that_exists_is_kept_unless_told_otherwise(tmp_path, pictures, tiny_weights):
     out = tmp_path / "x.csv"
     out.write_text("precious")
-    with pytest.raises(OutputError, match=r"x\.csv exists.*--overwrite.*--resume"):
+    with pytest.raises(OutputError, match=r"x\.csv exists.*`overwrite`.*`resume`"):
         r2ncli.classify_to(out, pictures, weights=tiny_weights)
     assert out.read_text() == "precious"
     with pytest.raises(StopAfterError):  # replaced by the final rename only
@@ -341,7 +346,7 @@ def test_an_output_that_exists_is_kept_unless_told_otherwise(tmp_path, pictures,
         )
     assert out.read_text() == "precious"
     out.unlink()
-    with pytest.raises(OutputError, match=r"x\.csv\.partial exists, an unfinished run"):
+    with pytest.raises(OutputError, match=r"x\.csv\.partial exists \(an unfinished run\)"):
         r2ncli.classify_to(out, pictures, weights=tiny_weights)
     r2ncli.classify_to(out, pictures, weights=tiny_weights, overwrite=True, topk=1)
     assert len(read_csv(out)) == 20
@@ -350,8 +355,8 @@ def test_an_output_that_exists_is_kept_unless_told_otherwise(tmp_path, pictures,
 @pytest.mark.parametrize(
     ("name", "error", "match"),
     [
-        ("x.txt", UsageError, r"ends in \.csv or \.jsonl or \.parquet"),
-        ("x.h5", UsageError, r"ends in \.csv or \.jsonl or \.parquet"),
+        ("x.txt", UsageError, r"must end in \.csv, \.jsonl or \.parquet"),
+        ("x.h5", UsageError, r"must end in \.csv, \.jsonl or \.parquet"),
         ("nowhere/x.csv", OutputError, "there is no folder"),
     ],
 )
@@ -369,13 +374,13 @@ def test_an_output_that_another_run_finished_meanwhile_is_not_replaced(
     tmp_path, pictures, tiny_weights, monkeypatch
 ):
     """The first look is seconds before the lock: the weights are loaded in between."""
-    open_classifier = runs.open_classifier
+    open_predictor = runs.open_predictor
 
     def slowly(*arguments, **options):
         (tmp_path / "x.csv").write_text("of the other run")
-        return open_classifier(*arguments, **options)
+        return open_predictor(*arguments, **options)
 
-    monkeypatch.setattr(runs, "open_classifier", slowly)
+    monkeypatch.setattr(runs, "open_predictor", slowly)
     with pytest.raises(OutputError, match="a finished output"):
         r2ncli.classify_to(tmp_path / "x.csv", pictures, weights=tiny_weights)
     assert (tmp_path / "x.csv").read_text() == "of the other run"
@@ -395,8 +400,8 @@ def test_resume_refuses_other_labels(tmp_path, pictures, tiny_weights):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("x.csv", "hello", "it has no run record of r2n"),
-        ("x.h5", "hello", "it has no run record of r2n"),
+        ("x.csv", "hello", "its run record is missing"),
+        ("x.h5", "hello", "its run record is missing"),
     ],
 )
 def test_resume_on_a_foreign_file_says_so(tmp_path, pictures, tiny_weights, name, content, says):
@@ -411,7 +416,7 @@ def test_resume_on_a_damaged_output_says_so(tmp_path, pictures, tiny_weights):
     out = tmp_path / "x.csv"
     r2ncli.classify_to(out, pictures, weights=tiny_weights)
     out.write_text(out.read_text().replace("path", "name", 1))
-    with pytest.raises(OutputError, match="damaged, or none of r2n's"):
+    with pytest.raises(OutputError, match="corrupted, or not written by r2n"):
         r2ncli.classify_to(out, pictures, weights=tiny_weights, resume=True)
 
 
@@ -447,7 +452,7 @@ def writer(kind):
 @pytest.fixture
 def mended(tmp_path, make_pictures, tiny_weights, monkeypatch):
     """A function that leaves a finished output with failed rows whose pictures are whole now."""
-    monkeypatch.setattr(runs, "_now", lambda: "2026-01-01T00:00:00+00:00")
+    monkeypatch.setattr(plans, "_now", lambda: "2026-01-01T00:00:00+00:00")
     monkeypatch.setattr("r2ncli.outputs.partial.BLOCK_ROWS", 7)
     folder = make_pictures(tmp_path / "some", 40)
     broken = {folder / f"{n:05d}.jpg": b"" for n in (0, 1, 17, 30, 39)}
@@ -501,7 +506,8 @@ def test_an_interrupted_retry_keeps_the_output_and_goes_on(
     assert out.read_bytes() == before
     seen = []
     writer(kind)(out, folder, on_progress=seen.append, **options)
-    assert seen[0].done == stop + 1
+    assert seen[0].done > stop  # what was done is not done again
+    assert [progress.done for progress in seen] == [*range(seen[0].done, 41)]
     assert out.read_bytes() == (tmp_path / f"fresh.{kind}").read_bytes()
 
 
@@ -586,16 +592,16 @@ def test_a_retry_may_follow_a_decoder_that_was_added(mended, tiny_weights):
 
 
 def test_what_changes_colours_is_no_decoder_that_was_added():
-    assert runs._keeps_ok_rows("versions pillow-heif", None, "1.0")
-    assert not runs._keeps_ok_rows("versions littlecms2", None, "2.16")
-    assert not runs._keeps_ok_rows("versions pillow-heif", "1.0", "1.1")
+    assert plans._keeps_ok_rows("versions pillow-heif", None, "1.0")
+    assert not plans._keeps_ok_rows("versions littlecms2", None, "2.16")
+    assert not plans._keeps_ok_rows("versions pillow-heif", "1.0", "1.1")
 
 
 def test_a_retry_needs_a_finished_output(tmp_path, pictures, tiny_weights):
     with pytest.raises(OutputError, match="there is no finished output"):
         r2ncli.classify_to(tmp_path / "x.csv", pictures, weights=tiny_weights, retry_failed=True)
     (tmp_path / "x.csv").write_text("hello")
-    with pytest.raises(OutputError, match="no run record of r2n"):
+    with pytest.raises(OutputError, match="its run record is missing"):
         r2ncli.classify_to(tmp_path / "x.csv", pictures, weights=tiny_weights, retry_failed=True)
 
 
@@ -603,15 +609,19 @@ def test_few_rows_wait_however_far_apart_the_failed_ones_are(monkeypatch):
     """The rows that are kept are read no further than they are used."""
     read = []
 
-    def rows(_out):
-        for n in range(10_000):
+    def batches(_out, _start):
+        for n in range(1000):
             read.append(n)
-            yield Classification(str(n), (), "broken" if n == 9_999 else None)
+            errors = [None] * 10 if n < 999 else [*[None] * 9, "broken"]
+            yield Batch([str(10 * n + row) for row in range(10)], errors, {})
 
-    monkeypatch.setattr(runs, "read_rows", rows)
-    tried = iter([Classification("9999", ())])
-    for n, row in enumerate(runs._with_failed_replaced(Path("x"), 0, tried)):
-        assert (row.path, row.error, len(read)) == (str(n), None, n + 1)
+    monkeypatch.setattr(plans, "read_batches", batches)
+    plan = plans.Retried.__new__(plans.Retried)
+    plan.output, plan._begun = SimpleNamespace(output=Path("x")), False
+    tried = iter([Batch(["9999"], [None], {})])
+    for n, batch in enumerate(plan.batches(tried)):
+        assert (batch.names[0], [*batch.errors], len(read)) == (str(10 * n), [None] * 10, n + 1)
+    assert n == 999
 
 
 @pytest.mark.parametrize("then", ["resume", "retry_failed"])

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib import import_module
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -337,11 +337,13 @@ def format_of(output: Path, content: str | None = None) -> type[Format]:
         raise UsageError(f"{output}: the name must end in {_alternatives(expected)}")
     format = FORMATS[suffix]
     for package in format.packages:
-        if find_spec(package) is None:
+        try:
+            import_module(package)
+        except ImportError as error:
             raise UsageError(
                 f"{suffix} needs {package}, which is not installed: "
                 f"pip install 'r2ncli[{format.extra}]'"
-            )
+            ) from error
     return format
 
 

@@ -14,6 +14,8 @@ from r2ncli.outputs.partial import PartialOutput, checked_output, refuse_existin
 from r2ncli.outputs.record import EXECUTED, differing_settings, in_words
 from r2ncli.outputs.results import existing_result, read_batches, read_format, read_record
 
+AGAIN = "`overwrite` merges again"
+
 Record = dict[str, Any]
 Shard = tuple[Path, Record]
 
@@ -58,7 +60,7 @@ def merge(
         raise UsageError(
             f"all shards must have the same format, got {' and '.join(suffixes) or 'no shard'}"
         )
-    out = checked_output(output, format_of(paths[0]).content, replaced=overwrite)
+    out = checked_output(output, format_of(paths[0]).content, replaced=overwrite, choices=AGAIN)
     if out.suffix.lower() != suffixes[0]:
         raise UsageError(f"{out}: must end in {suffixes[0]} as the shards do")
     if any(path.samefile(out) for path in paths if out.exists()):
@@ -67,9 +69,9 @@ def merge(
     _check_settings(ordered)
     record = _merged_record([record for _, record in ordered])
     done = 0
-    with PartialOutput(out, _format(ordered), "merge again with `overwrite`") as partial:
+    with PartialOutput(out, _format(ordered), AGAIN) as partial:
         if not overwrite:
-            refuse_existing(out, began=bool(partial.blocks()))
+            refuse_existing(out, began=bool(partial.blocks()), choices=AGAIN)
         partial.begin(record)
         for path, _ in ordered:
             for batch in read_batches(path):

@@ -27,6 +27,7 @@ from r2ncli.outputs.rows import Batch
 
 BLOCK_ROWS = 256
 BLOCK_BYTES = 64_000_000
+CHOICES = "`overwrite` starts again, `resume` continues it"
 
 REMOVED = "removed.json"  # what the record of a run is called while its blocks are removed
 
@@ -223,7 +224,9 @@ class PartialOutput:
             ) from error
 
 
-def checked_output(output: str | OsPathLike[str], content: str, *, replaced: bool) -> Path:
+def checked_output(
+    output: str | OsPathLike[str], content: str, *, replaced: bool, choices: str = CHOICES
+) -> Path:
     """`output` as a path that a run may begin with, before anything else runs.
 
     Parameters
@@ -232,6 +235,8 @@ def checked_output(output: str | OsPathLike[str], content: str, *, replaced: boo
         What its rows will hold (see `rows`).
     replaced : bool
         Whether an output, or an unfinished run, that is there is no obstacle.
+    choices : str
+        What the error tells the user to do where it is one.
 
     Raises
     ------
@@ -250,13 +255,13 @@ def checked_output(output: str | OsPathLike[str], content: str, *, replaced: boo
         for name in (out, partial_folder(out), record_path(out)):
             name.exists()  # raises where a name is too long, or the folder may not be searched
         if not replaced:
-            refuse_existing(out, began=partial_folder(out).exists())
+            refuse_existing(out, began=partial_folder(out).exists(), choices=choices)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {_reason(error)}") from error
     return out
 
 
-def refuse_existing(out: Path, began: bool) -> None:
+def refuse_existing(out: Path, began: bool, choices: str = CHOICES) -> None:
     """Raise where an output or an unfinished run is there that a new one would replace."""
     for there, path, what in (
         (began, partial_folder(out), "an unfinished run"),
@@ -264,9 +269,7 @@ def refuse_existing(out: Path, began: bool) -> None:
         (record_path(out).exists(), record_path(out), "a run record"),
     ):
         if there:
-            raise OutputError(
-                f"{path} exists ({what}). `overwrite` starts again, `resume` continues it"
-            )
+            raise OutputError(f"{path} exists ({what}). {choices}")
 
 
 def partial_folder(output: Path) -> Path:

@@ -7,6 +7,7 @@ was wanted.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from itertools import islice
@@ -67,10 +68,13 @@ class Fresh:
         OutputError
             The inputs are not those whose rows are kept.
         """
-        first = next(inputs, None)  # raises where there is no image: then nothing is begun
+        found = next(inputs, None)  # raises where there is no image: then nothing is begun
         self.record["start"] = _now()
         self._output.begin(self.record)
-        yield from _onwards(first, inputs)
+        while found is not None:
+            yield found
+            found = None  # it may hold its bytes, and an archive the next until these are free
+            found = next(inputs, None)
 
     def batches(self, computed: Iterator[Batch]) -> Iterator[Batch]:
         """The rows that are appended, made of the computed ones."""
@@ -161,7 +165,7 @@ class Retried(Resumed):
 
 
 class Finished(Fresh):
-    """The output is finished: its inputs are compared, nothing is computed."""
+    """The output is finished: nothing is computed, and its inputs are only compared."""
 
     def __init__(
         self, output: PartialOutput, record: Record, finished: Record, retry_failed: bool = False
@@ -169,10 +173,11 @@ class Finished(Fresh):
         super().__init__(output, finished)
         self.output = output
         _check_resumable(finished, record, output.output, retry_failed)
+        self._compares = not retry_failed
 
     def todo(self, inputs: Iterator[Input]) -> Iterator[Input]:
-        for _ in _failed_inputs(self.output.output, inputs):
-            pass
+        if self._compares:
+            deque(_failed_inputs(self.output.output, inputs), maxlen=0)  # a loop holds an input
         yield from ()
 
     def finish(self, done: int, failed: int) -> Record:
@@ -205,15 +210,6 @@ def choose_plan(output: PartialOutput, options: RunOptions, record: Record) -> F
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _onwards(first: Input | None, inputs: Iterator[Input]) -> Iterator[Input]:
-    found = first
-    del first
-    while found is not None:
-        yield found
-        found = None  # it may hold its bytes, and an archive the next until these are free
-        found = next(inputs, None)
 
 
 def _failed_inputs(out: Path, inputs: Iterator[Input], start: int = 0) -> Iterator[Input]:

@@ -7,12 +7,12 @@ import random
 
 import numpy as np
 import pytest
-from support.results import SHAPES, classified, features, rows, write
+from support.results import ROW_FORMATS, SHAPES, classified, features, rows, write
 
 from r2ncli import diff
 from r2ncli.errors import InputNotFoundError, OutputError, UsageError
 from r2ncli.outputs import diff as comparison
-from r2ncli.outputs.formats import ROW_FORMATS, Hdf5Format
+from r2ncli.outputs.hdf5 import Hdf5Format
 from r2ncli.outputs.rows import Classification, Features, Prediction
 
 
@@ -160,10 +160,10 @@ def test_what_cannot_be_compared_is_a_usage_error(tmp_path):
         diff(layers, other)
     with pytest.raises(UsageError, match="atol must be at least 0, not nan"):
         diff(six, six, atol=float("nan"))
-    with pytest.raises(UsageError, match="a result of r2n ends in"):
+    with pytest.raises(UsageError, match="the name must end in"):
         diff(six, tmp_path / "b.txt")
     with pytest.raises(InputNotFoundError, match=r"no such file: .*c\.csv"):
         diff(six, tmp_path / "c.csv")
     other.write_bytes(b"hello")
-    with pytest.raises(OutputError, match=r"g\.h5: damaged, or none of r2n's"):
+    with pytest.raises(OutputError, match=r"g\.h5: corrupted, or not written by r2n"):
         diff(layers, other)

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pyarrow.parquet
 import pytest
-from support.results import LABELLED, classified, features, read_csv, write
+from support.results import (
+    LABELLED,
+    ROW_FORMATS,
+    append,
+    batch_of,
+    classified,
+    features,
+    read_csv,
+    write,
+)
 
 from r2ncli.errors import UsageError
 from r2ncli.outputs.formats import (
     GROUP_CELLS,
-    ROW_FORMATS,
     CsvFormat,
     Hdf5Format,
     JsonlFormat,
     ParquetFormat,
-    check_parquet,
+    format_of,
 )
 from r2ncli.outputs.partial import PartialOutput
 from r2ncli.outputs.results import read_names, read_record
@@ -72,10 +81,9 @@ def test_any_name_survives_the_csv(tmp_path, name):
 
 
 def test_lines_begin_with_the_header_only_once_there_is_a_row():
-    with pytest.raises(ZeroDivisionError):
-        next(LABELLED.lines(1 / 0 for _ in [1]))
-    lines = "".join(LABELLED.lines([classified("a", 0.5, 0.5)] * 2)).splitlines()
-    assert [line[:4] for line in lines] == ["path", "a,ok", "a,ok"]
+    batch = batch_of([classified("a", 0.5, 0.5)] * 2, LABELLED)
+    lines = LABELLED.head() + LABELLED.pack([batch])
+    assert [line[:4] for line in lines.decode().splitlines()] == ["path", "a,ok", "a,ok"]
 
 
 def test_the_record_stands_beside_a_csv(tmp_path):
@@ -157,11 +165,11 @@ def test_parquet_has_the_types_and_row_groups_of_a_fixed_size(tmp_path):
 
 
 def test_without_pyarrow_parquet_says_what_to_install(monkeypatch):
-    check_parquet()
+    format_of(Path("x.parquet"))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "pyarrow.parquet")
     with pytest.raises(UsageError, match=r"pip install 'r2ncli\[parquet\]'"):
-        check_parquet()
+        format_of(Path("x.parquet"))
 
 
 @pytest.mark.parametrize("suffix", ROW_FORMATS)
@@ -173,7 +181,7 @@ def test_rows_do_not_depend_on_how_they_fell_into_blocks(tmp_path, suffix, monke
         with PartialOutput(tmp_path / f"x{suffix}", ROW_FORMATS[suffix](2, True, True)) as partial:
             partial.begin({})
             for n, row in enumerate(rows):
-                partial.append(row)
+                append(partial, row)
                 if n in flush_at:
                     partial.flush()
             assert [name for name, _ in partial.names()] == [row.path for row in rows][
@@ -236,7 +244,7 @@ def test_the_file_does_not_depend_on_how_rows_fell_into_blocks(tmp_path):
         with PartialOutput(tmp_path / "f.h5", Hdf5Format(shapes)) as partial:
             partial.begin({"a": 1})
             for n, row in enumerate(rows):
-                partial.append(row)
+                append(partial, row)
                 if n in flush_at:
                     partial.flush()
             partial.finish({"a": 1})

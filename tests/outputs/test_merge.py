@@ -6,11 +6,11 @@ import re
 
 import h5py
 import pytest
-from support.results import SHAPES, classified, features, read_all, rows, write
+from support.results import ROW_FORMATS, SHAPES, classified, features, read_all, rows, write
 
 import r2ncli
 from r2ncli.errors import InputNotFoundError, OutputError, UsageError
-from r2ncli.outputs.formats import ROW_FORMATS, Hdf5Format
+from r2ncli.outputs.hdf5 import Hdf5Format
 from r2ncli.outputs.results import read_record
 
 SUFFIXES = [*ROW_FORMATS, ".h5"]
@@ -69,7 +69,7 @@ def test_merged_shards_are_the_rows_of_all_in_shard_order(tmp_path, sharded, suf
 
 def test_a_shard_that_is_missing_or_there_twice_is_named(tmp_path, sharded):
     one, two, three = sharded(".csv")
-    with pytest.raises(OutputError, match=r"missing of 3 shards: 2/3"):
+    with pytest.raises(OutputError, match=r"shard is missing: 2/3. Give all 3"):
         r2ncli.merge([one, three], tmp_path / "all.csv")
     with pytest.raises(OutputError, match=r"1\.csv and \S*1\.csv: both are shard 1/3"):
         r2ncli.merge([one, two, three, one], tmp_path / "all.csv")
@@ -79,7 +79,7 @@ def test_a_shard_that_is_missing_or_there_twice_is_named(tmp_path, sharded):
     write(tmp_path / "y.csv", format_of(".csv"), rows(9), record(None, 9))
     (tmp_path / "z.csv").write_text("a,b\n")
     for name in ("y.csv", "z.csv"):
-        with pytest.raises(OutputError, match=rf"{name}: expected the output of a run"):
+        with pytest.raises(OutputError, match=rf"{name} was not made with `shard`"):
             r2ncli.merge([one, tmp_path / name, three], tmp_path / "all.csv")
     assert not list(tmp_path.glob("all*"))
 
@@ -105,7 +105,7 @@ def test_shards_of_other_columns_or_layers_are_refused(tmp_path, sharded):
 def test_a_damaged_shard_leaves_no_merged_output(tmp_path, sharded):
     one, two, three = sharded(".jsonl")
     three.write_bytes(three.read_bytes()[:-40])
-    with pytest.raises(OutputError, match=r"3\.jsonl: damaged"):
+    with pytest.raises(OutputError, match=r"3\.jsonl: corrupted"):
         r2ncli.merge([one, two, three], tmp_path / "all.jsonl")
     assert not (tmp_path / "all.jsonl").exists()
 
@@ -113,7 +113,9 @@ def test_a_damaged_shard_leaves_no_merged_output(tmp_path, sharded):
 def test_an_output_that_exists_is_kept_unless_told_otherwise(tmp_path, sharded):
     paths, out = sharded(".csv"), tmp_path / "all.csv"
     out.write_text("precious")
-    with pytest.raises(OutputError, match=r"exists, a finished output. --overwrite merges again$"):
+    with pytest.raises(
+        OutputError, match=r"exists \(a finished output\). `overwrite` merges again$"
+    ):
         r2ncli.merge(paths, out)
     assert out.read_text() == "precious"
     r2ncli.merge(paths, out, overwrite=True)
@@ -122,9 +124,9 @@ def test_an_output_that_exists_is_kept_unless_told_otherwise(tmp_path, sharded):
 
 def test_what_cannot_be_merged_is_a_usage_error(tmp_path, sharded):
     paths = sharded(".csv")
-    with pytest.raises(UsageError, match="shards of one run in one format, not none"):
+    with pytest.raises(UsageError, match="all shards must have the same format, got no shard"):
         r2ncli.merge([], tmp_path / "all.csv")
-    with pytest.raises(UsageError, match=re.escape("in one format, not ['.csv', '.jsonl']")):
+    with pytest.raises(UsageError, match=re.escape("the same format, got .csv and .jsonl")):
         r2ncli.merge([*paths, *sharded(".jsonl")], tmp_path / "all.csv")
     with pytest.raises(UsageError, match=r"ends in \.csv"):
         r2ncli.merge(paths, tmp_path / "all.jsonl")

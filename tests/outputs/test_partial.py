@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.results import LABELLED, classified, read_csv, write
+from support.results import LABELLED, append, classified, read_csv, write
 
 from r2ncli.errors import OutputError
-from r2ncli.outputs.formats import Hdf5Format
+from r2ncli.outputs.hdf5 import Hdf5Format
 from r2ncli.outputs.partial import BLOCK_ROWS, PartialOutput
 from r2ncli.outputs.rows import Features
 
@@ -24,7 +24,7 @@ def test_a_block_is_there_after_every_256_rows_and_the_output_only_at_the_end(tm
         partial.begin({"r": 1})
         assert partial.record() == {"r": 1}
         for n in range(2 * BLOCK_ROWS + 1):
-            partial.append(classified(f"{n}.jpg", 0.5, 0.5))
+            append(partial, classified(f"{n}.jpg", 0.5, 0.5))
         assert len(partial.blocks()) == 2
         assert partial.done == 2 * BLOCK_ROWS
         assert [name for name, _ in partial.names()] == [f"{n}.jpg" for n in range(512)]
@@ -39,7 +39,7 @@ def test_a_block_of_large_rows_is_written_sooner(tmp_path):
     with PartialOutput(tmp_path / "f.h5", Hdf5Format({"x": (1000, 1000)})) as partial:
         partial.begin({})
         for _ in range(16):
-            partial.append(row)
+            append(partial, row)
         assert len(partial.blocks()) == 1
 
 
@@ -51,7 +51,7 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_lasts(tmp_pa
             PartialOutput(tmp_path / "x.csv", LABELLED),
         ):
             pass
-        partial.append(classified("a", 0.5, 0.5))
+        append(partial, classified("a", 0.5, 0.5))
         partial.finish({})
     with PartialOutput(tmp_path / "x.csv", LABELLED) as again:
         again.begin({})
@@ -60,7 +60,7 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_lasts(tmp_pa
 def test_a_run_that_ends_before_its_first_block_leaves_nothing(tmp_path):
     with PartialOutput(tmp_path / "x.csv", LABELLED) as partial:
         partial.begin({})
-        partial.append(classified("a", 0.5, 0.5))
+        append(partial, classified("a", 0.5, 0.5))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -75,12 +75,15 @@ def test_an_unwritable_folder_is_an_output_error(tmp_path):
 
 FULL_DISK = """
 import resource, sys
+sys.path.insert(0, sys.argv[4])
 from pathlib import Path
 import numpy as np
 from r2ncli.errors import OutputError
 from r2ncli.outputs.rows import Classification, Features, Prediction
-from r2ncli.outputs.formats import Hdf5Format, ParquetFormat
+from r2ncli.outputs.formats import ParquetFormat
+from r2ncli.outputs.hdf5 import Hdf5Format
 from r2ncli.outputs.partial import PartialOutput
+from support.results import append
 limit, rows, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 if out.suffix == ".h5":
     format = Hdf5Format({"x": (1000,)})
@@ -96,7 +99,7 @@ try:
     with PartialOutput(out, format) as partial:
         partial.begin({})
         for n in range(rows):
-            partial.append(make_row(f"{n}.jpg"))
+            append(partial, make_row(f"{n}.jpg"))
             if n % 100 == 99:
                 partial.flush()
         partial.finish({})
@@ -118,7 +121,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_finished_blocks(
     ended = full_disk(out, limit, rows)
     assert ended.returncode == 6, ended.stderr
     assert "cannot be written: file too large" in ended.stdout
-    assert "--resume" in ended.stdout
+    assert "`resume`" in ended.stdout
     assert ended.stderr == ""
     left = sorted(path.name for path in (tmp_path / f"f.{suffix}.partial").iterdir())
     assert left == [*(f"block-{n:08d}.{block}" for n in range(rows // 100)), "lock", "run.json"]
@@ -136,6 +139,7 @@ def test_a_disk_that_is_full_from_the_first_block_on_leaves_nothing(tmp_path):
 def full_disk(out, limit, rows):
     """Write `rows` rows, a block every hundred, where no file may exceed `limit` bytes."""
     command = [sys.executable, "-c", FULL_DISK, str(limit), str(rows), str(out)]
+    command.append(str(Path(__file__).parents[1]))
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -164,7 +168,7 @@ def begun(tmp_path, blocks=3):
     with PartialOutput(tmp_path / "x.csv", LABELLED) as partial:
         partial.begin({"r": 1})
         for n in range(2 * blocks):
-            partial.append(classified(f"{n}.jpg", 0.5, 0.5))
+            append(partial, classified(f"{n}.jpg", 0.5, 0.5))
             if n % 2:
                 partial.flush()
     return partial
@@ -182,9 +186,9 @@ def glue(block):
     ("damage", "says"),
     [
         (lambda block: block.unlink(), "block 1 is missing"),
-        (cut, "damaged"),
-        (glue, "damaged"),
-        (lambda block: block.write_bytes(b"\xff\x00\x80"), "damaged"),
+        (cut, "corrupted"),
+        (glue, "corrupted"),
+        (lambda block: block.write_bytes(b"\xff\x00\x80"), "corrupted"),
     ],
 )
 def test_a_damaged_block_is_never_taken_for_a_whole_one(tmp_path, damage, says):
@@ -197,7 +201,7 @@ def test_a_damaged_block_is_never_taken_for_a_whole_one(tmp_path, damage, says):
 def test_blocks_without_a_record_cannot_be_resumed(tmp_path):
     partial = begun(tmp_path)
     (partial.folder / "run.json").write_text('{"r"')
-    with pytest.raises(OutputError, match=r"run\.json: damaged or missing"):
+    with pytest.raises(OutputError, match=r"run\.json: corrupted or missing"):
         partial.record()
     assert len(partial.blocks()) == 3
 
@@ -205,7 +209,7 @@ def test_blocks_without_a_record_cannot_be_resumed(tmp_path):
 def test_a_run_that_has_ended_leaves_the_next_ones_folder_alone(tmp_path):
     with PartialOutput(tmp_path / "x.csv", LABELLED) as partial:
         partial.begin({})
-        partial.append(classified("a", 0.5, 0.5))
+        append(partial, classified("a", 0.5, 0.5))
         partial.finish({})
         with PartialOutput(tmp_path / "x.csv", LABELLED) as following:
             following.begin({})

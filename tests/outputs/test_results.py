@@ -10,13 +10,21 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from support.results import LABELLED, SHAPES, classified, features, read_all, rows, write
+from support.results import (
+    LABELLED,
+    ROW_FORMATS,
+    SHAPES,
+    classified,
+    features,
+    read_all,
+    rows,
+    write,
+)
 
 from r2ncli.errors import OutputError, UsageError
-from r2ncli.outputs.formats import ROW_FORMATS, Hdf5Format
+from r2ncli.outputs.formats import format_of
+from r2ncli.outputs.hdf5 import Hdf5Format, open_features
 from r2ncli.outputs.results import (
-    is_features,
-    open_features,
     read_format,
     read_names,
     read_record,
@@ -144,7 +152,7 @@ def test_a_damaged_output_is_said_to_be_so(tmp_path, suffix, damage):
     out = written(tmp_path, suffix)
     damage(out)
     for read in (read_all, lambda out: list(read_names(out))):
-        with pytest.raises(OutputError, match=r"x\.\w+: damaged, or none of r2n's \(.+\)"):
+        with pytest.raises(OutputError, match=r"x\.\w+: corrupted, or not written by r2n \(.+\)"):
             read(out)
 
 
@@ -153,7 +161,7 @@ def test_features_without_their_names_are_none_of_ours(tmp_path):
         out = written(tmp_path, ".h5")
         with h5py.File(out, "a") as file:
             del file[missing]
-        with pytest.raises(OutputError, match="none of r2n's"):
+        with pytest.raises(OutputError, match="not written by r2n"):
             read_all(out)
         out.unlink()
     out = written(tmp_path, ".h5")
@@ -176,10 +184,10 @@ def test_a_foreign_table_is_none_of_ours(tmp_path):
     (tmp_path / "z.jsonl").write_text(
         json.dumps(dict.fromkeys(LABELLED.header())) + "\n" + json.dumps({"path": 1}) + "\n"
     )
-    with pytest.raises(OutputError, match="none of r2n's"):
+    with pytest.raises(OutputError, match="not written by r2n"):
         read_all(tmp_path / "z.jsonl")
 
 
 def test_another_suffix_is_a_usage_error(tmp_path):
-    with pytest.raises(UsageError, match=r"ends in \.csv or \.jsonl or \.parquet or \.h5"):
-        is_features(tmp_path / "x.txt")
+    with pytest.raises(UsageError, match=r"must end in \.csv, \.jsonl, \.parquet or \.h5"):
+        format_of(tmp_path / "x.txt")

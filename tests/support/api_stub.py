@@ -1,6 +1,6 @@
 """Generate r2ncli/api.pyi, which type checkers and editors read in place of api.py.
 
-    python tests/support/api_stub.py    # after a change of RunOptions or Listeners
+python tests/support/api_stub.py    # after a change of RunOptions or Listeners
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from r2ncli.options import CLASSIFY, EXTRACT, Listeners, options_of
 
 STUB = Path(api.__file__).with_suffix(".pyi")
 
-HEAD = '''\
+HEAD = """\
 # Generated from r2ncli/options.py by tests/support/api_stub.py: do not edit.
 
 import os
@@ -26,7 +26,7 @@ from r2ncli.outputs.rows import Classification, Features
 from r2ncli.weights.download import DownloadProgress
 
 Paths = Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None
-'''
+"""
 FUNCTIONS = (
     ("classify", CLASSIFY, False, "Iterator[Classification]"),
     ("extract", EXTRACT, False, "Iterator[Features]"),
@@ -45,7 +45,9 @@ def stub() -> str:
         lines += ["    paths: Paths = None,", "    *,"]
         for field, _ in options_of(command, to_file=to_file):
             lines.append(f"    {field.name}: {field.type} = {_text(field.default)},")
-        lines += [f"    {field.name}: {_listener(field)} | None = None," for field in fields(Listeners)]
+        lines += [
+            f"    {field.name}: {_listener(field)} | None = None," for field in fields(Listeners)
+        ]
         parts.append("\n".join([*lines, f") -> {result}: ...\n"]))
     return "\n".join(parts)
 

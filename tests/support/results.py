@@ -6,11 +6,12 @@ import csv
 
 import numpy as np
 
-from r2ncli.outputs.formats import CsvFormat
+from r2ncli.outputs.formats import FORMATS, CsvFormat
 from r2ncli.outputs.hdf5 import Hdf5Format
 from r2ncli.outputs.partial import PartialOutput
 from r2ncli.outputs.results import read_rows
 from r2ncli.outputs.rows import (
+    CLASSES,
     INDEX,
     LABEL,
     PROBABILITY,
@@ -21,6 +22,7 @@ from r2ncli.outputs.rows import (
     Prediction,
 )
 
+ROW_FORMATS = {s: format for s, format in FORMATS.items() if format.content == CLASSES}
 LABELLED = CsvFormat(topk=2, with_wnids=True, with_labels=True)
 SHAPES = {"layer4": (5,), "layer1.0.bn1": (2,)}
 
