@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import h5py
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from support.networks import TINY_ARCHITECTURE
-from support.scripts import CHECKS, EXAMPLES, example
+from support.scripts import EXAMPLES, example
 
 import r2ncli
 from r2ncli.weights.checkpoints import find_checkpoint, read_metadata
@@ -155,51 +154,6 @@ def test_the_shipped_network_says_how_it_was_trained_and_how_good_it_is() -> Non
     assert metadata["accuracy"]["top1"] > 0.87
 
 
-# --- stress -----------------------------------------------------------------------------
-
-
-def stress(*arguments: str) -> dict[str, Any]:
-    """The document that the script ends with; it must end well."""
-    command = [sys.executable, str(CHECKS / "stress.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.stdout, done.stderr)
-    document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return document
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["csv", "h5"])
-def test_runs_that_are_killed_at_random_moments_end_as_an_uninterrupted_one(kind: str) -> None:
-    document = stress("kill", "--kills", "4", "--pictures", "1000", "--format", kind)
-    assert document["formats"][kind]["kills"] == 4
-
-
-@pytest.mark.slow
-def test_five_thousand_pictures_take_no_more_memory_than_one_thousand() -> None:
-    assert stress("many", "--inputs", "5000")["more_mb"] < 100
-
-
-@pytest.mark.slow
-def test_two_thousand_corrupted_files_break_nothing() -> None:
-    report: dict[str, Any] = stress("files", "--count", "2000", "--jobs", "1")
-    assert report["broken"] == []
-    assert sum(sum(outcomes.values()) for outcomes in report["formats"].values()) == 2000
-    for kind, outcomes in report["formats"].items():
-        assert outcomes.keys() == {"decoded", "failed"}, kind
-    assert len(report["formats"]) >= 10
-
-
-@pytest.mark.slow
-def test_files_that_end_the_process_are_named_and_the_rest_tried(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    script = example("stress", monkeypatch)
-    nothing = script.Corruption(originals=None, seed=0, max_pixels=1)  # ends it at once
-    counted, troubles, _ = script.watch_decoding(range(7, 13, 3), nothing)
-    assert counted.total() == 0
-    assert troubles == [{"number": n, "what": "ends the process: 1"} for n in (7, 10)]
-
-
 # --- nearest_neighbours -----------------------------------------------------------------
 
 
@@ -283,34 +237,6 @@ def feature_file(path: Path, vectors: np.ndarray, failed: np.ndarray) -> h5py.Fi
     file.create_dataset("paths", data=[f"{n}.jpg" for n in range(len(vectors))], dtype=text)
     file.create_dataset("status", data=["failed" if f else "ok" for f in failed], dtype=text)
     return file
-
-
-# --- compare_peers ----------------------------------------------------------------------------
-
-
-def compare_peers(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(CHECKS / "compare_peers.py"), "--rounds", "1", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("peers", "compared"),
-    [("timm_best,model", {"timm_best", "r2n"}), ("r2n_extract", {"r2n", "r2n_extract"})],
-)
-def test_peers_are_compared_on_the_same_pictures_in_turns(peers: str, compared: set[str]) -> None:
-    done = compare_peers("--pictures", "4", "--seconds", "0.1", "--peers", peers)
-    assert done.returncode == 0, (done.stdout, done.stderr)
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert set(report["ratios"]["r2n"]) == compared
-    assert report["ratios"]["r2n"]["r2n"] == [1.0]
-    assert ({"r2n model", "r2n whole"} < set(report["images_per_second"])) == ("model" in peers)
-
-
-def test_peers_that_nobody_knows_are_refused_with_those_there_are() -> None:
-    done = compare_peers("--peers", "tim")
-    assert done.returncode == 2
-    assert "timm_default" in done.stderr
 
 
 # --- gpu_check --------------------------------------------------------------------------------

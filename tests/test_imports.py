@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,6 +159,12 @@ def test_no_test_module_imports_another_one() -> None:
         if wrong := names | tops & folders:
             found[str(file.relative_to(tests))] = wrong
     assert found == {}, "move what two test modules share to tests/support"
+
+
+def test_no_library_is_held_back_from_its_next_release() -> None:
+    project = tomllib.loads(PACKAGE.with_name("pyproject.toml").read_text())["project"]
+    for requirement in project["dependencies"]:
+        assert not any(held in requirement.partition(";")[0] for held in ("<", "==", "~="))
 
 
 # --- the reading itself -------------------------------------------------------------------

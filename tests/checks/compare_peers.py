@@ -1,13 +1,15 @@
-"""Side by side with what people use instead: whole processes, in turns, on the same pictures.
+"""Compare r2n with what people use instead: whole processes, in turns, on the same images.
 
-    python tests/checks/compare_peers.py --pictures 1000 --rounds 5
+    python tests/checks/compare_peers.py --images 1000 --rounds 5
     python tests/checks/compare_peers.py --peers timm_best,r2n_extract
 
-Everyone classifies the same JPEGs with the same weights (random ones unless --weights names a
-file: they are as fast) and writes the five best classes to a CSV file. Every round runs all of
-them one after the other; what counts is the median of each round's ratios, with their spread.
-What r2n compiles, or quantises, once is compiled before. The model alone is measured in the same
-rounds. Needs timm (and openvino for its rates, nncf for int8).
+Every peer classifies the same JPEGs with the same weights (random ones unless --weights names a
+file: they are as fast) and writes the five best classes to a CSV file. Every round runs all peers
+one after the other; the result is the median of the rounds' ratios, with their spread. r2n's
+cache is filled before the first round. The model alone is measured in the same rounds. The
+output begins with the processor's features and the settings with which `timm_best` runs: the
+fastest that were measured for a processor with, and for one without, bfloat16 in hardware.
+Peers whose library (timm, nncf) is not installed are left out.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,43 +39,63 @@ SIZE, RESIZE = 224, 256
 
 def timm_default(folder: str, weights: str, out: str) -> None:
     """timm's loader and network with its inference script's defaults."""
-    _timm(folder, weights, out, batch_size=256, workers=2, best=False)
+    _timm(folder, weights, out, Settings(256, workers=2, channels_last=False, bf16=False))
 
 
 def timm_best(folder: str, weights: str, out: str) -> None:
-    """The same with bf16 autocast, channels_last and a small batch."""
-    _timm(folder, weights, out, batch_size=32, workers=os.cpu_count() or 1, best=True)
+    """The same with the settings that are fastest on this processor."""
+    _timm(folder, weights, out, best_settings())
 
 
-def _timm(folder: str, weights: str, out: str, batch_size: int, workers: int, best: bool) -> None:
+@dataclass(frozen=True)
+class Settings:
+    """How timm's network is run."""
+
+    batch_size: int
+    workers: int
+    channels_last: bool
+    bf16: bool
+
+
+def best_settings() -> Settings:
+    """Return timm's fastest settings for this processor.
+
+    Autocast to bfloat16 is slower than float32 where the processor does not have bfloat16 in
+    hardware.
+    """
+    from r2ncli.engine import cores, cpu_has_bf16
+
+    return Settings(batch_size=32, workers=cores(), channels_last=True, bf16=cpu_has_bf16())
+
+
+def _timm(folder: str, weights: str, out: str, settings: Settings) -> None:
     import timm
     import torch
     from timm.data import ImageDataset, create_loader, resolve_model_data_config
 
     network = timm.create_model("res2net50d").eval()
     network.load_state_dict(torch.load(weights, weights_only=True))
-    settings = resolve_model_data_config(network)
-    if best:
-        network = network.to(memory_format=torch.channels_last)
+    data = resolve_model_data_config(network)
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    network = network.to(memory_format=layout)
     loader = create_loader(
         ImageDataset(folder),
-        input_size=settings["input_size"],
-        batch_size=batch_size,
+        input_size=data["input_size"],
+        batch_size=settings.batch_size,
         is_training=False,
         interpolation="bilinear",
-        mean=settings["mean"],
-        std=settings["std"],
+        mean=data["mean"],
+        std=data["std"],
         crop_pct=SIZE / RESIZE,
-        num_workers=workers,
+        num_workers=settings.workers,
         use_prefetcher=False,
         device=torch.device("cpu"),
     )
-    precision = torch.autocast("cpu", torch.bfloat16, enabled=best)
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16)
     with torch.inference_mode(), precision, open(out, "w", newline="") as file:
         rows = csv.writer(file)
         for pixels, _ in loader:
-            batch = pixels.to(memory_format=torch.channels_last) if best else pixels
-            top = network(batch).softmax(1).topk(5)
+            top = network(pixels.to(memory_format=layout)).softmax(1).topk(5)
             rows.writerows(
                 [*map(float, values), *map(int, indices)]
                 for values, indices in zip(top.values, top.indices, strict=True)
@@ -80,7 +103,7 @@ def _timm(folder: str, weights: str, out: str, batch_size: int, workers: int, be
 
 
 def plain_script(folder: str, weights: str, out: str) -> None:
-    """What one writes oneself: torchvision's transforms, a DataLoader, the network."""
+    """A script as a user would write it: torchvision's transforms, a DataLoader, the network."""
     import torch
     from PIL import Image
     from torch.utils.data import DataLoader, Dataset
@@ -88,7 +111,7 @@ def plain_script(folder: str, weights: str, out: str) -> None:
 
     import r2ncli
 
-    class Pictures(Dataset[Any]):
+    class Images(Dataset[Any]):
         def __init__(self) -> None:
             self.paths = sorted(Path(folder).rglob("*.jpg"))
             self.transform = transforms.Compose(
@@ -107,7 +130,7 @@ def plain_script(folder: str, weights: str, out: str) -> None:
             return self.transform(Image.open(self.paths[number]).convert("RGB"))
 
     network = r2ncli.load_model(weights)
-    loader: DataLoader[Any] = DataLoader(Pictures(), batch_size=32, num_workers=2)
+    loader: DataLoader[Any] = DataLoader(Images(), batch_size=32, num_workers=2)
     with torch.inference_mode(), open(out, "w", newline="") as file:
         rows = csv.writer(file)
         for pixels in loader:
@@ -119,19 +142,19 @@ def plain_script(folder: str, weights: str, out: str) -> None:
 
 
 def r2n(folder: str, weights: str, out: str) -> None:
-    """The command itself."""
+    """The command `r2n classify`."""
     _command("classify", folder, "--weights", weights, "-q", "-o", out, "--overwrite")
 
 
 def r2n_extract(folder: str, weights: str, out: str) -> None:
-    """Features of layer3, pooled, to HDF5."""
+    """The command `r2n extract`: features of layer3, pooled, to HDF5."""
     features = str(Path(out).with_suffix(".h5"))
     layer = ("--layer", "layer3", "--overwrite")
     _command("extract", folder, "--weights", weights, "-q", *layer, "-o", features)
 
 
 def r2n_int8(folder: str, weights: str, out: str) -> None:
-    """The command in int8, calibrated with 300 of the pictures."""
+    """The command in int8, calibrated with 300 of the images."""
     int8 = ("--precision", "int8", "--calibration", folder)
     _command("classify", folder, "--weights", weights, "-q", *int8, "-o", out, "--overwrite")
 
@@ -144,6 +167,7 @@ PEERS: dict[str, Callable[[str, str, str], None]] = {
     peer.__name__: peer
     for peer in (timm_default, timm_best, plain_script, r2n, r2n_extract, r2n_int8)
 }
+LIBRARIES = {"timm_default": "timm", "timm_best": "timm", "r2n_int8": "nncf"}
 MODEL = "model"  # not a process: the rates of the model alone
 CHOICES = ", ".join([*PEERS, MODEL])
 
@@ -152,7 +176,7 @@ CHOICES = ", ".join([*PEERS, MODEL])
 
 
 def openvino_model(weights: str, seconds: float) -> Iterator[tuple[str, float]]:
-    """Images/s of OpenVINO's own asynchronous queue, by batch and streams."""
+    """Measure images/s of OpenVINO's own asynchronous queue, by batch and streams."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # tell nobody
     import numpy as np
     import openvino
@@ -188,7 +212,7 @@ def openvino_model(weights: str, seconds: float) -> Iterator[tuple[str, float]]:
 
 
 def r2n_bench(weights: str, folder: str, seconds: float) -> dict[str, float]:
-    """What `r2n bench` says of the model alone and of the whole pipeline."""
+    """Measure images/s of the model alone and of the whole pipeline with `r2n bench`."""
     arguments = ["bench", folder, "--weights", weights, "--precision", "auto", "-b", "8"]
     command = [sys.executable, "-m", "r2ncli", *arguments, "--seconds", str(seconds)]
     done = subprocess.run([*command, "--json", "-q"], capture_output=True, text=True, check=True)
@@ -204,20 +228,25 @@ def r2n_bench(weights: str, folder: str, seconds: float) -> dict[str, float]:
 
 
 def compare(
-    pictures: Annotated[int, typer.Option(help="Generated JPEGs of 500 x 375.")] = 1000,
-    folder: Annotated[Path | None, typer.Option(help="Your own JPEGs instead.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="A .pth file of the network.")] = None,
-    rounds: Annotated[int, typer.Option(help="Times that everyone runs.")] = 5,
-    seconds: Annotated[float, typer.Option(help="For each rate of the model alone.")] = 6.0,
-    peers: Annotated[str | None, typer.Option(help=f"Only these of {CHOICES}; r2n too.")] = None,
+    images: Annotated[int, typer.Option(help="Number of JPEGs of 500 x 375 to generate.")] = 1000,
+    folder: Annotated[Path | None, typer.Option(help="Use the JPEGs in this folder.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Use this .pth file.")] = None,
+    rounds: Annotated[int, typer.Option(help="Number of times that every peer runs.")] = 5,
+    seconds: Annotated[float, typer.Option(help="Time for each rate of the model alone.")] = 6.0,
+    peers: Annotated[
+        str | None, typer.Option(help=f"Run only r2n and these, separated by commas: {CHOICES}.")
+    ] = None,
 ) -> None:
-    """Run everyone in turns and print the ratios of their times to r2n's."""
-    chosen = _chosen(peers)
-    with tempfile.TemporaryDirectory(prefix="r2n-compare-") as room:
-        os.environ["R2N_CACHE"] = str(Path(room, "cache"))
-        here = folder or _generated(Path(room, "pictures"), pictures)
-        file = weights or _random_weights(Path(room, "random.pth"))
-        out = Path(room, "out.csv")
+    """Run all peers in turns and print the ratios of their times to r2n's."""
+    chosen = chosen_peers(peers)
+    found, settings = processor(), asdict(best_settings())
+    print(", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in found.items()))
+    print("timm_best:", ", ".join(f"{name} {value}" for name, value in settings.items()), "\n")
+    with tempfile.TemporaryDirectory(prefix="r2n-compare-") as scratch:
+        os.environ["R2N_CACHE"] = str(Path(scratch, "cache"))
+        here = folder or _generated(Path(scratch, "images"), images)
+        file = weights or _random_weights(Path(scratch, "random.pth"))
+        out = Path(scratch, "out.csv")
         took: dict[str, list[float]] = {name: [] for name in PEERS if name in chosen}
         alone: dict[str, list[float]] = {}
         for name in took:
@@ -241,20 +270,39 @@ def compare(
         print(f"\n{'images/s':<28}{'median':>10}{'least':>12}{'most':>9}")
     for name, rates in alone.items():
         print(f"{name:<28}{statistics.median(rates):>10.1f}{min(rates):>12.1f}{max(rates):>9.1f}")
-    print(json.dumps({"seconds": took, "ratios": ratios, "images_per_second": alone}))
+    report = {"processor": found, "timm_best": settings, "seconds": took, "ratios": ratios}
+    print(json.dumps(report | {"images_per_second": alone}))
 
 
-def _chosen(peers: str | None) -> set[str]:
-    if peers is not None:
-        chosen = {"r2n", *peers.split(",")}
-        if unknown := chosen - {*PEERS, MODEL}:
-            raise typer.BadParameter(f"{', '.join(unknown)}: expected some of {CHOICES}")
-        return chosen
-    return {*PEERS, MODEL} - ({"r2n_int8"} if find_spec("nncf") is None else set())
+def processor() -> dict[str, Any]:
+    """Return the processor's name, cores, and the features that decide a network's speed."""
+    import torch
+
+    from r2ncli.engine import cores, cpu_has_bf16, cpu_model
+
+    return {
+        "model": cpu_model(),
+        "cores": cores(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16_in_hardware": cpu_has_bf16(),
+    }
+
+
+def chosen_peers(peers: str | None) -> set[str]:
+    """Return the peers to run: those that are named and r2n, or all whose library is there."""
+    absent = {name for name, library in LIBRARIES.items() if find_spec(library) is None}
+    if peers is None:
+        return {*PEERS, MODEL} - absent
+    chosen = {"r2n", *peers.split(",")}
+    if unknown := chosen - {*PEERS, MODEL}:
+        raise typer.BadParameter(f"{', '.join(unknown)}: expected some of {CHOICES}")
+    for name in sorted(chosen & absent):
+        raise typer.BadParameter(f"{name}: {LIBRARIES[name]} is not installed")
+    return chosen
 
 
 def _ratios(took: dict[str, list[float]], base: str) -> dict[str, list[float]]:
-    """Everyone's time over that of `base` in the same round."""
+    """Divide every peer's times by those of `base` in the same rounds."""
     return {
         name: [theirs / ours for theirs, ours in zip(times, took[base], strict=True)]
         for name, times in took.items()
@@ -275,8 +323,8 @@ def _time(name: str, folder: Path, weights: Path, out: Path) -> float:
 def _generated(folder: Path, count: int) -> Path:
     from r2ncli.bench import generated_jpegs
 
-    (folder / "pictures").mkdir(parents=True)  # timm takes a folder of classes
-    generated_jpegs(folder / "pictures", count)
+    (folder / "images").mkdir(parents=True)  # timm takes a folder of classes
+    generated_jpegs(folder / "images", count)
     return folder
 
 

@@ -1,14 +1,14 @@
-"""What no test has the time for: killed runs, corrupted files, a million pictures.
+"""Long checks, for which the tests have no time: killed runs, corrupted files, a million images.
 
-    python tests/checks/stress.py kill --kills 50 --pictures 5000
+    python tests/checks/stress.py kill --kills 50 --images 5000
     python tests/checks/stress.py files --count 100000
     python tests/checks/stress.py many --inputs 1000000
 
-Every command prints one JSON document at its end and exits with 1 if a promise is broken.
+Every command ends with one JSON document, and with exit code 1 if a check fails.
 `kill` sends SIGKILL to runs at random moments, resumes them each time, and compares what
 they end with with an uninterrupted run's. `files` puts corrupted files through the decoder:
 each must give pixels or an ImageError. `many` compares the resident memory of a run over so
-many pictures with that of a run over a thousand.
+many images with that of a run over a thousand.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ NETWORK: dict[str, Any] = {"weights": "demo", "image_size": 32, "batch_size": 64
 
 @app.command()
 def kill(
-    kills: Annotated[int, typer.Option(help="SIGKILLs a format.")] = 50,
-    pictures: Annotated[int, typer.Option(help="Pictures a run.")] = 5000,
-    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
-    format: Annotated[list[str] | None, typer.Option(help="csv, jsonl, parquet, h5.")] = None,
+    kills: Annotated[int, typer.Option(help="Number of SIGKILLs per format.")] = 50,
+    images: Annotated[int, typer.Option(help="Number of images per run.")] = 5000,
+    seed: Annotated[int, typer.Option(help="Seed of the random moments.")] = 0,
+    format: Annotated[list[str] | None, typer.Option(help="csv, jsonl, parquet or h5.")] = None,
 ) -> None:
     """Kill runs at random moments, resume them, and compare what they end with."""
     moments = random.Random(seed)
     report: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="r2n-stress-") as scratch:
-        folder = hard_links(Path(scratch, "pictures"), pictures, folders=10)
+        folder = hard_links(Path(scratch, "images"), images, folders=10)
         for kind in format or FORMATS:
             whole, killed = Path(scratch, f"whole.{kind}"), Path(scratch, f"killed.{kind}")
             start = time.monotonic()
@@ -99,27 +99,27 @@ def kill(
             }
             print(kind, report[kind], flush=True)
     bad = any(
-        one["different_from_uninterrupted"] or one["rows_twice"] or one["rows"] != pictures
+        one["different_from_uninterrupted"] or one["rows_twice"] or one["rows"] != images
         for one in report.values()
     )
-    print(json.dumps({"command": "kill", "pictures": pictures, "seed": seed, "formats": report}))
+    print(json.dumps({"command": "kill", "images": images, "seed": seed, "formats": report}))
     raise typer.Exit(int(bad))
 
 
 @app.command()
 def many(
-    inputs: Annotated[int, typer.Option(help="Pictures of the long run.")] = 1_000_000,
-    format: Annotated[str, typer.Option(help="csv, jsonl, parquet, h5.")] = "csv",
+    inputs: Annotated[int, typer.Option(help="Number of images of the long run.")] = 1_000_000,
+    format: Annotated[str, typer.Option(help="csv, jsonl, parquet or h5.")] = "csv",
     scratch: Annotated[
-        Path | None, typer.Option(help="A folder for links and outputs, removed at the end.")
+        Path | None, typer.Option(help="Put links and outputs here; they are removed at the end.")
     ] = None,
 ) -> None:
-    """Compare the memory of a long run with that of a run over a thousand pictures."""
+    """Compare the memory of a long run with that of a run over a thousand images."""
     report: dict[str, Any] = {"command": "many", "format": format}
-    with tempfile.TemporaryDirectory(prefix="r2n-stress-", dir=scratch) as room:
+    with tempfile.TemporaryDirectory(prefix="r2n-stress-", dir=scratch) as top:
         for count in (1000, inputs):
-            folder = hard_links(Path(room, f"pictures-{count}"), count, folders=-(-count // 1000))
-            out = Path(room, f"{count}.{format}")
+            folder = hard_links(Path(top, f"images-{count}"), count, folders=-(-count // 1000))
+            out = Path(top, f"{count}.{format}")
             start = time.monotonic()
             child = forked(lambda out=out, folder=folder: write(out, folder))
             _, status, usage = os.wait4(child, 0)
@@ -146,7 +146,7 @@ def write(out: Path, folder: Path, resume: bool = False) -> None:
 
 
 def hard_links(folder: Path, count: int, folders: int) -> Path:
-    """A tree of `count` pictures: hard links to 25 small files, one of them broken."""
+    """A tree of `count` images: hard links to 25 small files, one of them broken."""
     values = np.random.default_rng(0)
     files = folder.with_name(folder.name + "-files")
     files.mkdir(parents=True)
@@ -196,7 +196,7 @@ def same_rows(one: Path, other: Path) -> bool:
         )
 
 
-# --- files: corrupted pictures through the decoder --------------------------------------
+# --- files: corrupted images through the decoder --------------------------------------
 
 
 @dataclass(frozen=True)
@@ -210,15 +210,15 @@ class Corruption:
 
 @app.command()
 def files(
-    count: Annotated[int, typer.Option(help="Files.")] = 100_000,
-    seed: Annotated[int, typer.Option(help="Of the corruption.")] = 0,
-    first: Annotated[int, typer.Option(help="Number of the first file: to repeat one.")] = 0,
-    jobs: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
-    max_pixels: Annotated[int, typer.Option(help="As of r2n.")] = 16_000_000,
+    count: Annotated[int, typer.Option(help="Number of files.")] = 100_000,
+    seed: Annotated[int, typer.Option(help="Seed of the corruption.")] = 0,
+    first: Annotated[int, typer.Option(help="Number of the first file.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Number of processes.")] = os.cpu_count() or 1,
+    max_pixels: Annotated[int, typer.Option(help="Refuse images with more pixels.")] = 16_000_000,
 ) -> None:
     """Put corrupted files through the decoder: no crash, no hang, no other error."""
     began = time.monotonic()
-    corruption = Corruption(pictures_of_every_kind(), seed, max_pixels)
+    corruption = Corruption(images_of_every_kind(), seed, max_pixels)
     shares = [range(first + job, first + count, jobs) for job in range(jobs)]
     with ThreadPoolExecutor(jobs) as threads:
         watched = list(threads.map(lambda share: watch_decoding(share, corruption), shares))
@@ -291,11 +291,11 @@ def decode_files(numbers: range, corruption: Corruption, sender: Connection) -> 
         sender.send((kind, outcome, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
-DATE = re.compile(rb"((?:mvhd|tkhd|mdhd).{4}).{16}", re.DOTALL)  # of an AVIF of several pictures
+DATE = re.compile(rb"((?:mvhd|tkhd|mdhd).{4}).{16}", re.DOTALL)  # of an AVIF of several images
 
 
-def pictures_of_every_kind() -> list[tuple[str, bytes]]:
-    """A small picture in every format and layout that Pillow writes, the format's name first.
+def images_of_every_kind() -> list[tuple[str, bytes]]:
+    """A small image in every format and layout that Pillow writes, the format's name first.
 
     Without dates: a seed and a number say the same file tomorrow.
     """
@@ -352,7 +352,7 @@ Corrupt = Callable[[bytearray, bytes, Random], None]
 
 
 def corrupted(originals: list[tuple[str, bytes]], random: Random) -> tuple[str, bytes]:
-    """A picture's format, and its bytes after one to four corruptions."""
+    """An image's format, and its bytes after one to four corruptions."""
     kind, original = random.choice(originals)
     content = bytearray(original)
     for _ in range(random.choice((1, 1, 1, 2, 3, 4))):

@@ -174,6 +174,18 @@ def begun(tmp_path, blocks=3):
     return partial
 
 
+def test_a_half_written_block_never_counts_as_done(tmp_path):
+    partial = begun(tmp_path)
+    whole = partial.blocks()[-1]
+    half = partial.folder / f"block-00000007{whole.suffix}.tmp"
+    half.write_bytes(whole.read_bytes()[:-10])
+    with PartialOutput(partial.output, LABELLED) as resumed:
+        assert len(list(resumed.names())) == 6
+        resumed.finish({"r": 1})
+    assert [row["path"] for row in read_csv(partial.output)] == [f"{n}.jpg" for n in range(6)]
+    assert not partial.folder.exists()
+
+
 def cut(block):
     block.write_bytes(block.read_bytes()[:-30])
 

@@ -627,6 +627,20 @@ def test_no_file_is_looked_at_while_walking(here: Path, monkeypatch: pytest.Monk
     assert len(looked_at) < 10  # the folders, once each or twice
 
 
+def test_a_folder_is_listed_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch("a/b/1.jpg", "a/2.jpg")
+    listed: list[str] = []
+    scandir = os.scandir
+
+    def counting(path: Any) -> Any:
+        listed.append(os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", counting)
+    assert len(names("a")) == 2
+    assert sorted(listed) == ["a", "a/b"]
+
+
 # --- a file that changes while it is read -------------------------------------------------
 
 
