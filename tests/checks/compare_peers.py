@@ -61,11 +61,13 @@ def best_settings() -> Settings:
     """Return timm's fastest settings for this processor.
 
     Autocast to bfloat16 is slower than float32 where the processor does not have bfloat16 in
-    hardware.
+    hardware. There, on two cores with AVX2, channels_last gave 19 % more than timm's layout at
+    batch size 8, and batches of 8 gave 13 % more than batches of 32.
     """
     from r2ncli.engine import cores, cpu_has_bf16
 
-    return Settings(batch_size=32, workers=cores(), channels_last=True, bf16=cpu_has_bf16())
+    bf16 = cpu_has_bf16()
+    return Settings(32 if bf16 else 8, workers=cores(), channels_last=True, bf16=bf16)
 
 
 def _timm(folder: str, weights: str, out: str, settings: Settings) -> None:
