@@ -61,8 +61,8 @@ def best_settings() -> Settings:
     """Return timm's fastest settings for this processor.
 
     Autocast to bfloat16 is slower than float32 where the processor does not have bfloat16 in
-    hardware. There, on two cores with AVX2, channels_last gave 19 % more than timm's layout at
-    batch size 8, and batches of 8 gave 13 % more than batches of 32.
+    hardware. There, on two cores with AVX2, channels_last gave 8 % more than timm's layout at
+    batch size 8, batches of 8 gave 13 % more than batches of 32, and autocast a fifth.
     """
     from r2ncli.engine import cores, cpu_has_bf16
 
