@@ -27,8 +27,10 @@ from PIL import Image
 
 from r2ncli.architectures import Preprocessing
 from r2ncli.errors import DeviceError, UsageError
-from r2ncli.images.decode import DecodeRules, Pixels, finished, stored_box
+from r2ncli.images.decode import Pixels, finished
+from r2ncli.images.geometry import stored_box
 from r2ncli.images.jpeg import Jpeg, for_card
+from r2ncli.images.rules import DecodeRules
 
 Table = npt.NDArray[np.int32]
 

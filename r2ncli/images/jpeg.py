@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from PIL.ImageCms import ImageCmsTransform
 
-from r2ncli.images.decode import DecodeRules, conversion, header_rules
+from r2ncli.images.colour import conversion
+from r2ncli.images.decode import header_rules
+from r2ncli.images.rules import DecodeRules
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ def deciding_settings(record: dict[str, Any]) -> dict[str, Any]:
             *("r2n", "engine", "pillow", "libjpeg", "littlecms2", "pillow-heif", "torchcodec"),
             "pyarrow",  # Parquet names its writer
         ),
+        # older records hold the rules in words, which the version replaces
+        "decode_rules": ("version", "decode", "max_pixels", "max_bytes"),
     }
     groups = (
         *("checkpoint", "device", "calibration", "versions"),

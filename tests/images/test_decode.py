@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,13 +37,15 @@ from support.icc_profiles import (
 )
 
 from r2ncli.architectures import Preprocessing
+from r2ncli.errors import ImageError
+from r2ncli.images import colour, heif, pillow
 from r2ncli.images import decode as decoding
+from r2ncli.images import tiff as tiff_rules
 from r2ncli.images.decode import DecodeRules, decode
-from r2ncli.sources.selection import SUFFIXES
 
 Array = npt.NDArray[Any]
 
-RULES = DecodeRules()
+RULES = DecodeRules("exact")
 IMAGENET = Preprocessing()
 SIDE = 32
 AS_IT_IS = Preprocessing(image_size=SIDE, resize_size=SIDE, crop="none")  # no pixel is moved
@@ -83,7 +86,7 @@ def decoded(content: bytes, preprocessing: Preprocessing = AS_IT_IS) -> Array:
 
 
 def error_of(content: bytes, rules: DecodeRules = RULES) -> str:
-    with pytest.raises(decoding.ImageError) as raised:
+    with pytest.raises(ImageError) as raised:
         decode(content, AS_IT_IS, rules)
     return str(raised.value)
 
@@ -371,14 +374,6 @@ def test_pixels_are_those_that_were_stored(name: str) -> None:
 
 
 # --- colour -------------------------------------------------------------------------------
-
-
-def test_every_suffix_that_is_tried_has_its_format_here() -> None:
-    kinds = {".jpg .jpeg .jpe .jfif": "JPEG", ".tif .tiff": "TIFF", ".jp2 .j2k": "JPEG2000"}
-    kinds |= {".ppm .pgm .pbm .pnm": "PPM", ".png": "PNG", ".webp": "WEBP", ".gif": "GIF"}
-    kinds |= {".bmp": "BMP", ".avif": "AVIF", ".ico": "ICO", ".heic .heif": "HEIF"}
-    assert {suffix for suffixes in kinds for suffix in suffixes.split()} == set(SUFFIXES)
-    assert set(kinds.values()) == set(decoding._FORMATS)
 
 
 @pytest.mark.parametrize("name", list(FILES))
@@ -757,10 +752,10 @@ def test_a_damaged_profile_is_ignored() -> None:
 
 
 def test_a_profile_that_no_one_uses_up_to_its_last_byte_is_not_kept() -> None:
-    huge = PROFILES["adobe rgb"].ljust(decoding._MAX_PROFILE_BYTES + 1, b"\0")
-    assert decoding.conversion(huge, "RGB", "RGB") is None
-    assert decoding.conversion(huge[:-1], "RGB", "RGB") is not None
-    decoding._transform.cache_clear()
+    huge = PROFILES["adobe rgb"].ljust(colour._MAX_PROFILE_BYTES + 1, b"\0")
+    assert colour.conversion(huge, "RGB", "RGB") is None
+    assert colour.conversion(huge[:-1], "RGB", "RGB") is not None
+    colour._transform.cache_clear()
 
 
 def test_one_transform_serves_many_threads_and_few_are_kept() -> None:
@@ -773,7 +768,7 @@ def test_one_transform_serves_many_threads_and_few_are_kept() -> None:
         together = list(threads.map(decoded, contents[-8:] * 20 + contents))
     for pixels, expected in zip(together, alone[-8:] * 20 + alone, strict=True):
         assert (pixels == expected).all()
-    kept = decoding._transform.cache_info()
+    kept = colour._transform.cache_info()
     assert kept.maxsize is not None
     assert kept.currsize <= kept.maxsize < len(profiles)
 
@@ -856,8 +851,8 @@ def test_the_container_of_a_heic_says_how_it_lies_and_its_exif_does_not() -> Non
 
 def test_a_heic_of_several_pictures_gives_its_primary_one() -> None:
     several = pillow_heif.HeifFile()
-    for colour in ("red", "green", "blue"):
-        several.add_from_pillow(Image.new("RGB", (64, 64), colour))
+    for name in ("red", "green", "blue"):
+        several.add_from_pillow(Image.new("RGB", (64, 64), name))
     content = io.BytesIO()
     several.save(content, primary_index=2)
     assert np.abs(decoded(content.getvalue()) - [0, 0, 255]).max() <= 4
@@ -896,7 +891,7 @@ def test_the_brands_tell_heic_from_avif(
 ) -> None:
     brands = b"".join(compatible)
     head = struct.pack(">I4s4sI", 16 + len(brands), b"ftyp", major, 0) + brands + b"heic"
-    assert decoding._is_heif(head) == is_heif
+    assert heif.is_heic(head) == is_heif
 
 
 def test_the_content_of_a_file_decides_between_heic_and_avif() -> None:
@@ -909,18 +904,18 @@ def test_the_content_of_a_file_decides_between_heic_and_avif() -> None:
 
 def test_without_the_extra_a_heic_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    assert error_of(FILES["heic"]) == "HEIC is read by an extra: pip install 'r2ncli[heic]'"
+    assert error_of(FILES["heic"]) == "HEIC support is not installed: pip install 'r2ncli[heic]'"
     assert decoded(FILES["png"]).shape == (SIDE, SIDE, 3)
 
 
 def test_the_extra_is_imported_when_first_met_and_leaves_pillow_as_it_was() -> None:
     program = (
         "import pickle, sys; from concurrent.futures import ThreadPoolExecutor\n"
-        "from PIL import Image\n"
+        "from PIL import Image; Image.init()\n"
         "from r2ncli.architectures import Preprocessing\n"
         "from r2ncli.images.decode import DecodeRules, decode\n"
         "png, heic = pickle.load(sys.stdin.buffer)\n"
-        "read = lambda content: decode(content, Preprocessing(), DecodeRules()).mean()\n"
+        "read = lambda content: decode(content, Preprocessing(), DecodeRules('exact')).mean()\n"
         "read(png); assert 'pillow_heif' not in sys.modules\n"
         "known = dict(Image.OPEN), dict(Image.SAVE), dict(Image.EXTENSION)\n"
         "with ThreadPoolExecutor(8) as threads: print(*set(threads.map(read, [heic] * 32)))\n"
@@ -974,13 +969,14 @@ def test_a_jpeg_is_reduced_while_its_short_side_is_twice_what_it_is_resized_to(
     monkeypatch: pytest.MonkeyPatch, short: int, decoded_at: int
 ) -> None:
     loaded: list[int] = []
-    load = decoding._load
+    codec = pillow.JPEG
 
     def watched(image: Image.Image, content: bytes) -> None:
-        load(image, content)
+        codec.load(image, content)
         loaded.append(min(image.size))
 
-    monkeypatch.setattr(decoding, "_load", watched)
+    [row] = [row for row in decoding.DECODERS if row.name == "JPEG"]
+    monkeypatch.setitem(vars(row), "codec", replace(codec, load=watched))
     content = encoded(photograph(short + 50, short), "JPEG")
     decode(content, SMALL, AUTO)
     decode(content, SMALL, RULES)
@@ -1025,7 +1021,7 @@ def test_a_truncated_file_is_an_error_or_has_all_its_pixels(name: str) -> None:
     for cut in cuts(content):
         try:
             pixels = decoded(content[:cut])
-        except decoding.ImageError:
+        except ImageError:
             lost = cut
             continue
         assert (pixels == whole).all(), f"cut at {cut} of {len(content)}"
@@ -1094,14 +1090,14 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded() -> None:
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     stream = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(bytes(1000)))
     reason = error_of(b"\x89PNG\r\n\x1a\n" + stream)
-    assert reason == "60000 x 60000 pixels, more than --max-pixels 200,000,000"
+    assert reason == "60000 x 60000 pixels, more than the limit of 200,000,000"
 
 
 @pytest.mark.parametrize("name", ["png", "jpeg", "tiff", "gif", "bmp", "ico", "ppm"])
 def test_a_picture_beyond_max_pixels_is_refused_and_one_at_it_is_not(name: str) -> None:
-    decode(FILES[name], AS_IT_IS, DecodeRules(max_pixels=24 * 20))
-    reason = error_of(FILES[name], DecodeRules(max_pixels=24 * 20 - 1))
-    assert reason == "24 x 20 pixels, more than --max-pixels 479"
+    decode(FILES[name], AS_IT_IS, DecodeRules("exact", max_pixels=24 * 20))
+    reason = error_of(FILES[name], DecodeRules("exact", max_pixels=24 * 20 - 1))
+    assert reason == "24 x 20 pixels, more than the limit of 479"
 
 
 def test_an_icon_larger_than_its_directory_says_is_measured_itself() -> None:
@@ -1109,14 +1105,14 @@ def test_an_icon_larger_than_its_directory_says_is_measured_itself() -> None:
     assert content[6:8] == bytes([24, 20])
     lying = content[:6] + bytes([8, 8]) + content[8:]
     with pytest.warns(UserWarning, match="expected size"):
-        assert "24 x 20" in error_of(lying, DecodeRules(max_pixels=100))
+        assert "24 x 20" in error_of(lying, DecodeRules("exact", max_pixels=100))
 
 
 def test_pillows_own_limit_on_pixels_is_neither_used_nor_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # 480 pixels are beyond twice of it
-    monkeypatch.setattr(decoding, "_LARGE", 100)
+    monkeypatch.setattr(tiff_rules, "_LARGE", 100)
     names = [name for name in FILES if not name.startswith("ico")]
     with ThreadPoolExecutor(4) as threads:
         shapes = list(threads.map(lambda name: decoded(FILES[name]).shape, names * 4))
@@ -1143,7 +1139,7 @@ def test_an_error_reads_the_same_twice_and_names_no_address(name: str) -> None:
         for _ in range(2):
             try:
                 decode(content[:cut], AS_IT_IS, RULES)
-            except decoding.ImageError as error:
+            except ImageError as error:
                 texts.add(str(error))
         assert len(texts) <= 1
         for text in texts:
@@ -1158,7 +1154,7 @@ def test_an_exception_that_names_an_object_loses_its_address(
     def fail(*_arguments: object) -> None:
         raise OSError(f"cannot identify {io.BytesIO()!r} at all")
 
-    monkeypatch.setattr(decoding, "_opaque", fail)
+    monkeypatch.setattr(decoding, "opaque", fail)
     assert error_of(FILES["png"]) == "cannot be decoded: cannot identify at all"
 
 
@@ -1166,7 +1162,7 @@ def test_too_little_memory_is_this_pictures_error(monkeypatch: pytest.MonkeyPatc
     def fail(*_arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(decoding, "_opaque", fail)
+    monkeypatch.setattr(decoding, "opaque", fail)
     assert error_of(FILES["png"]) == "cannot be decoded: not enough memory"
 
 
@@ -1178,7 +1174,7 @@ def test_libtiff_does_not_write_to_stderr_by_itself() -> None:
     program = (
         "import sys; from r2ncli.architectures import Preprocessing\n"
         "from r2ncli.images.decode import DecodeRules, ImageError, decode\n"
-        "try: decode(sys.stdin.buffer.read(), Preprocessing(), DecodeRules())\n"
+        "try: decode(sys.stdin.buffer.read(), Preprocessing(), DecodeRules('exact'))\n"
         "except ImageError as error: print(error)\n"
     )
     done = subprocess.run(

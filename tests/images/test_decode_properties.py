@@ -59,7 +59,7 @@ TURNED: dict[int, Transpose] = {  # what makes of an upright picture the one tha
     8: Transpose.ROTATE_270,
 }
 
-RULES = DecodeRules()
+RULES = DecodeRules("exact")
 SMALL = Preprocessing(image_size=32, resize_size=36)
 QUICK = settings(
     deadline=None,
