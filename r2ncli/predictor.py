@@ -45,7 +45,7 @@ from r2ncli.weights.containers import container
 from r2ncli.weights.download import OnProgress
 
 if TYPE_CHECKING:
-    from r2ncli.images.gpu import CardDecoder
+    from r2ncli.images.gpu import GpuDecoder as CardDecoder
     from r2ncli.weights.loading import Checkpoint
 
 LOGITS = "fc"  # the module whose output the logits are
@@ -425,7 +425,7 @@ def _card_decoder(
     if options.get("decode") != GPU:
         return None
     from r2ncli.engine.devices import find_devices
-    from r2ncli.images.gpu import CardDecoder
+    from r2ncli.images.gpu import GpuDecoder as CardDecoder
 
     cards = find_devices(options.get("device", "auto"))
     return CardDecoder(cards, preprocessing, _rules(options))

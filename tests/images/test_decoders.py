@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from images.test_decode import encoded, heic, picture
 from PIL import features
+from support.image_files import encoded, heic, sample
 
 from r2ncli.architectures import Preprocessing
 from r2ncli.images import decoders
@@ -29,7 +29,7 @@ AS_STORED = Preprocessing(image_size=SIDE, resize_size=SIDE, crop="none")
 
 def animated(kind: str) -> bytes:
     """An animation whose first frame is the test image."""
-    return encoded(picture(), kind, save_all=True, append_images=[picture().rotate(180)])
+    return encoded(sample(), kind, save_all=True, append_images=[sample().rotate(180)])
 
 
 def with_brand(content: bytes, brand: bytes) -> bytes:
@@ -40,38 +40,38 @@ def with_brand(content: bytes, brand: bytes) -> bytes:
 
 def jpx() -> bytes:
     """A JPEG 2000 file that declares itself to be a JPX."""
-    content = encoded(picture(), "JPEG2000")
+    content = encoded(sample(), "JPEG2000")
     assert content.count(b"ftypjp2 ") == 1
     return content.replace(b"ftypjp2 ", b"ftypjpx ")
 
 
 def codestream() -> bytes:
     """JPEG 2000 without a container."""
-    return encoded(picture(), "JPEG2000", no_jp2=True)
+    return encoded(sample(), "JPEG2000", no_jp2=True)
 
 
 EXAMPLES: dict[str, Callable[[], bytes]] = {
-    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), lambda: encoded(picture(), "JPEG")),
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), lambda: encoded(sample(), "JPEG")),
     ".mpo": lambda: animated("MPO"),
-    ".png": lambda: encoded(picture(), "PNG"),
+    ".png": lambda: encoded(sample(), "PNG"),
     ".apng": lambda: animated("PNG"),
-    ".webp": lambda: encoded(picture(), "WEBP"),
-    ".gif": lambda: encoded(picture(), "GIF"),
-    ".bmp": lambda: encoded(picture(), "BMP"),
-    ".dib": lambda: encoded(picture(), "DIB"),
-    **dict.fromkeys((".tif", ".tiff"), lambda: encoded(picture(), "TIFF")),
-    **dict.fromkeys((".heic", ".heif"), lambda: heic(picture())),
-    ".hif": lambda: with_brand(heic(picture()), b"heix"),
-    ".heics": lambda: with_brand(heic(picture()), b"hevc"),
-    ".avif": lambda: encoded(picture(), "AVIF"),
+    ".webp": lambda: encoded(sample(), "WEBP"),
+    ".gif": lambda: encoded(sample(), "GIF"),
+    ".bmp": lambda: encoded(sample(), "BMP"),
+    ".dib": lambda: encoded(sample(), "DIB"),
+    **dict.fromkeys((".tif", ".tiff"), lambda: encoded(sample(), "TIFF")),
+    **dict.fromkeys((".heic", ".heif"), lambda: heic(sample())),
+    ".hif": lambda: with_brand(heic(sample()), b"heix"),
+    ".heics": lambda: with_brand(heic(sample()), b"hevc"),
+    ".avif": lambda: encoded(sample(), "AVIF"),
     ".avifs": lambda: animated("AVIF"),
-    ".jp2": lambda: encoded(picture(), "JPEG2000"),
+    ".jp2": lambda: encoded(sample(), "JPEG2000"),
     **dict.fromkeys((".jpx", ".jpf"), jpx),
     **dict.fromkeys((".j2k", ".j2c", ".jpc"), codestream),
-    ".ico": lambda: encoded(picture(mode="RGB"), "ICO", sizes=[(SIDE, SIDE)]),
-    **dict.fromkeys((".ppm", ".pnm"), lambda: encoded(picture(), "PPM")),
-    ".pgm": lambda: encoded(picture(mode="L"), "PPM"),
-    ".pbm": lambda: encoded(picture(mode="1"), "PPM"),
+    ".ico": lambda: encoded(sample(mode="RGB"), "ICO", sizes=[(SIDE, SIDE)]),
+    **dict.fromkeys((".ppm", ".pnm"), lambda: encoded(sample(), "PPM")),
+    ".pgm": lambda: encoded(sample(mode="L"), "PPM"),
+    ".pbm": lambda: encoded(sample(mode="1"), "PPM"),
 }
 OPTIONAL = {".webp": "webp", ".avif": "avif", ".avifs": "avif"}
 OPTIONAL |= dict.fromkeys((".jp2", ".jpx", ".jpf", ".j2k", ".j2c", ".jpc"), "jpg_2000")
@@ -92,15 +92,15 @@ def test_a_file_of_every_suffix_is_found_in_a_folder_and_decoded(
     [found] = find_images([str(tmp_path)], print)
     pixels = decode(Path(found.name).read_bytes(), AS_STORED, RULES).astype(int)
     mode = {".pgm": "L", ".pbm": "1"}.get(suffix, "RGB")
-    expected = np.asarray(picture(mode=mode).convert("RGB")).astype(int)
+    expected = np.asarray(sample(mode=mode).convert("RGB")).astype(int)
     # red and green alone, which are smooth: lossy formats blur the checks of blue
     assert np.abs(pixels - expected)[..., :2].mean() < 6
     assert np.abs(pixels[::-1, ::-1] - expected)[..., :2].mean() > 40
 
 
 def test_a_dib_with_the_header_of_a_bmp_is_decoded() -> None:
-    content = encoded(picture(), "BMP")
-    assert (decode(content, AS_STORED, RULES) == np.asarray(picture())).all()
+    content = encoded(sample(), "BMP")
+    assert (decode(content, AS_STORED, RULES) == np.asarray(sample())).all()
 
 
 # --- a new row -----------------------------------------------------------------------------
