@@ -7,7 +7,7 @@ new row. Importing this module imports no decoder: a row loads its own when it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -87,7 +87,7 @@ class Decoder:
 
     @cached_property
     def codec(self) -> Codec | None:
-        """The functions of a CPU's decoder, loaded once."""
+        """The functions that decode the format on the CPU, loaded once."""
         return None if self.load is None else self.load()
 
     @property
@@ -117,7 +117,7 @@ def _littlecms_version() -> str | None:
 
 
 def _by_pillow(format_name: str, plugin: str) -> Callable[[], Codec]:
-    """Load a format that Pillow decodes, with no rules of r2n's own."""
+    """A function that loads a format that needs no rules beyond Pillow's."""
 
     def load() -> Codec:
         from r2ncli.images.pillow import registered
@@ -128,7 +128,7 @@ def _by_pillow(format_name: str, plugin: str) -> Callable[[], Codec]:
 
 
 def _by_rules_of(module: str, name: str) -> Callable[[], Codec]:
-    """Load a format that has rules of its own in a module of `images`."""
+    """A function that loads a format that has rules of its own in a module of `images`."""
 
     def load() -> Codec:
         codec: Codec = getattr(import_module(f"r2ncli.images.{module}"), name)
@@ -182,9 +182,7 @@ DECODERS = (  # in the order in which a file's first bytes are compared
 SUFFIXES = tuple(suffix for decoder in DECODERS for suffix in decoder.suffixes)
 
 
-def decoder_versions(
-    mode: str | None = None, decoders: Sequence[Decoder] = DECODERS
-) -> dict[str, str | None]:
+def decoder_versions(mode: str | None = None) -> dict[str, str | None]:
     """Versions of the libraries that decide pixels, for the run record.
 
     Parameters
@@ -197,12 +195,12 @@ def decoder_versions(
     dict
         From a library's name to its version; None where it is not installed.
     """
-    used = [decoder for decoder in decoders if decoder.mode in (None, mode)]
+    used = [decoder for decoder in DECODERS if decoder.mode in (None, mode)]
     libraries = {library.name: library for decoder in used for library in decoder.libraries}
     return {name: library.version() for name, library in libraries.items()}
 
 
-def may_be_added(decoders: Sequence[Decoder] = DECODERS) -> frozenset[str]:
+def may_be_added() -> frozenset[str]:
     """Names of the libraries that a retry may find installed though they were absent before."""
-    libraries = [library for decoder in decoders for library in decoder.libraries]
+    libraries = [library for decoder in DECODERS for library in decoder.libraries]
     return frozenset(library.name for library in libraries if library.may_be_absent)
