@@ -276,7 +276,7 @@ def architectures(section: Section) -> None:
 def photo_squares(count: int, side: int) -> Pixels:
     """uint8 [count, side, side, 3]: of the photographs beside this file, in turn mirrored."""
     shape = Preprocessing(side, side * 256 // 224)
-    squares = [decode(file.read_bytes(), shape, DecodeRules()) for file in PHOTOS[:count]]
+    squares = [decode(file.read_bytes(), shape, DecodeRules("exact")) for file in PHOTOS[:count]]
     squares += [square[:, ::-1] for square in squares]
     return np.stack(list(islice(cycle(squares), count)))
 

@@ -40,7 +40,7 @@ from r2ncli.weights.checkpoints import (
 from r2ncli.weights.containers import container
 
 if TYPE_CHECKING:
-    from r2ncli.images.gpu import CardDecoder
+    from r2ncli.images.gpu import GpuDecoder as CardDecoder
     from r2ncli.weights.loading import Checkpoint
 
 LOGITS = "fc"  # the module whose output the logits are
@@ -307,7 +307,7 @@ def _card_decoder(
     if options.decode != GPU:
         return None
     from r2ncli.engine.devices import find_devices
-    from r2ncli.images.gpu import CardDecoder
+    from r2ncli.images.gpu import GpuDecoder as CardDecoder
 
     cards = find_devices(options.device)
     return CardDecoder(cards, preprocessing, options.decode_rules())

@@ -10,14 +10,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from os import PathLike as OsPathLike
 from typing import Any
 
-from PIL import features as pillow_features
-
 from r2ncli import __version__
 from r2ncli.errors import OutputError
+from r2ncli.images.decoders import decoder_versions
 from r2ncli.options import Listeners, PathLike, Progress, RunOptions
 from r2ncli.outputs.formats import FORMATS
 from r2ncli.outputs.partial import PartialOutput, begun_record, checked_output
@@ -203,18 +202,13 @@ def run_record(opened: Run, packages: Sequence[str] = ()) -> Record:
     """
     task, options, predictor = opened.task, opened.options, opened.predictor
     description = predictor.engine.description
-    if predictor.card_decoder is not None:
-        packages = (*packages, "torchcodec")
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "command": task.command,
         "versions": {
             "r2n": __version__,
             "engine": description.library,
-            "pillow": version("pillow"),
-            "libjpeg": pillow_features.version("libjpeg_turbo") or pillow_features.version("jpg"),
-            "littlecms2": pillow_features.version("littlecms2"),
-            "pillow-heif": _version_if_installed("pillow-heif"),
+            **decoder_versions(predictor.rules.decode),
             "numpy": version("numpy"),
             "h5py": version("h5py"),
             "python": ".".join(map(str, sys.version_info[:3])),
@@ -251,13 +245,6 @@ def run_record(opened: Run, packages: Sequence[str] = ()) -> Record:
     record = json.loads(json.dumps(record))  # tuples as the lists that they are read back as
     record["fingerprint"] = fingerprint(record)
     return record
-
-
-def _version_if_installed(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def _as_sequence(paths: Paths) -> Sequence[PathLike]:

@@ -18,7 +18,7 @@ PACKAGE = Path(r2ncli.__file__).parent
 # Each may import any above it, none below. The files of a folder are one room.
 ROOMS = [
     *("errors", "architectures", "model", "web", "openvino_import"),
-    *("sources", "images", "weights", "hubconf", "torchvision_models", "engine"),
+    *("images", "sources", "weights", "hubconf", "torchvision_models", "engine"),
     *("outputs", "predictor", "pipeline", "runs"),
     *("bench", "cli", "__main__"),
 ]

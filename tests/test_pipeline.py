@@ -42,7 +42,7 @@ def test_a_classification_is_the_softmax_of_the_plain_network(pictures, tiny_wei
     for c in r2ncli.classify(
         pictures, weights=tiny_weights, precision="fp32", topk=6, backend=backend, device="cpu"
     ):
-        pixels = decode(Path(c.path).read_bytes(), preprocessing, DecodeRules())
+        pixels = decode(Path(c.path).read_bytes(), preprocessing, DecodeRules("exact"))
         batch = ((torch.tensor(pixels) / 255 - mean) / std).permute(2, 0, 1)[None]
         with torch.inference_mode():
             expected = network(batch).softmax(1)[0]
@@ -68,7 +68,7 @@ def test_features_are_what_a_hook_on_the_plain_network_sees(pictures, tiny_weigh
         precision="fp32", backend=backend, device="cpu",
     )  # fmt: skip
     for row in rows:
-        pixels = decode(Path(row.path).read_bytes(), preprocessing, DecodeRules())
+        pixels = decode(Path(row.path).read_bytes(), preprocessing, DecodeRules("exact"))
         with torch.inference_mode():
             network(((torch.tensor(pixels) / 255 - mean) / std).permute(2, 0, 1)[None])
         assert list(row.features) == ["layer3", "layer1.0.bn1"]
@@ -300,8 +300,8 @@ def everything(outputs):
 
 def counting_predictor(engine, workers=3):
     return Predictor(
-        engine, r2ncli.Preprocessing(32, 32), DecodeRules(), workers, Path("x"), "", "", 1, None,
-        "avg", {LOGITS: (1,)},
+        engine, r2ncli.Preprocessing(32, 32), DecodeRules("exact"), workers, Path("x"), "", "", 1,
+        None, "avg", {LOGITS: (1,)},
     )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
-"""A batch's JPEGs become the network's input pixels on a CUDA card.
+"""Decode and resize the JPEGs of a batch on a CUDA GPU.
 
-torchcodec has nvJPEG decode them, and one kernel resizes all of them with Pillow's integer
-arithmetic: of the same decoded pixels it makes what `images.decode` makes, bit for bit.
-What is decoded differs from libjpeg's by the inverse cosine transform's rounding and by how
-chroma is enlarged, so that `--decode gpu` is a decode rule of its own.
+torchcodec decodes with nvJPEG, and one kernel resizes all images with Pillow's integer
+arithmetic: from the same decoded pixels it computes exactly the bytes of `images.decode`.
+nvJPEG's pixels differ from libjpeg's by the rounding of the inverse cosine transform and by
+the upsampling of chroma, so `decode="gpu"` is a mode of its own.
 """
 
 from __future__ import annotations
@@ -27,32 +27,35 @@ from PIL import Image
 
 from r2ncli.architectures import Preprocessing
 from r2ncli.errors import DeviceError, UsageError
-from r2ncli.images.decode import DecodeRules, Pixels, finished, stored_box
-from r2ncli.images.jpeg import Jpeg, for_card
+from r2ncli.images.decode import Pixels, finished
+from r2ncli.images.decoders import GPU_JPEG
+from r2ncli.images.geometry import stored_box
+from r2ncli.images.jpeg import Jpeg, for_gpu
+from r2ncli.images.rules import DecodeRules
 
 Table = npt.NDArray[np.int32]
 
-_AT_ONCE = 1 << 27  # pixels decoded in one call: 400 MB of the card, and a batch of small pictures
+_AT_ONCE = 1 << 27  # pixels decoded in one call: at most 400 MB on the GPU
 
 
-class CardDecoder:
-    """Decodes and resizes JPEGs on cards, taken in turns; several threads may call it.
+class GpuDecoder:
+    """Decodes and resizes JPEGs on GPUs in turn; several threads may call it.
 
     Parameters
     ----------
     devices : sequence of torch.device
-        Cards of one model.
+        GPUs of one model.
     preprocessing : Preprocessing
         Gives the crop and the size.
     rules : DecodeRules
-        The limits within which a JPEG is for the card.
+        Larger JPEGs are not accepted.
 
     Raises
     ------
     UsageError
         torchcodec cannot be loaded.
     DeviceError
-        It cannot decode on this device.
+        torchcodec cannot decode on this device.
     """
 
     def __init__(
@@ -62,16 +65,16 @@ class CardDecoder:
             from torchcodec.decoders import decode_jpeg
         except (ImportError, OSError, RuntimeError) as error:
             raise UsageError(
-                f"decode 'gpu' needs a torchcodec that fits torch {torch.__version__}: "
-                f"pip install 'r2ncli[gpu-decode]' ({_first_line(error)})"
+                f'`decode="gpu"` needs a torchcodec that fits torch {torch.__version__}: '
+                f"{GPU_JPEG.hint} ({_first_line(error)})"
             ) from error
         self._rules = rules
-        cards = [_Card(device, preprocessing, decode_jpeg) for device in devices]
-        self._turns = cycle(cards)
+        gpus = [_Gpu(device, preprocessing, decode_jpeg) for device in devices]
+        self._turns = cycle(gpus)
 
     def accept(self, content: bytes) -> Jpeg | None:
-        """The JPEG that this decodes, or None where `content` is for the CPU."""
-        return for_card(content, self._rules)
+        """A JPEG that the GPU can decode, or None if `content` is for the CPU."""
+        return for_gpu(content, self._rules)
 
     def __call__(self, jpegs: Mapping[int, Jpeg], pixels: Pixels) -> list[int]:
         """Decode JPEGs into rows of a batch.
@@ -86,19 +89,19 @@ class CardDecoder:
         Returns
         -------
         list of int
-            Rows of pictures that nvJPEG refuses, damaged ones mostly; they are left as they
-            are too, and for `images.decode`.
+            Rows of images that nvJPEG refuses, mostly corrupted ones. They are not written;
+            `images.decode` decodes them or says why it cannot.
 
         Raises
         ------
         DeviceError
-            The card fails, or one picture alone is too much for its memory.
+            The GPU fails, or its memory does not hold a single image.
         """
         return next(self._turns).decode(jpegs, pixels)
 
 
-class _Card:
-    """One card's decoder, with a stream for each thread that calls it."""
+class _Gpu:
+    """The decoder of one GPU, with a stream for each calling thread."""
 
     def __init__(
         self,
@@ -113,22 +116,22 @@ class _Card:
         self._check()
 
     def decode(self, jpegs: Mapping[int, Jpeg], pixels: Pixels) -> list[int]:
-        """See `CardDecoder.__call__`."""
+        """See `GpuDecoder.__call__`."""
         batch = torch.from_numpy(pixels)
         refused: list[int] = []
         with self._device_errors(), self._own_stream() as wait:
             squares = torch.empty(batch.shape, dtype=torch.uint8, device=self._device)
             for rows in _parts(jpegs):
                 decoded = self._decoded([jpegs[row] for row in rows], wait)
-                pictures = {
-                    row: picture
-                    for row, picture in zip(rows, decoded, strict=True)
-                    if picture is not None
+                images = {
+                    row: image
+                    for row, image in zip(rows, decoded, strict=True)
+                    if image is not None
                 }
-                refused.extend(row for row in rows if row not in pictures)
-                self._resize(pictures, jpegs, squares)
-                # before the memory of the decoded is reused: the JPEG engines write their
-                # output without regard to what is queued on a stream
+                refused.extend(row for row in rows if row not in images)
+                self._resize(images, jpegs, squares)
+                # wait before the decoded images' memory is reused: the hardware JPEG decoders
+                # write their output regardless of what is queued on a stream
                 wait()
             for start, end in _runs(sorted(jpegs.keys() - set(refused))):
                 batch[start:end].copy_(squares[start:end], non_blocking=True)
@@ -144,14 +147,14 @@ class _Card:
     def _decoded(
         self, jpegs: Sequence[Jpeg], wait: Callable[[], object]
     ) -> list[torch.Tensor | None]:
-        """uint8 [1 or 3, height, width] of each; None where it is refused."""
+        """Each image as uint8 [1 or 3, height, width], or None if nvJPEG refuses it."""
         encoded = [_bytes_as_tensor(jpeg.encoded) for jpeg in jpegs]
         try:
             decoded = self._decode_jpeg(encoded, mode="UNCHANGED", device=self._device)
         except torch.AcceleratorError:
             raise
-        except RuntimeError as error:  # whose fault it is, or whether there was too little memory
-            wait()  # what was begun may still be written, to memory that is free now
+        except RuntimeError as error:  # one corrupted image, or too little memory: split the batch
+            wait()  # decoding that has begun still writes to memory that is free now
             if len(jpegs) > 1:
                 half = len(jpegs) // 2
                 return self._decoded(jpegs[:half], wait) + self._decoded(jpegs[half:], wait)
@@ -159,30 +162,30 @@ class _Card:
                 width, height = jpegs[0].size
                 raise DeviceError(
                     f"{self._device}: out of memory while decoding a JPEG of {width} x {height} "
-                    "pixels. Try --decode auto, or a smaller --batch-size"
+                    'pixels. Try `decode="auto"` or a smaller `batch_size`'
                 ) from error
             return [None]
         return [
-            picture if picture.shape == (1 if jpeg.grey else 3, *jpeg.size[::-1]) else None
-            for jpeg, picture in zip(jpegs, decoded, strict=True)
+            image if image.shape == (1 if jpeg.grey else 3, *jpeg.size[::-1]) else None
+            for jpeg, image in zip(jpegs, decoded, strict=True)
         ]
 
     def _resize(
-        self, pictures: Mapping[int, torch.Tensor], jpegs: Mapping[int, Jpeg], squares: torch.Tensor
+        self, images: Mapping[int, torch.Tensor], jpegs: Mapping[int, Jpeg], squares: torch.Tensor
     ) -> None:
-        """Resize pictures [C, height, width] into their rows of `squares`."""
-        if not pictures:
+        """Resize images [C, height, width] into their rows of `squares`."""
+        if not images:
             return
         side = squares.shape[1]
         tables: list[Table] = []
-        offsets: dict[int, int] = {}  # of a table, in all of them
+        offsets: dict[int, int] = {}  # of each table in their concatenation
         end = 0
         descriptions = []
-        for row, picture in pictures.items():
-            channel, down, across = picture.stride()
+        for row, image in images.items():
+            channel, down, across = image.stride()
             axes = _axes(jpegs[row].size, jpegs[row].orientation, self._preprocessing)
-            grey = picture.shape[0] == 1
-            description = [picture.data_ptr(), 0 if grey else channel, row * side * side * 3]
+            grey = image.shape[0] == 1
+            description = [image.data_ptr(), 0 if grey else channel, row * side * side * 3]
             for horizontal, size, taps, table in axes:
                 if id(table) not in offsets:
                     offsets[id(table)] = end
@@ -191,18 +194,18 @@ class _Card:
                 description += (across, 3) if horizontal else (down, 3 * side)
                 description += (size, taps, offsets[id(table)])
             descriptions.append(description)
-        _resize_all[triton.cdiv(side * side, _BLOCK), len(pictures)](
+        _resize_all[triton.cdiv(side * side, _BLOCK), len(images)](
             torch.tensor(descriptions, dtype=torch.int64).to(self._device),
             torch.from_numpy(np.concatenate(tables)).to(self._device),
             squares,
             side,
             _BLOCK,
-            enable_fp_fusion=False,  # there is none; triton 3.9 warns where this is not said
+            enable_fp_fusion=False,  # the kernel has no floats; triton 3.9 warns without this
         )
 
     @contextmanager
     def _own_stream(self) -> Iterator[Callable[[], object]]:
-        """Work is for the calling thread's stream, which waits for no other; what awaits it."""
+        """Use the calling thread's own stream; the value is a function that waits for its work."""
         if self._device.type == "cpu":
             yield lambda: None
             return
@@ -218,34 +221,34 @@ class _Card:
             yield
         except torch.OutOfMemoryError as error:
             raise DeviceError(
-                f"{self._device}: out of memory while decoding. Try --decode auto, or a smaller "
-                "--batch-size"
+                f'{self._device}: out of memory while decoding. Try `decode="auto"` or a smaller '
+                "`batch_size`"
             ) from error
         except torch.AcceleratorError as error:
             raise DeviceError(f"{self._device} failed while decoding: {error}") from error
 
     def _check(self) -> None:
-        """Decode a picture: what is missing must not look as if every picture were damaged."""
+        """Decode a small image, so that a missing library is not reported as corrupted images."""
         content = BytesIO()
         Image.new("RGB", (16, 16)).save(content, "JPEG")
-        jpeg = for_card(content.getvalue(), DecodeRules("gpu"))
+        jpeg = for_gpu(content.getvalue(), DecodeRules("gpu"))
         assert jpeg is not None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's only one, that bytes cannot be written to
+            warnings.simplefilter("ignore")  # torch warns that bytes cannot be written to
             encoded = _bytes_as_tensor(jpeg.encoded)
         try:
             self._decode_jpeg([encoded], device=self._device)
         except RuntimeError as error:
             raise DeviceError(
-                f"{self._device}: torchcodec cannot decode a JPEG there: {_first_line(error)}. "
-                "Use --decode auto"
+                f"{self._device}: torchcodec cannot decode a JPEG on it: {_first_line(error)}. "
+                'Use `decode="auto"`'
             ) from error
         side = self._preprocessing.image_size
         self.decode({0: jpeg}, np.empty((1, side, side, 3), np.uint8))
 
 
 def _bytes_as_tensor(content: bytes) -> torch.Tensor:
-    """uint8 [length]: without a copy, and to be read only."""
+    """View bytes as a uint8 tensor [length] without a copy; it must not be written to."""
     return torch.frombuffer(content, dtype=torch.uint8)
 
 
@@ -257,7 +260,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _parts(jpegs: Mapping[int, Jpeg]) -> Iterator[list[int]]:
-    """Rows whose pictures are decoded in one call: as many as a bounded memory holds."""
+    """Split the rows into groups that are decoded in one call each, to bound the memory."""
     rows: list[int] = []
     pixels = 0
     for row, jpeg in jpegs.items():
@@ -272,7 +275,7 @@ def _parts(jpegs: Mapping[int, Jpeg]) -> Iterator[list[int]]:
 
 
 def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Start and end of every run of consecutive rows."""
+    """The start and end of each run of consecutive rows."""
     start = 0
     for at in range(1, len(rows) + 1):
         if at == len(rows) or rows[at] != rows[at - 1] + 1:
@@ -282,9 +285,9 @@ def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 # --- Pillow's bilinear resize ---------------------------------------------------------------
 #
-# An output pixel is the mean of the input pixels within the filter's reach, weighted by
-# doubles that are rounded to 22 bits behind the point; first along one axis, rounded to eight
-# bits, then along the other (Pillow's Resample.c).
+# An output pixel is the weighted mean of the input pixels within the filter's support. The
+# weights are doubles, rounded to 22 fractional bits. One axis is resized first and rounded to
+# eight bits, then the other (Pillow's Resample.c).
 
 Axis = tuple[bool, int, int, Table]  # horizontal; size, taps, table
 
@@ -293,7 +296,7 @@ Axis = tuple[bool, int, int, Table]  # horizontal; size, taps, table
 def _axes(
     size: tuple[int, int], orientation: int, preprocessing: Preprocessing
 ) -> tuple[Axis, Axis]:
-    """How a picture of `size` (width, height) is resized along its axes, in Pillow's order."""
+    """How an image of `size` (width, height) is resized along its axes, in Pillow's order."""
     width, height = size
     side = preprocessing.image_size
     left, top, right, bottom = stored_box(size, orientation, preprocessing)
@@ -309,15 +312,15 @@ _TALL_VERTICALLY_FIRST = int(PIL.__version__.partition(".")[0]) >= 13
 
 @lru_cache(maxsize=4096)
 def _weights(size: int, low: float, high: float, side: int) -> tuple[int, Table]:
-    """What of `size` pixels each of `side` output pixels is made of, from `low` to `high`.
+    """The weights with which `side` output pixels cover `low` to `high` of `size` input pixels.
 
     Returns
     -------
     int, int32 array [(1 + taps) * side]
-        How many taps there are, and each output pixel's first input pixel, then its weight
-        for every tap (as rows of `side`). Taps beyond the picture have the weight 0.
+        The number of taps; then rows of `side`: each output pixel's first input pixel, and its
+        weight for each tap. Taps beyond the image have the weight 0.
     """
-    start, end = np.float32(low), np.float32(high)  # Pillow takes the box as floats
+    start, end = np.float32(low), np.float32(high)  # Pillow stores the box as floats
     scale = float(end - start) / side
     reach = max(scale, 1.0)
     taps = 2 * int(np.ceil(reach)) + 1
@@ -327,7 +330,7 @@ def _weights(size: int, low: float, high: float, side: int) -> tuple[int, Table]
     at = firsts + np.arange(taps)[:, None]
     weights = np.maximum(1 - np.abs((at - centres + 0.5) * (1 / reach)), 0)
     weights[at >= ends] = 0
-    weights /= np.cumsum(weights, axis=0)[-1]  # summed one after the other, as Pillow does
+    weights /= np.cumsum(weights, axis=0)[-1]  # summed in Pillow's order
     fixed = (0.5 + weights * (1 << 22)).astype(np.int32)
     return taps, np.concatenate([firsts.astype(np.int32)[None], fixed]).ravel()
 
@@ -336,27 +339,27 @@ _BLOCK = 256
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _resize_all(pictures, tables, squares, side, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One program makes `block` pixels of one picture.
+def _resize_all(images, tables, squares, side, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Compute `block` pixels of one image in each program.
 
-    `pictures` int64 [N, 13]: address, distance of channels and offset in `squares`; then of the
-    axis that is resized first, and of the other: distance of its pixels in the picture and in
+    `images` int64 [N, 13]: address, stride of the channels and offset in `squares`; then, for
+    the axis that is resized first and for the other: stride of its pixels in the image and in
     `squares`, size, taps, and offset of its table in `tables`.
     """
-    picture = pictures + tl.program_id(1) * 13
-    source = tl.load(picture).to(tl.pointer_type(tl.uint8))
-    channel = tl.load(picture + 1).to(tl.int32)
-    target = squares + tl.load(picture + 2)
-    step_1 = tl.load(picture + 3).to(tl.int32)
-    target_1 = tl.load(picture + 4).to(tl.int32)
-    last_1 = tl.load(picture + 5).to(tl.int32) - 1
-    taps_1 = tl.load(picture + 6).to(tl.int32)
-    table_1 = tables + tl.load(picture + 7)
-    step_2 = tl.load(picture + 8).to(tl.int32)
-    target_2 = tl.load(picture + 9).to(tl.int32)
-    last_2 = tl.load(picture + 10).to(tl.int32) - 1
-    taps_2 = tl.load(picture + 11).to(tl.int32)
-    table_2 = tables + tl.load(picture + 12)
+    image = images + tl.program_id(1) * 13
+    source = tl.load(image).to(tl.pointer_type(tl.uint8))
+    channel = tl.load(image + 1).to(tl.int32)
+    target = squares + tl.load(image + 2)
+    step_1 = tl.load(image + 3).to(tl.int32)
+    target_1 = tl.load(image + 4).to(tl.int32)
+    last_1 = tl.load(image + 5).to(tl.int32) - 1
+    taps_1 = tl.load(image + 6).to(tl.int32)
+    table_1 = tables + tl.load(image + 7)
+    step_2 = tl.load(image + 8).to(tl.int32)
+    target_2 = tl.load(image + 9).to(tl.int32)
+    last_2 = tl.load(image + 10).to(tl.int32) - 1
+    taps_2 = tl.load(image + 11).to(tl.int32)
+    table_2 = tables + tl.load(image + 12)
 
     pixel = tl.program_id(0) * block + tl.arange(0, block)
     inside = pixel < side * side
@@ -367,7 +370,7 @@ def _resize_all(pictures, tables, squares, side, block: tl.constexpr):  # type: 
     half = tl.full((block,), 1 << 21, tl.int32)
     red, green, blue = half, half, half
     for tap_2 in range(taps_2):
-        # no weight is negative, and they sum up to 1 but for their rounding: nothing to clip
+        # no clipping: no weight is negative, and apart from rounding they sum to 1
         line = source + tl.minimum(first_2 + tap_2, last_2) * step_2
         red_1, green_1, blue_1 = half, half, half
         for tap_1 in range(taps_1):

@@ -1,7 +1,7 @@
-"""Which JPEGs a card decodes: by the format that their header declares, and by nothing else.
+"""Decide from a JPEG's header whether a GPU decodes it.
 
-The others go to the CPU, and so does every file with something unusual in its header: what
-is right there is known, and a row must not depend on what a card's driver makes of it.
+All other files go to the CPU, and so does every JPEG with something unusual in its header:
+the CPU's result is known, and a row must not depend on a GPU's driver.
 """
 
 from __future__ import annotations
@@ -10,27 +10,29 @@ from dataclasses import dataclass
 
 from PIL.ImageCms import ImageCmsTransform
 
-from r2ncli.images.decode import DecodeRules, conversion, header_rules
+from r2ncli.images.colour import conversion
+from r2ncli.images.decode import header_rules
+from r2ncli.images.rules import DecodeRules
 
 
 @dataclass(frozen=True)
 class Jpeg:
-    """A JPEG for a card.
+    """A JPEG that a GPU decodes.
 
     Attributes
     ----------
     content : bytes
         The file.
     encoded : bytes
-        The file without EXIF, by which a decoder would turn the picture.
+        The file without EXIF, so that the decoder does not turn the image.
     size : tuple of int
         Width and height as stored.
     grey : bool
-        Greyscale.
+        Whether it is greyscale.
     orientation : int
-        EXIF's.
+        The EXIF orientation.
     to_srgb : ImageCmsTransform or None
-        What its profile asks for, after resizing.
+        The transform of the resized pixels to sRGB.
     """
 
     content: bytes
@@ -41,13 +43,13 @@ class Jpeg:
     to_srgb: ImageCmsTransform | None
 
 
-def for_card(content: bytes, rules: DecodeRules) -> Jpeg | None:
-    """The JPEG that a card decodes, or None where `content` is for the CPU.
+def for_gpu(content: bytes, rules: DecodeRules) -> Jpeg | None:
+    """The JPEG that a GPU decodes, or None if `content` is for the CPU.
 
-    A card takes baseline JPEGs (8 bits, Huffman, one scan), greyscale or YCbCr of 4:4:4,
-    4:2:2, 4:4:0 or 4:2:0, that end with their end marker, within `rules` and 16384 pixels a
-    side. Progressive ones are the CPU's: nvJPEG decodes most of each there too, one after
-    the other, where the decode threads do it side by side.
+    A GPU decodes baseline JPEGs (8 bits, Huffman, one scan) that are greyscale or YCbCr with
+    4:4:4, 4:2:2, 4:4:0 or 4:2:0 sampling, end with their end marker, and are within `rules` and
+    16384 pixels a side. Progressive JPEGs go to the CPU: nvJPEG decodes most of each on the CPU
+    too, one image after the other, while r2n's decode threads work in parallel.
     """
     if content[:2] != b"\xff\xd8" or content[-2:] != b"\xff\xd9":
         return None
@@ -66,12 +68,12 @@ def for_card(content: bytes, rules: DecodeRules) -> Jpeg | None:
     if _may_be_turned(metadata) or len(profiles) > 1:
         try:
             orientation, to_srgb = header_rules(content)
-        except Exception:  # Pillow raises whatever a damaged header makes it: the CPU says so
+        except Exception:  # a corrupted header can raise anything; the CPU reports it
             return None
     elif profiles:
         start, end = profiles[0]
         if content[start + 13 : start + 14] != b"\1" or start > segments[_SOF0][0][0]:
-            return None  # one of several, without the others
+            return None  # a part of a profile whose other parts are missing
         mode = "L" if grey else "RGB"
         to_srgb = conversion(content[start + 14 : end], mode, mode)
     encoded = content
@@ -82,17 +84,17 @@ def for_card(content: bytes, rules: DecodeRules) -> Jpeg | None:
 
 _SOF0, _DHT, _SOS, _DQT, _DRI, _COM = 0xC0, 0xC4, 0xDA, 0xDB, 0xDD, 0xFE
 _APP1, _APP2, _APP14 = 0xE1, 0xE2, 0xEE
-_PROFILE = b"ICC_PROFILE\0"  # and a number, and the number of segments that it is in
+_PROFILE = b"ICC_PROFILE\0"  # then this part's number and the number of parts
 _NEEDED = {_SOF0, _DHT, _DQT, _SOS}
 _USUAL = {*_NEEDED, _DRI, _COM, *range(0xE0, 0xF0)}
 
 _MOST_A_SIDE = 16384
-_MOST_PIXELS = 1 << 26  # 192 MB as RGB: offsets in it fit into 32 bits
-_MOST_TIMES_AS_HIGH = 100  # Pillow 12.2 resizes what is higher in two steps
+_MOST_PIXELS = 1 << 26  # 192 MB as RGB, so that offsets fit into 32 bits
+_MOST_TIMES_AS_HIGH = 100  # Pillow 12.2 resizes higher images in two steps
 
 
 def _segments(content: bytes) -> dict[int, list[tuple[int, int]]]:
-    """Where the segments up to the first scan's header begin and end, by their markers."""
+    """The start and end of each segment up to the first scan's header, by its marker."""
     segments: dict[int, list[tuple[int, int]]] = {}
     at, last, marker = 2, len(content) - 4, 0
     while at < last and content[at] == 0xFF and marker != _SOS:
@@ -103,12 +105,11 @@ def _segments(content: bytes) -> dict[int, list[tuple[int, int]]]:
 
 
 def _may_be_turned(metadata: list[bytes]) -> bool:
-    """Whether Pillow could find an orientation other than 1 in EXIF and XMP.
+    """Whether EXIF or XMP may hold an orientation other than 1.
 
-    A look for its bytes, many times quicker than to read either: not everywhere where they
-    are they mean it, but it is nowhere where they are not.
+    A fast byte search. It may report an orientation that is not there but never misses one.
     """
-    if sum(held.startswith(b"Exif") for held in metadata) > 1:  # one in two pieces
+    if sum(held.startswith(b"Exif") for held in metadata) > 1:  # EXIF in two parts
         return True
     return any(
         held.count(tag) != sum(held.count(tag + upright) for upright in uprights)
@@ -117,7 +118,7 @@ def _may_be_turned(metadata: list[bytes]) -> bool:
     )
 
 
-_ORIENTATION = {  # as big-endian and little-endian EXIF begin it, and XMP; and how 1 goes on
+_ORIENTATION = {  # its first bytes in big-endian EXIF, little-endian EXIF and XMP; then those of 1
     b"\1\x12": (b"\0\3\0\0\0\1\0\1",),
     b"\x12\1": (b"\3\0\1\0\0\0\1\0",),
     b"tiff:Orientation": (b'="1"', b">1<"),
@@ -125,7 +126,7 @@ _ORIENTATION = {  # as big-endian and little-endian EXIF begin it, and XMP; and 
 
 
 def _size(frame: bytes, scan: bytes, adobe: list[bytes]) -> tuple[int, int] | None:
-    """Width and height of a frame in the one scan that follows it, if a card decodes such."""
+    """Width and height of a frame with a single scan, or None if a GPU does not decode it."""
     if len(frame) < 6 or len(frame) != 6 + 3 * frame[5] or frame[0] != 8:
         return None
     height, width, components = int.from_bytes(frame[1:3]), int.from_bytes(frame[3:5]), frame[5]
@@ -134,7 +135,7 @@ def _size(frame: bytes, scan: bytes, adobe: list[bytes]) -> tuple[int, int] | No
     sampling = tuple(frame[7::3])
     if components == 1:
         return (width, height) if sampling == (0x11,) else None
-    # libjpeg's rules for what three components are, where all of them say YCbCr
+    # three components that all of libjpeg's rules take for YCbCr
     if components != 3 or frame[6::3] == b"RGB":
         return None
     if any(len(block) < 12 or block[:5] != b"Adobe" or block[11] != 1 for block in adobe):

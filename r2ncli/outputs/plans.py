@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from r2ncli.errors import OutputError
+from r2ncli.images.decoders import may_be_added
 from r2ncli.options import RunOptions
 from r2ncli.outputs.partial import PartialOutput, refuse_existing
 from r2ncli.outputs.record import EXECUTED, differing_settings, in_words
@@ -280,4 +281,4 @@ def _keeps_ok_rows(key: str, then: Any, now: Any) -> bool:
     """
     if key in ("decode_rules max_pixels", "decode_rules max_bytes"):
         return isinstance(then, int) and isinstance(now, int) and now > then
-    return key in ("versions libjpeg", "versions pillow-heif") and then is None
+    return then is None and key.removeprefix("versions ") in may_be_added()

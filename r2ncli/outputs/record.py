@@ -6,6 +6,8 @@ import hashlib
 import json
 from typing import Any
 
+from r2ncli.images.decoders import decoder_versions
+from r2ncli.outputs.formats import FORMATS
 from r2ncli.weights.checkpoints import Labels
 
 EXECUTED = "executed_batch_size"  # in the record only where memory did not hold a whole batch
@@ -31,9 +33,12 @@ def deciding_settings(record: dict[str, Any]) -> dict[str, Any]:
         "device": ("kind", "model"),
         "calibration": ("sha256",),
         "versions": (
-            *("r2n", "engine", "pillow", "libjpeg", "littlecms2", "pillow-heif", "torchcodec"),
-            "pyarrow",  # Parquet names its writer
+            *("r2n", "engine"),
+            *decoder_versions("gpu"),
+            *(name for format in FORMATS.values() for name in format.packages),
         ),
+        # older records hold the rules in words, which the version replaces
+        "decode_rules": ("version", "decode", "max_pixels", "max_bytes"),
     }
     groups = (
         *("checkpoint", "device", "calibration", "versions"),

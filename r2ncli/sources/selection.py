@@ -8,11 +8,8 @@ import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".avif", ".jp2", ".j2k", ".ico", ".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif"),
-)
-MAX_BYTES = 512_000_000
+from r2ncli.images.decoders import SUFFIXES as SUFFIXES
+from r2ncli.images.rules import MAX_BYTES as MAX_BYTES
 
 
 @dataclass(frozen=True)

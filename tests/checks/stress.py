@@ -278,7 +278,7 @@ def decode_files(numbers: range, corruption: Corruption, sender: Connection) -> 
     """What a process does: report kind, outcome and peak memory of one file after another."""
     warnings.simplefilter("ignore")  # as the command line does
     logging.getLogger("PIL").addHandler(logging.NullHandler())
-    rules = DecodeRules(max_pixels=corruption.max_pixels)
+    rules = DecodeRules("exact", max_pixels=corruption.max_pixels)
     for number in numbers:
         kind, content = corrupted(corruption.originals, Random(f"{corruption.seed} {number}"))
         try:

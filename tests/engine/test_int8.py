@@ -28,7 +28,7 @@ from r2ncli.model import conv_bn_pairs
 from r2ncli.outputs import results
 from r2ncli.predictor import open_classifier
 
-RULES = DecodeRules()
+RULES = DecodeRules("exact")
 SIZE = Preprocessing(image_size=32, resize_size=36)
 
 

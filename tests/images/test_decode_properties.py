@@ -1,4 +1,4 @@
-"""Whatever picture Pillow can write, and whatever becomes of its bytes: pixels or a reason."""
+"""Any image that Pillow can write, and any corruption of it, gives pixels or a reason."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 from PIL.Image import Transpose
 from support.icc_profiles import PROFILES, in_srgb
-from support.images import FILES, orientation
+from support.image_files import FILES, orientation
 
 from r2ncli.architectures import Preprocessing
 from r2ncli.errors import ImageError
@@ -27,7 +27,7 @@ from r2ncli.images.decode import DecodeRules, decode
 
 Array = npt.NDArray[Any]
 
-# What a format holds and gives back; losslessly, but for the three that have a quality.
+# The modes that a format stores. All are lossless except JPEG, AVIF and HEIF.
 MODES = {
     "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
     "TIFF": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK", "LAB", "I", "F"),
@@ -49,7 +49,7 @@ MODES["HEIF"] = ("L", "RGB", "RGBA")
 WITH_METADATA = ("PNG", "TIFF", "JPEG", "WEBP", "AVIF", "HEIF")  # EXIF and ICC
 LOSSLESS = ("PNG", "TIFF", "WEBP")  # of these
 OPTIONS: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}
-TURNED: dict[int, Transpose] = {  # what makes of an upright picture the one that is stored
+TURNED: dict[int, Transpose] = {  # the transposition from the upright image to the stored one
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
     4: Transpose.FLIP_TOP_BOTTOM,
@@ -59,7 +59,7 @@ TURNED: dict[int, Transpose] = {  # what makes of an upright picture the one tha
     8: Transpose.ROTATE_270,
 }
 
-RULES = DecodeRules()
+RULES = DecodeRules("exact")
 SMALL = Preprocessing(image_size=32, resize_size=36)
 QUICK = settings(
     deadline=None,
@@ -72,7 +72,7 @@ LAYOUTS = [(kind, mode) for kind, modes in MODES.items() for mode in modes]
 
 
 def noise(size: tuple[int, int], mode: str, seed: int) -> Image.Image:
-    """A picture of soft noise: every channel, alpha too, has values of its own."""
+    """An image of soft noise: every channel, alpha too, has values of its own."""
     random = np.random.default_rng(seed)
     coarse = random.integers(0, 256, (3, 4, 4), dtype=np.uint8)
     image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
@@ -117,7 +117,7 @@ WHITES = {"I;16": (65535,), "I": (255, 65535), "F": (1, 255, 65535)}
 
 
 def plainly(content: bytes) -> Array:
-    """The whole picture upright, on white, resized and cropped, with Pillow's own means."""
+    """The whole image upright, on white, resized and cropped, with Pillow's own functions."""
     image = ImageOps.exif_transpose(opened(content))
     if image.mode in WHITES:
         values = np.asarray(image).astype(float)
@@ -137,7 +137,7 @@ def plainly(content: bytes) -> Array:
 @pytest.mark.parametrize(("kind", "mode"), LAYOUTS)
 @given(sizes, st.integers(1, 8), st.integers(0, 99))
 @settings(QUICK, max_examples=9)
-def test_any_picture_is_its_plain_reading_within_two_grey_levels(
+def test_any_image_equals_pillows_plain_decoding_within_two_grey_levels(
     kind: str, mode: str, size: tuple[int, int], turn: int, seed: int
 ) -> None:
     metadata = {"exif": orientation(turn)} if kind in WITH_METADATA else {}
@@ -153,7 +153,7 @@ def test_any_picture_is_its_plain_reading_within_two_grey_levels(
 @pytest.mark.parametrize(("kind", "mode"), [pair for pair in LAYOUTS if pair[0] in LOSSLESS])
 @given(sizes, st.sampled_from(list(TURNED)), st.integers(0, 99))
 @settings(QUICK, max_examples=9)
-def test_a_picture_that_is_stored_turned_is_the_upright_one(
+def test_an_image_stored_turned_equals_the_upright_one(
     kind: str, mode: str, size: tuple[int, int], turn: int, seed: int
 ) -> None:
     upright = noise(size, mode, seed)
@@ -166,7 +166,7 @@ def test_a_picture_that_is_stored_turned_is_the_upright_one(
 @pytest.mark.parametrize(("kind", "mode"), [pair for pair in LAYOUTS if pair[0] in WITH_METADATA])
 @given(sizes, st.integers(1, 8), st.sampled_from(list(PROFILES)), st.integers(0, 99))
 @settings(QUICK, max_examples=9)
-def test_a_profile_changes_the_colours_it_fits_as_it_says_and_no_others(
+def test_a_profile_is_applied_only_to_its_own_colour_space(
     kind: str, mode: str, size: tuple[int, int], turn: int, name: str, seed: int
 ) -> None:
     image = noise(size, mode, seed)
@@ -175,7 +175,7 @@ def test_a_profile_changes_the_colours_it_fits_as_it_says_and_no_others(
     ours = decoded(content)
     stored = opened(content).mode  # WebP keeps greyscale as RGB
     if (stored, name) == ("CMYK", "ink"):
-        return  # other colours than those of a picture without a profile, whatever they are
+        return  # other colours than those of an image without a profile, whatever they are
     if stored in ("1", "L", "LA", *WHITES) and name == "grey 1.8":
         assert np.abs(ours - in_srgb(plain[..., :1], name)).max() <= 1
     elif stored in ("P", "RGB", "RGBA", "YCbCr") and name in ("display p3", "adobe rgb"):
@@ -184,7 +184,7 @@ def test_a_profile_changes_the_colours_it_fits_as_it_says_and_no_others(
         assert (ours == plain).all()
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow's asides about metadata; r2n ignores them too
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about metadata, which r2n ignores
 @given(
     st.sampled_from(list(FILES)),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=12),
@@ -192,7 +192,7 @@ def test_a_profile_changes_the_colours_it_fits_as_it_says_and_no_others(
     st.booleans(),
 )
 @settings(QUICK, max_examples=800)
-def test_any_damage_leaves_pixels_or_a_reason(
+def test_any_corruption_gives_pixels_or_a_reason(
     name: str, flips: list[tuple[float, int]], end: float, near_the_head: bool
 ) -> None:
     content = bytearray(FILES[name])

@@ -1,7 +1,7 @@
-"""JPEGs decoded and resized on a card are what the CPU makes of the same pixels.
+"""JPEGs decoded and resized on a GPU equal those of the CPU, given the same decoded pixels.
 
-Without a card torchcodec decodes on the CPU, by libjpeg-turbo as Pillow does, and triton
-interprets the kernel: what a row is then made of must equal `--decode exact` in every bit.
+Without a GPU, torchcodec decodes on the CPU with libjpeg-turbo, as Pillow does, and triton
+interprets the kernel. The result must then equal `decode="exact"` bit for bit.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import pytest
 import torch
 from PIL import Image
 from support.icc_profiles import PROFILES
-from support.jpegs import FOR_CARD, jpeg, patched
+from support.jpegs import FOR_GPU, jpeg, patched
 
 from r2ncli import predictor
 from r2ncli.architectures import Preprocessing
 from r2ncli.errors import DeviceError, UsageError
 from r2ncli.images.decode import DecodeRules, decode
-from r2ncli.images.jpeg import Jpeg, for_card
+from r2ncli.images.jpeg import Jpeg, for_gpu
 from r2ncli.pipeline import open_walk, run
 from r2ncli.predictor import Pipeline, open_classifier
 from r2ncli.runs import run_record
@@ -39,14 +39,14 @@ SMALL = Preprocessing(image_size=SIDE, resize_size=36)
 RULES, EXACT = DecodeRules("gpu"), DecodeRules("exact")
 
 NUMPY, TRITON = (tuple(map(int, v.split(".")[:2])) for v in (np.__version__, triton.__version__))
-needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
-def card_decoding(*, interpreted: bool) -> Any:
-    """The module: one more, beside that of the other tests, with its kernel as is wanted."""
+def gpu_module(*, interpreted: bool) -> Any:
+    """A second copy of the module, whose kernel is interpreted or compiled."""
     name = "r2ncli.images.gpu"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", str(int(interpreted)))  # counts where one is defined
+        patch.setenv("TRITON_INTERPRET", str(int(interpreted)))  # read when a kernel is defined
         real = sys.modules.pop(name, None)
         module = importlib.import_module(name)
         del sys.modules[name]
@@ -60,19 +60,19 @@ def interpreted() -> Iterator[Any]:
     """The module with its kernel interpreted, on the CPU."""
     if TRITON < (3, 7) and NUMPY >= (2, 4):
         pytest.skip("this triton's interpreter does not know this numpy")
-    module = card_decoding(interpreted=True)
+    module = gpu_module(interpreted=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_BLOCK", SIDE * SIDE)  # interpreting takes as long for a wide one
+        patch.setattr(module, "_BLOCK", SIDE * SIDE)  # a wide block takes no longer to interpret
         yield module
 
 
 @pytest.fixture
 def on_cpu(interpreted: Any) -> Any:
-    return interpreted.CardDecoder([torch.device("cpu")], SMALL, RULES)
+    return interpreted.GpuDecoder([torch.device("cpu")], SMALL, RULES)
 
 
 def accepted(content: bytes) -> Jpeg:
-    found = for_card(content, RULES)
+    found = for_gpu(content, RULES)
     assert found is not None
     return found
 
@@ -81,8 +81,8 @@ def exact(content: bytes, preprocessing: Preprocessing = SMALL) -> Any:
     return decode(content, preprocessing, EXACT)
 
 
-def damaged() -> bytes:
-    """A JPEG with the header of a whole one, whose Huffman table cannot be."""
+def corrupted() -> bytes:
+    """A JPEG with an intact header and an invalid Huffman table."""
     content = jpeg()
     table = content.index(b"\xff\xc4") + 5
     return patched(content, table, b"\xff" * 16)
@@ -110,9 +110,9 @@ def resized(module: Any, device: str) -> Iterator[tuple[Any, Any]]:
     """Random pixels of every geometry, resized by Pillow and by the kernel, in batches."""
     random = np.random.default_rng(1)
     for crop in {preprocessing for _, preprocessing in geometries()}:
-        card = next(module.CardDecoder([torch.device(device)], crop, RULES)._turns)
+        gpu = next(module.GpuDecoder([torch.device(device)], crop, RULES)._turns)
         sizes = [size for size, preprocessing in geometries() if preprocessing == crop]
-        pictures, jpegs, expected = {}, {}, []
+        images, jpegs, expected = {}, {}, []
         for row, (width, height) in enumerate(sizes):
             orientation = row % 8 + 1
             pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -121,33 +121,33 @@ def resized(module: Any, device: str) -> Iterator[tuple[Any, Any]]:
             expected.append(np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box)))
             planes = torch.from_numpy(pixels).permute(2, 0, 1)
             # as libjpeg leaves them, and as nvJPEG does
-            pictures[row] = (planes if row % 2 else planes.contiguous()).to(device)
+            images[row] = (planes if row % 2 else planes.contiguous()).to(device)
             jpegs[row] = Jpeg(b"", b"", (width, height), False, orientation, None)
         squares = torch.zeros((len(sizes), SIDE, SIDE, 3), dtype=torch.uint8, device=device)
-        card._resize(pictures, jpegs, squares)
+        gpu._resize(images, jpegs, squares)
         yield np.stack(expected), squares.cpu().numpy()
 
 
-def test_a_resize_is_pillows_to_the_last_bit(interpreted: Any) -> None:
+def test_resizing_equals_pillow_bit_for_bit(interpreted: Any) -> None:
     for expected, ours in resized(interpreted, "cpu"):
         np.testing.assert_array_equal(ours, expected)
 
 
 @pytest.mark.cuda
-@needs_card
-def test_a_resize_on_a_card_is_pillows_to_the_last_bit() -> None:
-    for expected, ours in resized(card_decoding(interpreted=False), "cuda"):
+@needs_gpu
+def test_resizing_on_a_gpu_equals_pillow_bit_for_bit() -> None:
+    for expected, ours in resized(gpu_module(interpreted=False), "cuda"):
         np.testing.assert_array_equal(ours, expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_kernel_compiles_for_cards_that_are_not_here(capability: int, tmp_path: Path) -> None:
+def test_the_kernel_compiles_for_other_gpus(capability: int, tmp_path: Path) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = card_decoding(interpreted=False)._resize_all
-    types = {"pictures": "*i64", "tables": "*i32", "squares": "*u8", "side": "i32"}
+    kernel = gpu_module(interpreted=False)._resize_all
+    types = {"images": "*i64", "tables": "*i32", "squares": "*u8", "side": "i32"}
     source = ASTSource(kernel, {**types, "block": "constexpr"}, {"block": 256})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -160,8 +160,8 @@ def test_the_kernel_compiles_for_cards_that_are_not_here(capability: int, tmp_pa
 # --- decoding -------------------------------------------------------------------------------
 
 
-def test_every_jpeg_for_a_card_is_what_exact_makes_of_it(on_cpu: Any) -> None:
-    contents = [make() for make in FOR_CARD.values()]
+def test_every_jpeg_for_a_gpu_equals_exact_decoding(on_cpu: Any) -> None:
+    contents = [make() for make in FOR_GPU.values()]
     contents += [jpeg((60, 47), "L", icc_profile=PROFILES["grey 1.8"])]
     pixels = np.zeros((len(contents), SIDE, SIDE, 3), np.uint8)
     assert on_cpu(dict(enumerate(map(accepted, contents))), pixels) == []
@@ -170,7 +170,7 @@ def test_every_jpeg_for_a_card_is_what_exact_makes_of_it(on_cpu: Any) -> None:
 
 
 @pytest.mark.parametrize("profile", [None, PROFILES["adobe rgb"]])
-def test_pictures_come_out_upright(on_cpu: Any, profile: bytes | None) -> None:
+def test_images_come_out_upright(on_cpu: Any, profile: bytes | None) -> None:
     contents = []
     for orientation in range(10):
         exif = Image.Exif()
@@ -183,7 +183,7 @@ def test_pictures_come_out_upright(on_cpu: Any, profile: bytes | None) -> None:
     assert len(np.unique(pixels, axis=0)) == 8
 
 
-def test_rows_that_are_not_asked_for_are_left_alone(on_cpu: Any) -> None:
+def test_rows_without_a_jpeg_are_not_written(on_cpu: Any) -> None:
     rows = (0, 2, 3, 6)
     jpegs = {row: accepted(jpeg((40 + row, 50))) for row in rows}
     pixels = np.full((8, SIDE, SIDE, 3), 77, np.uint8)
@@ -193,9 +193,9 @@ def test_rows_that_are_not_asked_for_are_left_alone(on_cpu: Any) -> None:
         np.testing.assert_array_equal(pixels[row], np.broadcast_to(expected, pixels[row].shape))
 
 
-def test_damaged_pictures_are_told_and_their_neighbours_do_not_notice(on_cpu: Any) -> None:
+def test_corrupted_images_are_reported_and_their_neighbours_decoded(on_cpu: Any) -> None:
     whole = {row: accepted(jpeg((40 + row, 50))) for row in (0, 1, 3, 4, 6)}
-    jpegs = {**whole, 2: accepted(damaged()), 5: accepted(damaged())}
+    jpegs = {**whole, 2: accepted(corrupted()), 5: accepted(corrupted())}
     pixels = np.full((8, SIDE, SIDE, 3), 77, np.uint8)
     assert sorted(on_cpu(jpegs, pixels)) == [2, 5]
     for row, found in whole.items():
@@ -203,7 +203,7 @@ def test_damaged_pictures_are_told_and_their_neighbours_do_not_notice(on_cpu: An
     assert (pixels[[2, 5]] == 77).all()
 
 
-def test_a_picture_of_another_size_than_declared_is_refused(on_cpu: Any) -> None:
+def test_an_image_of_another_size_than_declared_is_refused(on_cpu: Any) -> None:
     lying = replace(accepted(jpeg((40, 50))), size=(50, 40))
     pixels = np.zeros((1, SIDE, SIDE, 3), np.uint8)
     assert on_cpu({0: lying}, pixels) == [0]
@@ -235,7 +235,9 @@ def test_a_batch_too_large_for_the_memory_is_decoded_in_parts(on_cpu: Any, most:
         torch.AcceleratorError("an illegal memory access was encountered"),
     ],
 )
-def test_a_card_that_fails_is_no_damaged_picture(on_cpu: Any, error: RuntimeError) -> None:
+def test_a_failure_of_the_gpu_is_not_reported_as_a_corrupted_image(
+    on_cpu: Any, error: RuntimeError
+) -> None:
     def failing(_encoded: list[torch.Tensor], **_options: Any) -> Any:
         raise error
 
@@ -244,7 +246,7 @@ def test_a_card_that_fails_is_no_damaged_picture(on_cpu: Any, error: RuntimeErro
         on_cpu({0: accepted(jpeg())}, np.zeros((1, SIDE, SIDE, 3), np.uint8))
 
 
-def test_no_more_pixels_are_decoded_at_once_than_memory_is_meant_for(interpreted: Any) -> None:
+def test_the_number_of_pixels_decoded_at_once_is_bounded(interpreted: Any) -> None:
     large, small = (accepted(jpeg()) for _ in range(2))
     large = replace(large, size=(8000, 8000))
     jpegs = {0: large, 2: large, 3: small, 5: large, 6: small, 9: small}
@@ -258,15 +260,14 @@ def test_neighbouring_rows_are_copied_together(interpreted: Any) -> None:
 
 
 @pytest.mark.cuda
-@needs_card
-def test_nvjpegs_pixels_are_near_libjpegs(capsys: pytest.CaptureFixture[str]) -> None:
-    """Within a grey level in the mean, by sampling and size.
+@needs_gpu
+def test_nvjpegs_pixels_are_close_to_libjpegs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The mean difference is at most one grey level, for each sampling and size.
 
-    The bound is what README promises of reduced decoding too. It was set without a card at
-    hand: the figures that this prints on one are the first to be measured.
+    This is the bound that README gives for reduced decoding too.
     """
     imagenet = Preprocessing()
-    decoder = card_decoding(interpreted=False).CardDecoder([torch.device("cuda")], imagenet, RULES)
+    decoder = gpu_module(interpreted=False).GpuDecoder([torch.device("cuda")], imagenet, RULES)
     random = np.random.default_rng(0)
     for subsampling in ("4:4:4", "4:2:2", "4:2:0"):
         for size in ((500, 375), (320, 480), (1600, 1200)):
@@ -289,13 +290,13 @@ def test_nvjpegs_pixels_are_near_libjpegs(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """A folder of what a card decodes, what it does not, and what nobody can read."""
+    """A folder of images that a GPU decodes, that it does not decode, and that are corrupted."""
     folder = tmp_path / "mixed"
     folder.mkdir()
     for i in range(5):
         (folder / f"{i}a.jpg").write_bytes(jpeg((40 + i, 60)))
         (folder / f"{i}b.jpg").write_bytes(jpeg((60, 40 + i), progressive=True))
-    (folder / "2c.jpg").write_bytes(damaged())
+    (folder / "2c.jpg").write_bytes(corrupted())
     (folder / "2d.jpg").write_bytes(jpeg()[:-30])
     (folder / "3c.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     Image.new("RGB", (50, 60), "teal").save(folder / "4c.png")
@@ -304,12 +305,12 @@ def mixed(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pipelines(tiny_weights: Path, interpreted: Any) -> tuple[Pipeline, Pipeline]:
-    """One that decodes as `--decode exact`, and the same with a decoder as a card's."""
+    """One pipeline with `decode="exact"`, and the same with the GPU's decoder on the CPU."""
     one = open_classifier(
         1, weights=tiny_weights, device="cpu", backend="torch", decode="exact", batch_size=4
     )
     rules = DecodeRules("gpu")
-    decoder = interpreted.CardDecoder([torch.device("cpu")], one.preprocessing, rules)
+    decoder = interpreted.GpuDecoder([torch.device("cpu")], one.preprocessing, rules)
     return one, replace(one, rules=rules, card_decoder=decoder)
 
 
@@ -329,7 +330,9 @@ def test_a_run_gives_the_rows_that_exact_gives(
             np.testing.assert_array_equal(values, as_exact.outputs[layer])
 
 
-def test_a_batch_goes_to_the_card_as_one(mixed: Path, pipelines: tuple[Pipeline, Pipeline]) -> None:
+def test_the_jpegs_of_a_batch_are_decoded_in_one_call(
+    mixed: Path, pipelines: tuple[Pipeline, Pipeline]
+) -> None:
     batches: list[int] = []
     decoder: Any = pipelines[1].card_decoder
 
@@ -343,11 +346,15 @@ def test_a_batch_goes_to_the_card_as_one(mixed: Path, pipelines: tuple[Pipeline,
     counting: Any = Counting()
     with open_walk([mixed]) as walk:
         assert len(list(run(walk, replace(pipelines[1], card_decoder=counting)))) == 14
-    assert sum(batches) == 6  # five whole ones, and one that only a decoder finds damaged
+    assert (
+        sum(batches) == 6
+    )  # five intact ones, and one that is found to be corrupted only when decoded
     assert len(batches) <= 4
 
 
-def test_a_card_that_fails_ends_the_run(mixed: Path, pipelines: tuple[Pipeline, Pipeline]) -> None:
+def test_a_failure_of_the_gpu_ends_the_run(
+    mixed: Path, pipelines: tuple[Pipeline, Pipeline]
+) -> None:
     def failing(_encoded: list[torch.Tensor], **_options: Any) -> Any:
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
@@ -362,10 +369,10 @@ def test_the_decoder_and_its_version_are_in_the_record(
 ) -> None:
     from importlib.metadata import version
 
-    as_exact, on_card = (run_record("classify", one, {}) for one in pipelines)
-    assert on_card["versions"]["torchcodec"] == version("torchcodec")
-    assert on_card["decode_rules"]["decode"] == "gpu"
-    assert on_card["fingerprint"] != as_exact["fingerprint"]
+    as_exact, on_gpu = (run_record("classify", one, {}) for one in pipelines)
+    assert on_gpu["versions"]["torchcodec"] == version("torchcodec")
+    assert on_gpu["decode_rules"]["decode"] == "gpu"
+    assert on_gpu["fingerprint"] != as_exact["fingerprint"]
     assert "torchcodec" not in as_exact["versions"]
 
 
@@ -373,15 +380,13 @@ def test_the_decoder_and_its_version_are_in_the_record(
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
-def test_decoding_on_a_card_needs_a_card(tiny_weights: Path, backend: str) -> None:
+def test_decoding_on_a_gpu_needs_a_gpu(tiny_weights: Path, backend: str) -> None:
     with pytest.raises(UsageError, match=r"^decode 'gpu' is for a CUDA card, and this runs on"):
         open_classifier(1, weights=tiny_weights, device="cpu", backend=backend, decode="gpu")
 
 
 @pytest.mark.parametrize("library", ["torchcodec", "triton"])
-def test_a_library_that_is_not_there_is_named(
-    library: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_error_names_a_missing_library(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     there: Callable[[str], Any] = predictor.find_spec
     monkeypatch.setattr(
         predictor, "find_spec", lambda name: None if name == library else there(name)
@@ -391,32 +396,32 @@ def test_a_library_that_is_not_there_is_named(
     predictor._check_decoding({"decode": "exact"}, "cuda")
 
 
-def test_cards_decode_in_turns(interpreted: Any) -> None:
-    decoder = interpreted.CardDecoder([torch.device("cpu")] * 2, SMALL, RULES)
+def test_gpus_decode_in_turns(interpreted: Any) -> None:
+    decoder = interpreted.GpuDecoder([torch.device("cpu")] * 2, SMALL, RULES)
     found = decoder.accept(jpeg())
     batches = np.zeros((3, 1, SMALL.image_size, SMALL.image_size, 3), dtype=np.uint8)
     used = []
-    for card in (next(decoder._turns), next(decoder._turns)):
-        card._decode_jpeg = partial(noted, card._decode_jpeg, used, card)
+    for gpu in (next(decoder._turns), next(decoder._turns)):
+        gpu._decode_jpeg = partial(noted, gpu._decode_jpeg, used, gpu)
     for batch in batches:
         assert decoder({0: found}, batch) == []
     assert used[0] is used[2] is not used[1]
     assert (batches == batches[0]).all()
 
 
-def noted(decode_jpeg: Any, used: list[Any], card: Any, *arguments: Any, **options: Any) -> Any:
-    used.append(card)
+def noted(decode_jpeg: Any, used: list[Any], gpu: Any, *arguments: Any, **options: Any) -> Any:
+    used.append(gpu)
     return decode_jpeg(*arguments, **options)
 
 
-def test_no_limit_on_pictures_is_in_the_way_of_the_first_look(interpreted: Any) -> None:
-    decoder = interpreted.CardDecoder(
+def test_the_first_check_ignores_the_limits_on_images(interpreted: Any) -> None:
+    decoder = interpreted.GpuDecoder(
         [torch.device("cpu")], SMALL, DecodeRules("gpu", max_pixels=1, max_bytes=1)
     )
     assert decoder.accept(jpeg()) is None
 
 
-def test_a_torchcodec_without_nvjpeg_is_told_at_the_start(
+def test_a_torchcodec_without_nvjpeg_is_an_error_at_the_start(
     interpreted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torchcodec.decoders
@@ -425,5 +430,5 @@ def test_a_torchcodec_without_nvjpeg_is_told_at_the_start(
         raise RuntimeError("torchcodec was not compiled with nvJPEG support\nmore")
 
     monkeypatch.setattr(torchcodec.decoders, "decode_jpeg", without)
-    with pytest.raises(DeviceError, match="there: torchcodec was not compiled with nvJPEG support"):
-        interpreted.CardDecoder([torch.device("cpu")], SMALL, RULES)
+    with pytest.raises(DeviceError, match="on it: torchcodec was not compiled with nvJPEG support"):
+        interpreted.GpuDecoder([torch.device("cpu")], SMALL, RULES)

@@ -1,4 +1,4 @@
-"""A JPEG is for a card or for the CPU by what its header declares."""
+"""The header of a JPEG decides whether a GPU or the CPU decodes it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from support.icc_profiles import PROFILES, SRGB, SRGB_CURVE, rgb_profile
 from support.jpegs import (
-    FOR_CARD,
+    FOR_GPU,
     SOF0,
     frame,
     jpeg,
@@ -22,7 +22,7 @@ from support.jpegs import (
 )
 
 from r2ncli.images.decode import DecodeRules, header_rules
-from r2ncli.images.jpeg import for_card
+from r2ncli.images.jpeg import for_gpu
 
 RULES = DecodeRules("gpu")
 FOR_CPU: dict[str, Callable[[], bytes]] = {
@@ -60,10 +60,10 @@ FOR_CPU: dict[str, Callable[[], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("kind", FOR_CARD)
-def test_what_a_card_decodes_is_for_it(kind: str) -> None:
-    content = FOR_CARD[kind]()
-    found = for_card(content, RULES)
+@pytest.mark.parametrize("kind", FOR_GPU)
+def test_a_gpu_decodes_the_usual_baseline_jpegs(kind: str) -> None:
+    content = FOR_GPU[kind]()
+    found = for_gpu(content, RULES)
     assert found is not None
     with Image.open(io.BytesIO(content)) as image:
         assert found.size == image.size
@@ -74,22 +74,22 @@ def test_what_a_card_decodes_is_for_it(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FOR_CPU)
-def test_everything_else_is_the_cpus(kind: str) -> None:
-    assert for_card(jpeg(), RULES) is not None
-    assert for_card(FOR_CPU[kind](), RULES) is None
+def test_everything_else_is_decoded_on_the_cpu(kind: str) -> None:
+    assert for_gpu(jpeg(), RULES) is not None
+    assert for_gpu(FOR_CPU[kind](), RULES) is None
 
 
-def test_a_picture_beyond_the_limit_is_the_cpus_which_says_so() -> None:
-    assert for_card(jpeg((20, 10)), DecodeRules("gpu", max_pixels=200)) is not None
-    assert for_card(jpeg((20, 10)), DecodeRules("gpu", max_pixels=199)) is None
+def test_an_image_beyond_the_limit_is_left_to_the_cpu_to_refuse() -> None:
+    assert for_gpu(jpeg((20, 10)), DecodeRules("gpu", max_pixels=200)) is not None
+    assert for_gpu(jpeg((20, 10)), DecodeRules("gpu", max_pixels=199)) is None
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_card_is_handed_the_picture_as_it_is_stored(orientation: int) -> None:
+def test_a_gpu_decodes_an_image_as_stored(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = jpeg((40, 20), exif=exif)
-    found = for_card(content, RULES)
+    found = for_gpu(content, RULES)
     assert found is not None
     assert (found.content, found.size, found.orientation) == (content, (40, 20), orientation)
     assert b"Exif" in content
@@ -98,14 +98,14 @@ def test_a_card_is_handed_the_picture_as_it_is_stored(orientation: int) -> None:
 
 @pytest.mark.parametrize("name", ["display p3", "grey 1.8", "ink"])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_profile_counts_as_it_does_on_the_cpu(name: str, mode: str) -> None:
+def test_a_profile_is_used_as_on_the_cpu(name: str, mode: str) -> None:
     profile = PROFILES[name]
     for content in (
         jpeg(mode=mode, icc_profile=profile),
         jpeg(mode=mode, icc_profile=profile + bytes(70_000)),  # in two segments
         jpeg(mode=mode, icc_profile=profile[:200]),
     ):
-        found = for_card(content, RULES)
+        found = for_gpu(content, RULES)
         assert found is not None
         assert (found.to_srgb is None) == (header_rules(content)[1] is None)
 
@@ -129,7 +129,7 @@ def test_an_orientation_is_found_wherever_pillow_finds_one(data: st.DataObject) 
         form = data.draw(st.sampled_from(['<a tiff:Orientation="%d"/>', "<tiff:Orientation>%d</"]))
         xmp = (form % value).encode()
         content = with_segment(content, 0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp)
-    found = for_card(content, RULES)
+    found = for_gpu(content, RULES)
     if found is not None:
         assert found.orientation == header_rules(content)[0]
 
@@ -137,12 +137,12 @@ def test_an_orientation_is_found_wherever_pillow_finds_one(data: st.DataObject) 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("at", [6, 10, 14, 16, 22, 24])
 @pytest.mark.parametrize("value", [b"\0", b"\xff"])
-def test_a_damaged_exif_counts_as_it_does_on_the_cpu(at: int, value: bytes) -> None:
+def test_corrupted_exif_is_read_as_on_the_cpu(at: int, value: bytes) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     content = jpeg((40, 20), exif=exif)
     content = patched(content, content.index(b"Exif") + at, value)
-    found = for_card(content, RULES)
+    found = for_gpu(content, RULES)
     assert found is not None
     assert found.orientation == header_rules(content)[0]
     assert b"Exif" not in found.encoded
@@ -151,12 +151,12 @@ def test_a_damaged_exif_counts_as_it_does_on_the_cpu(at: int, value: bytes) -> N
 @pytest.mark.filterwarnings("ignore")
 @given(st.data())
 @settings(max_examples=300, deadline=None)
-def test_a_damaged_header_is_never_an_error(data: st.DataObject) -> None:
+def test_a_corrupted_header_is_never_an_error(data: st.DataObject) -> None:
     content = bytearray(
         jpeg((20, 10), exif=Image.Exif(), icc_profile=rgb_profile(SRGB, SRGB_CURVE)[:200])
     )
     scan = content.index(b"\xff\xda") + 14
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, scan))] = data.draw(st.integers(0, 255))
-    found = for_card(bytes(content), RULES)
+    found = for_gpu(bytes(content), RULES)
     assert found is None or min(found.size) > 0

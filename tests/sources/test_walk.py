@@ -194,8 +194,8 @@ def test_suffixes_are_tried_in_any_case_and_others_are_not(here: Path) -> None:
     touch(*tried, "a.txt", "a.jpg.part", "a.mp4", "jpg", "a.jpg~", "README", "a.jpg.json")
     assert sorted(names()) == sorted(tried)
     assert " ".join(SUFFIXES) == (
-        ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .j2k .ico .ppm .pgm .pbm "
-        ".pnm .heic .heif"
+        ".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .gif .bmp .tif .tiff .heic .heif .hif .heics "
+        ".avif .avifs .jp2 .j2k .jpx .jpf .j2c .jpc .ico .ppm .pgm .pbm .pnm .dib"
     )
 
 

@@ -49,7 +49,7 @@ def sampled_upright(**options: Any) -> bytes:
     return patched(content, frame(content) + 7, b"\x12")
 
 
-FOR_CARD: dict[str, Callable[[], bytes]] = {
+FOR_GPU: dict[str, Callable[[], bytes]] = {
     "4:4:4": lambda: jpeg(subsampling="4:4:4"),
     "4:2:2": lambda: jpeg((33, 20), subsampling="4:2:2"),
     "4:2:0": lambda: jpeg((17, 41), subsampling="4:2:0"),

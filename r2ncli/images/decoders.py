@@ -1,0 +1,206 @@
+"""The table of decoders: one row for each image format.
+
+The suffixes that a walk tries, the versions in the run record, the rule for what a retry may
+find changed, and the advice on what to install all follow from this table. A new format is a
+new row. Importing this module imports no decoder: a row loads its own when it is first needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Codec:
+    """The functions that decode one format.
+
+    Attributes
+    ----------
+    accept : callable
+        Takes the first 128 bytes of a file and returns whether they are of this format; a text
+        means that they are, but that this installation cannot decode it.
+    open : callable
+        Takes the whole file, reads its header and returns an image without pixels.
+    load : callable
+        Takes that image and the whole file, and decodes the pixels.
+    """
+
+    accept: Callable[[bytes], bool | str]
+    open: Callable[[bytes], Image]
+    load: Callable[[Image, bytes], object]
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library whose version can change pixels.
+
+    Attributes
+    ----------
+    name : str
+        Its key among the versions in the run record.
+    version : callable
+        Returns the installed version, or None.
+    may_be_absent : bool
+        Without it whole formats fail and nothing else changes. So it may be added between a
+        run and a retry of the failed rows.
+    """
+
+    name: str
+    version: Callable[[], str | None]
+    may_be_absent: bool = False
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A format and what decodes it.
+
+    Attributes
+    ----------
+    name : str
+        The format, as error messages name it.
+    suffixes : tuple of str
+        Suffixes under which a walk finds it, in lower case.
+    load : callable or None
+        Imports what decodes the format on the CPU and returns its functions; None for a GPU.
+    libraries : tuple of Library
+        The libraries that decide its pixels.
+    extra : str or None
+        The extra of r2n that installs an optional library.
+    mode : str or None
+        The only mode of decoding (see `DecodeRules`) that uses it; None if all do.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    load: Callable[[], Codec] | None
+    libraries: tuple[Library, ...]
+    extra: str | None = None
+    mode: str | None = None
+
+    @cached_property
+    def codec(self) -> Codec | None:
+        """The functions that decode the format on the CPU, loaded once."""
+        return None if self.load is None else self.load()
+
+    @property
+    def hint(self) -> str:
+        """The command that installs it."""
+        return f"pip install 'r2ncli[{self.extra}]'"
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _libjpeg_version() -> str | None:
+    from PIL import features
+
+    return features.version("libjpeg_turbo") or features.version("jpg")
+
+
+def _littlecms_version() -> str | None:
+    from PIL import features
+
+    return features.version("littlecms2")
+
+
+def _by_pillow(format_name: str, plugin: str) -> Callable[[], Codec]:
+    """A function that loads a format that needs no rules beyond Pillow's."""
+
+    def load() -> Codec:
+        from r2ncli.images.pillow import registered
+
+        return registered(format_name, plugin)
+
+    return load
+
+
+def _by_rules_of(module: str, name: str) -> Callable[[], Codec]:
+    """A function that loads a format that has rules of its own in a module of `images`."""
+
+    def load() -> Codec:
+        codec: Codec = getattr(import_module(f"r2ncli.images.{module}"), name)
+        return codec
+
+    return load
+
+
+_PILLOW = Library("pillow", lambda: version("pillow"))
+_LIBJPEG = Library("libjpeg", _libjpeg_version, may_be_absent=True)
+_LITTLECMS = Library("littlecms2", _littlecms_version)  # converts colours and decodes no format
+_PILLOW_HEIF = Library("pillow-heif", lambda: installed_version("pillow-heif"), may_be_absent=True)
+_TORCHCODEC = Library("torchcodec", lambda: installed_version("torchcodec"))
+
+_BASE = (_PILLOW, _LITTLECMS)
+
+GPU_JPEG = Decoder("JPEG on a GPU", (), None, (_TORCHCODEC,), extra="gpu-decode", mode="gpu")
+
+DECODERS = (  # in the order in which a file's first bytes are compared
+    Decoder(
+        "JPEG",
+        (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+        _by_rules_of("pillow", "JPEG"),
+        (_PILLOW, _LIBJPEG, _LITTLECMS),
+    ),
+    Decoder("PNG", (".png", ".apng"), _by_pillow("PNG", "PngImagePlugin"), _BASE),
+    Decoder("WEBP", (".webp",), _by_pillow("WEBP", "WebPImagePlugin"), _BASE),
+    Decoder("GIF", (".gif",), _by_pillow("GIF", "GifImagePlugin"), _BASE),
+    Decoder("BMP", (".bmp",), _by_pillow("BMP", "BmpImagePlugin"), _BASE),
+    Decoder("TIFF", (".tif", ".tiff"), _by_rules_of("tiff", "TIFF"), _BASE),
+    Decoder(
+        "HEIC",
+        (".heic", ".heif", ".hif", ".heics"),
+        _by_rules_of("heif", "HEIC"),
+        (*_BASE, _PILLOW_HEIF),
+        extra="heic",
+    ),
+    Decoder("AVIF", (".avif", ".avifs"), _by_pillow("AVIF", "AvifImagePlugin"), _BASE),
+    Decoder(
+        "JPEG 2000",
+        (".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
+        _by_rules_of("pillow", "JPEG_2000"),
+        _BASE,
+    ),
+    Decoder("ICO", (".ico",), _by_rules_of("pillow", "ICO"), _BASE),
+    Decoder("PPM", (".ppm", ".pgm", ".pbm", ".pnm"), _by_pillow("PPM", "PpmImagePlugin"), _BASE),
+    Decoder("DIB", (".dib",), _by_pillow("DIB", "BmpImagePlugin"), _BASE),
+    GPU_JPEG,
+)
+
+SUFFIXES = tuple(suffix for decoder in DECODERS for suffix in decoder.suffixes)
+
+
+def decoder_versions(mode: str | None = None) -> dict[str, str | None]:
+    """Versions of the libraries that decide pixels, for the run record.
+
+    Parameters
+    ----------
+    mode : str, optional
+        The mode of decoding that runs; a decoder that only another mode uses is left out.
+
+    Returns
+    -------
+    dict
+        From a library's name to its version; None where it is not installed.
+    """
+    used = [decoder for decoder in DECODERS if decoder.mode in (None, mode)]
+    libraries = {library.name: library for decoder in used for library in decoder.libraries}
+    return {name: library.version() for name, library in libraries.items()}
+
+
+def may_be_added() -> frozenset[str]:
+    """Names of the libraries that a retry may find installed though they were absent before."""
+    libraries = [library for decoder in DECODERS for library in decoder.libraries]
+    return frozenset(library.name for library in libraries if library.may_be_absent)
