@@ -197,7 +197,7 @@ def test_the_first_block_of_a_dilated_stage_keeps_the_dilation_before_it(output_
 
 
 def test_an_output_stride_that_cannot_be_is_refused():
-    with pytest.raises(UsageError, match=r"^output stride 4: expected 32, 16 or 8$"):
+    with pytest.raises(UsageError, match=r"^`output_stride` 4: expected 32, 16 or 8$"):
         Res2Net(TINY["v1"], output_stride=4)
 
 

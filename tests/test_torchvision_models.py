@@ -79,7 +79,7 @@ def test_weights_that_there_are_not_are_refused_in_a_sentence() -> None:
 
 
 def test_a_number_of_classes_that_is_not_the_weights_is_refused(reference_file: Path) -> None:
-    with pytest.raises(UsageError, match=r"^num_classes 7: these weights have 1000 classes"):
+    with pytest.raises(UsageError, match=r"^`num_classes` 7: these weights have 1000 classes"):
         get_model(NAME, weights=reference_file, num_classes=7)
     assert get_model(NAME, weights=reference_file, num_classes=1000).fc.out_features == 1000
 

@@ -536,7 +536,7 @@ def verify(
     json: Json = False,
 ) -> int:
     """Whether a checkpoint file is what it should be; nothing in it is executed."""
-    from r2ncli.weights.compare import Comparison
+    from r2ncli.weights.compare import TensorComparison
     from r2ncli.weights.verify import Verification, verify_weights
 
     try:
@@ -546,7 +546,7 @@ def verify(
     except R2NError as error:
         if json:
             failed = Verification(file or "", error=str(error))
-            unlike = Comparison(file or "", against or "", error=str(error))
+            unlike = TensorComparison(file or "", against or "", error=str(error))
             print_json((failed if against is None else unlike).as_dict())
         raise
     if json:

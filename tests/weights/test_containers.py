@@ -88,7 +88,7 @@ def test_a_folder_or_a_missing_file_is_no_checkpoint(tmp_path: Path) -> None:
 def test_a_folder_says_what_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "b.pth").touch()
     (tmp_path / "a.txt").touch()
-    assert error_of(tmp_path).endswith("is a folder, not a checkpoint file; in it is b.pth")
+    assert error_of(tmp_path).endswith("is a folder, not a checkpoint file; it contains b.pth")
     (tmp_path / "data.pkl").touch()
     assert "an unpacked one: download the file again" in error_of(tmp_path)
 
@@ -145,7 +145,7 @@ def test_a_zip_archive_whose_list_is_damaged_is_damaged(tmp_path: Path) -> None:
     whole[whole.index(b"PK\x01\x02")] ^= 1
     path = tmp_path / "a.pth"
     path.write_bytes(whole)
-    assert "damaged: a zip container that cannot be listed" in error_of(path)
+    assert "corrupted: the zip container cannot be listed" in error_of(path)
 
 
 def test_members_that_do_not_fit_their_checksum_are_named(tmp_path: Path) -> None:

@@ -100,7 +100,11 @@ def test_a_backbone_has_the_official_names_without_a_classifier(
     official = reference_network(TINY).state_dict()
     assert list(backbone) == [name for name in official if not name.startswith("fc.")]
     assert done.naming == "torchvision-backbone"
-    with pytest.raises(CheckpointError, match="2 tensors are missing"):  # there is no way back
+    assert (done.compared, done.difference) == ("features", 0)
+    assert convert(tiny_weights, tmp_path / "whole.pth").compared == "logits"
+    with pytest.raises(
+        CheckpointError, match="no classifier, but 2 tensors are missing"
+    ):  # there is no way back
         convert(tmp_path / "backbone.pth", tmp_path / "back.pth")
 
 
@@ -163,7 +167,7 @@ def test_what_exists_is_replaced_only_when_told(
 ) -> None:
     output = tmp_path / name.removesuffix(".json")
     (tmp_path / name).write_text("precious")
-    with pytest.raises(OutputError, match=rf"{name} exists\. --overwrite replaces it"):
+    with pytest.raises(OutputError, match=rf"{name} exists\. `overwrite=True` replaces it"):
         convert(tiny_weights, output)
     assert (tmp_path / name).read_text() == "precious"
     convert(tiny_weights, output, overwrite=True)
@@ -181,15 +185,30 @@ def test_a_checkpoint_can_be_converted_over_itself(tiny_weights: Path, tmp_path:
 def test_what_does_not_give_the_same_logits_is_not_kept(
     tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def damaged(path: Path) -> dict[str, torch.Tensor]:
+    def corrupted(path: Path) -> dict[str, torch.Tensor]:
         state_dict = load_state_dict(path)
         if path.name == "converted.pth":
             state_dict["fc.bias"][0] += 0.1
         return state_dict
 
-    monkeypatch.setattr(r2ncli.weights.convert, "load_state_dict", damaged)
+    monkeypatch.setattr(r2ncli.weights.convert, "load_state_dict", corrupted)
     with pytest.raises(OutputError, match=r"not written: its logits differ from those of .* by "):
         convert(tiny_weights, tmp_path / "out.pth")
+    assert left_over(tmp_path) == []
+
+
+def test_a_backbone_that_does_not_give_the_same_features_is_not_kept(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def corrupted(path: Path) -> dict[str, torch.Tensor]:
+        state_dict = load_state_dict(path)
+        if path.name == "converted.pth":
+            state_dict["layer4.0.bn3.bias"][0] += 0.1
+        return state_dict
+
+    monkeypatch.setattr(r2ncli.weights.convert, "load_state_dict", corrupted)
+    with pytest.raises(OutputError, match=r"not written: its features differ from those of .* by "):
+        convert(tiny_weights, tmp_path / "out.pth", to="torchvision-backbone")
     assert left_over(tmp_path) == []
 
 
@@ -227,10 +246,10 @@ def test_the_file_gets_its_name_after_what_belongs_to_it(
 
 def test_what_cannot_be_asked_for_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     for output, options, complaint in [
-        ("out.zip", {}, "suffix '.zip' is no container, expected one of .pth, .safetensors, "),
-        ("out", {}, "suffix '' is no container"),
-        ("out.pth", {"to": "keras"}, f"--to 'keras': expected one of {', '.join(NAMINGS)}"),
-        ("out.onnx", {"to": "timm"}, "--to timm: .onnx has no tensor names"),
+        ("out.zip", {}, "unknown suffix '.zip', expected one of .pth, .safetensors, "),
+        ("out", {}, "unknown suffix ''"),
+        ("out.pth", {"to": "keras"}, f"`to` 'keras': expected one of {', '.join(NAMINGS)}"),
+        ("out.onnx", {"to": "timm"}, '`to="timm"`: .onnx files have no tensor names'),
     ]:
         with pytest.raises(UsageError) as caught:
             convert("absent.pth", tmp_path / output, **options)
@@ -254,7 +273,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
 def test_a_folder_that_is_not_there_or_in_the_way_is_said(
     tiny_weights: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(OutputError, match="there is no folder"):
+    with pytest.raises(OutputError, match=r"the folder .* does not exist"):
         convert(tiny_weights, tmp_path / "absent" / "out.pth")
     (tmp_path / "out.pth").mkdir()
     with pytest.raises(OutputError, match="is a folder"):
@@ -284,7 +303,7 @@ def test_the_command_says_what_it_wrote(tiny_weights: Path, tmp_path: Path) -> N
     assert "mmpretrain names, the same logits bit by bit -> " in done.stderr
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 6
-    assert "--overwrite" in again.stderr
+    assert "overwrite" in again.stderr
     quiet = CliRunner().invoke(app, [*arguments, "--overwrite", "--quiet"])
     assert (quiet.exit_code, quiet.output) == (0, "")
 

@@ -22,16 +22,14 @@ from r2ncli.architectures import DEMO, PUBLISHED, Architecture, Preprocessing
 from r2ncli.errors import CheckpointError
 from r2ncli.model import Res2Net
 from r2ncli.weights.checkpoints import imagenet_labels
-from r2ncli.weights.loading import (
+from r2ncli.weights.loading import load_checkpoint, load_model, published_network
+from r2ncli.weights.naming import names_for
+from r2ncli.weights.structure import (
     expected_shapes,
     guess_architecture,
     identify,
-    load_checkpoint,
-    load_model,
-    published_network,
     variant_name,
 )
-from r2ncli.weights.naming import names_for
 
 BIRDS = ["auk", "booby", "crow", "dove", "emu", "finch", "gull"]
 
@@ -269,7 +267,9 @@ def test_a_file_under_another_variants_name_is_known_by_its_tensors(tmp_path):
 def test_a_file_that_bears_a_published_name_must_be_that_file(state_dict, tmp_path):
     path = saved(state_dict, tmp_path / PUBLISHED["res2net50_v1b_26w_4s"].file)
     digits = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    with pytest.raises(CheckpointError, match=f"starts {digits}, the name says 3cf99910"):
+    with pytest.raises(
+        CheckpointError, match=f"starts with 3cf99910, as the name says, got {digits}"
+    ):
         load_model(path)
 
 
@@ -343,7 +343,9 @@ def test_all_kinds_of_differences_are_said_at_once(state_dict, tmp_path):
     ids=["other names", "one name", "no classes", "only scalars"],
 )
 def test_tensors_of_something_else_are_no_res2nets(weights, tmp_path):
-    assert "these tensors are no Res2Net's" in refusal(saved(weights, tmp_path / "other.pth"))
+    assert "expected the tensors of a Res2Net, found" in refusal(
+        saved(weights, tmp_path / "other.pth")
+    )
 
 
 # --- labels and preprocessing of its own ----------------------------------------------
@@ -419,11 +421,11 @@ def test_a_thousand_classes_without_labels_are_imagenets(tmp_path):
     [
         ({"labels": BIRDS[:6]}, "6 labels for a network of 7 classes"),
         ({"labels": BIRDS, "wnids": ["n1"]}, "1 wnids for a network of 7 classes"),
-        ({"labels": "birds"}, "'labels' are not a list of strings"),
-        ({"labels": [1, 2, 3, 4, 5, 6, 7]}, "'labels' are not a list of strings"),
-        ({"preprocessing": {"image_size": 7}}, "'preprocessing' is unfit"),
-        ({"preprocessing": {"sise": 64}}, "'preprocessing' is unfit"),
-        (["auk"], "its metadata is no JSON object"),
+        ({"labels": "birds"}, "expected 'labels' to be a list of strings"),
+        ({"labels": [1, 2, 3, 4, 5, 6, 7]}, "expected 'labels' to be a list of strings"),
+        ({"preprocessing": {"image_size": 7}}, "invalid 'preprocessing'"),
+        ({"preprocessing": {"sise": 64}}, "unknown key 'sise' in preprocessing"),
+        (["auk"], "its metadata is not a JSON object"),
     ],
 )
 def test_what_a_checkpoint_says_of_itself_must_fit(said, reason, state_dict, tmp_path):
@@ -466,7 +468,8 @@ def test_a_file_that_asks_to_run_something_is_refused_by_name_and_nothing_has_ru
     path = saved(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
     assert zipfile.is_zipfile(path) == zipped
     assert refusal(path) == (
-        f"refused, nothing of it was executed: it asks for {name}, which a state dict never needs"
+        f"refused, nothing in it was executed: it would import {name}, which a state dict never "
+        "needs"
     )
     assert not mark.exists()
 
@@ -481,7 +484,7 @@ def test_a_bare_pickle_that_asks_to_run_something_is_refused_and_nothing_has_run
     mark = tmp_path / "mark"
     path = tmp_path / "evil.pth"
     path.write_bytes(pickle.dumps(Payload(os.mkdir, str(mark)), protocol))
-    assert refusal(path).startswith("refused, nothing of it was executed: ")
+    assert refusal(path).startswith("refused, nothing in it was executed: ")
     assert not mark.exists()
 
     pickle.loads(path.read_bytes())
@@ -490,10 +493,10 @@ def test_a_bare_pickle_that_asks_to_run_something_is_refused_and_nothing_has_run
 
 def test_a_whole_pickled_network_is_refused_by_the_name_of_its_class(network, tmp_path):
     reason = refusal(saved(network, tmp_path / "whole.pth"))
-    assert "it asks for r2ncli.model.Res2Net, " in reason
+    assert "it would import r2ncli.model.Res2Net, " in reason
     assert reason.endswith(
-        "which a state dict never needs; it holds a whole network, not its state dict: where you "
-        "trust it, save its state dict alone"
+        "which a state dict never needs; it holds a whole network, not its state dict: if you "
+        "trust it, save only its state dict"
     )
 
 
@@ -514,13 +517,13 @@ NO_CHECKPOINTS = {
     "empty": (b"", "empty"),
     "a web page": (b"\n<!DOCTYPE html><html>Not found</html>", "a web page (HTML)"),
     "random bytes": (NOISE, "not a checkpoint"),
-    "random bytes that start as a pickle": (b"\x80\x02" + NOISE, "refused, nothing of it was exec"),
-    "random bytes that start as a zip": (b"PK\x03\x04" + NOISE, "truncated: a zip"),
-    "half a zip container": (packed(hollow(TINY["v1"]))[:4096], "truncated: a zip"),
+    "random bytes that start as a pickle": (b"\x80\x02" + NOISE, "refused, nothing in it was exec"),
+    "random bytes that start as a zip": (b"PK\x03\x04" + NOISE, "truncated: the end"),
+    "half a zip container": (packed(hollow(TINY["v1"]))[:4096], "truncated: the end"),
     "a picture in a zip": (zipped("photo.jpg"), "a zip archive, but not one that torch.save"),
     "TorchScript": (zipped("a/data.pkl", "a/constants.pkl"), "a TorchScript program"),
     "a hollow zip container": (zipped("a/data.pkl", "a/version"), "truncated"),
-    "a broken safetensors": (b"\x10\0\0\0\0\0\0\0{" + NOISE, "damaged"),
+    "a broken safetensors": (b"\x10\0\0\0\0\0\0\0{" + NOISE, "corrupted"),
     "a list": (packed([torch.zeros(1)]), "holds a list, expected a state dict"),
     "a tensor": (packed(torch.zeros(1)), "holds a Tensor, expected a state dict"),
     "no tensors": (packed({"a": 1, "b": "x"}), "holds no state dict (its keys: 'a', 'b')"),
@@ -546,7 +549,7 @@ def test_a_file_cut_off_anywhere_is_refused(kind, part, state_dict, tmp_path):
         saved(state_dict, path, _use_new_zipfile_serialization=kind == "zip")
     whole = path.read_bytes()
     path.write_bytes(whole[: max(1, int(part * len(whole)))])
-    assert refusal(path).startswith(("truncated", "damaged", "not a checkpoint"))
+    assert refusal(path).startswith(("truncated", "corrupted", "not a checkpoint"))
 
 
 def test_a_folder_is_no_checkpoint(tmp_path):

@@ -38,7 +38,7 @@ def refusal(path):
     return str(caught.value).removeprefix(f"{path}: ")
 
 
-REFUSED = "refused, nothing of it was executed: it asks for {}, which a state dict never needs"
+REFUSED = "refused, nothing in it was executed: it would import {}, which a state dict never needs"
 
 
 # --- names, however they are written --------------------------------------------------
@@ -169,7 +169,7 @@ def test_a_payload_is_refused_by_its_name_and_nothing_of_it_has_run(name, zipped
     content = {"state_dict": {"w": torch.ones(2)}, "extra": Payload(function, *arguments)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     reason = refusal(path)
-    assert reason.startswith("refused, nothing of it was executed: it asks for ")
+    assert reason.startswith("refused, nothing in it was executed: it would import ")
     assert name in reason
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         load_state_dict(path)
@@ -189,7 +189,7 @@ def test_dangerous_names_come_before_those_that_honest_files_have(tmp_path):
     decoys = [torch.nn.Linear(1, 1), torch.nn.Conv2d(1, 1, 1), torch.nn.ReLU()]
     path = tmp_path / "evil.pth"
     torch.save([*decoys, Payload(os.system, "true")], path)
-    assert "it asks for posix.system, torch.nn.modules" in refusal(path)
+    assert "it would import posix.system, torch.nn.modules" in refusal(path)
 
 
 def rewritten(path, **members):
@@ -274,7 +274,7 @@ def test_a_file_that_torch_wrote_without_checksums_is_none_the_worse(tmp_path):
     assert "torch.FloatStorage" in check_pickles(path, container(path))
     assert list(load_state_dict(path)) == ["w"]
     (check,) = (c for c in verify_weights(path).checks if c.name == "stored checksums")
-    assert (check.status, check.found) == ("not applicable", "its writer left them out")
+    assert (check.status, check.found) == ("not applicable", "the file has none")
 
 
 def test_a_pickle_that_torch_did_not_write_is_said_to_be_one(tmp_path):

@@ -8,8 +8,8 @@ import torch
 import torchvision
 
 from r2ncli.architectures import PUBLISHED
-from r2ncli.weights.loading import expected_shapes
 from r2ncli.weights.recognition import by_block, published_dla, seems_to_be
+from r2ncli.weights.structure import expected_shapes
 
 TORCHVISION = {
     "resnet18": "a ResNet-18, as torchvision's and timm's are",
@@ -34,8 +34,8 @@ TIMM = {
     "seresnet50": "an SE-ResNet",
     "resnest50d": "a ResNeSt",
     "dla60": "a DLA",
-    "dla60_res2net": "res2net_dla60, a published network whose DLA body r2n does not have",
-    "dla60_res2next": "res2next_dla60, a published network whose DLA body r2n does not have",
+    "dla60_res2net": "res2net_dla60, a published network whose DLA body r2n does not support",
+    "dla60_res2next": "res2next_dla60, a published network whose DLA body r2n does not support",
     "vit_tiny_patch16_224": "a vision transformer, timm's",
     "convnext_tiny": "a ConvNeXt, timm's",
     "swin_tiny_patch4_window7_224": "a Swin transformer",
