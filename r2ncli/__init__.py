@@ -2,9 +2,10 @@
 
     import r2ncli
 
-    for picture in r2ncli.classify("photos", weights="demo"):
-        print(picture.path, picture.predictions[:1] or picture.error)
+    for image in r2ncli.classify("photos", weights="demo"):
+        print(image.path, image.predictions[:1] or image.error)
 
+Each published network has a function that builds it, such as `r2ncli.res2net50_v1b_26w_4s`.
 Importing this package is quick: torch is imported when a name that needs it is used.
 """
 

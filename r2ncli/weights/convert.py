@@ -51,7 +51,7 @@ class Conversion:
     source, output : str
         The checkpoint that was read, and what was written.
     sha256 : str
-        The source's.
+        The SHA-256 of the source.
     variant : str
         The published network's name, or the architecture in words.
     naming : str

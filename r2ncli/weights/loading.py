@@ -227,10 +227,10 @@ def _load(path: Path) -> object:
     check_pickles(path, kind)
     try:
         if kind == "safetensors":
-            from safetensors.torch import load
+            from safetensors.torch import load as read_bytes
 
             # from bytes: the path may not be UTF-8; sorted: the library's order changes by run
-            return dict(sorted(load(path.read_bytes()).items()))
+            return dict(sorted(read_bytes(path.read_bytes()).items()))
         with (
             open(path, "rb") as file,  # with a path, torch looks at its suffix
             warnings.catch_warnings(),
@@ -240,7 +240,7 @@ def _load(path: Path) -> object:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, nothing of it was executed: {_refusal(str(error))}"
+            f"{path}: refused, nothing in it was executed: {_refusal(str(error))}"
         ) from error
     except EOFError as error:
         raise CheckpointError(f"{path}: truncated: it ends too early. Download it again") from error

@@ -85,7 +85,7 @@ class Verification:
     Attributes
     ----------
     file : str
-        The file that was found, or what was asked for.
+        The file that was found, or the name that was asked for.
     sha256, tensors_sha256 : str or None
         The hash of the file's bytes, and the content hash of its tensors only
         (`weights.loading.tensors_sha256`).
@@ -156,8 +156,8 @@ def verify_weights(
     Returns
     -------
     Verification or TensorComparison
-        The latter with `against`. Checks that a failed one makes pointless are "not
-        applicable".
+        A comparison where `against` is given. Checks that a failed one makes pointless are
+        "not applicable".
 
     Raises
     ------
@@ -182,7 +182,7 @@ def verify_weights(
         try:
             tensors = load_tensors(path)
         except CheckpointError as error:
-            if checks[-1].status != FAILED:  # the check of the pickle has said it
+            if checks[-1].status != FAILED:  # the pickle check reports it
                 checks.append(Check("safe loading", FAILED, _without_path(error, path)))
         else:
             checks.append(Check("safe loading", PASSED, f"{len(tensors)} tensors, no code"))
@@ -205,7 +205,7 @@ def verify_weights(
 
 
 def _file_checks(path: Path, digest: str, expected: str | None) -> Iterator[Check]:
-    """Of the bytes; "container" comes first and "pickle" last."""
+    """Check the bytes; "container" comes first and "pickle" last."""
     packed = None
     try:
         packed = container(path)
@@ -222,7 +222,7 @@ def _file_checks(path: Path, digest: str, expected: str | None) -> Iterator[Chec
     if packed in ("zip", "pickle"):
         try:
             names = check_pickles(path, packed)
-            found = f"refers to {len(names)} names, all allowed in a state dict: {', '.join(names)}"
+            found = f"imports {len(names)} names, all allowed in a state dict: {', '.join(names)}"
             yield Check("pickle", PASSED, found)
         except CheckpointError as error:
             yield Check("pickle", FAILED, _without_path(error, path))
@@ -282,7 +282,7 @@ def _foreign_checks(path: Path, state_dict: StateDict) -> Iterator[Check]:
     other = seems_to_be(shapes)
     nearest = None if other is not None else nearest_published(state_dict)
     if published_dla(shapes) is not None:
-        yield Check("variant", FAILED, f"{other}", "a network that r2n has")
+        yield Check("variant", FAILED, f"{other}", "a network that r2n supports")
     elif other is not None:
         yield Check("variant", FAILED, f"not a Res2Net: it seems to be {other}", expected)
     elif nearest is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -21,8 +22,14 @@ import r2ncli
 from r2ncli.architectures import DEMO, PUBLISHED, Architecture, Preprocessing
 from r2ncli.errors import CheckpointError
 from r2ncli.model import Res2Net
-from r2ncli.weights.checkpoints import imagenet_labels
-from r2ncli.weights.loading import load_checkpoint, load_model, published_network
+from r2ncli.weights.checkpoints import imagenet_labels, open_checkpoint
+from r2ncli.weights.loading import (
+    list_layers,
+    load,
+    load_checkpoint,
+    load_model,
+    published_network,
+)
 from r2ncli.weights.naming import names_for
 from r2ncli.weights.structure import (
     expected_shapes,
@@ -603,6 +610,34 @@ def test_every_published_network_has_a_function_that_builds_it_untrained(name):
     assert not network.training
     assert PUBLISHED[name].architecture.describe() in build.__doc__
     assert name in r2ncli.__all__
+
+
+def test_the_function_of_a_published_network_is_an_ordinary_one():
+    build = r2ncli.res2next50
+    assert (build.__module__, build.__qualname__) == ("r2ncli", "res2next50")
+    assert list(inspect.signature(build).parameters) == ["weights", "output_stride"]
+    assert pickle.loads(pickle.dumps(build)) is build is r2ncli.res2next50
+
+
+def test_the_layers_of_a_published_network_are_listed_without_its_checkpoint(monkeypatch):
+    monkeypatch.setattr("r2ncli.weights.checkpoints.download_file", None)  # nothing is fetched
+    shapes = list_layers("res2net50-v1b-26w-4s")
+    assert shapes["layer4"] == (2048, 7, 7)
+    assert list_layers() == shapes
+    assert list_layers(image_size=64)["layer4"] == (2048, 2, 2)
+    monkeypatch.setenv("R2N_WEIGHTS", "demo")
+    assert list_layers()["layer4"] == (512, 2, 2)  # of 64 pixels, as the checkpoint says
+
+
+def test_a_checkpoint_file_is_loaded_as_it_was_opened(state_dict, tmp_path):
+    told = {"labels": BIRDS, "preprocessing": {"image_size": 64, "resize_size": 64}}
+    path = tmp_path / "mine.pth"  # not the suffix of its container
+    save_file(state_dict, path, {"r2n": json.dumps(told)})
+    file = open_checkpoint(path)
+    checkpoint = load(file)
+    assert (checkpoint.path, checkpoint.sha256) == (file.path, file.sha256)
+    assert checkpoint.labels.labels == file.labels(7).labels == tuple(BIRDS)
+    assert checkpoint.preprocessing == file.preprocessing == Preprocessing(64, 64)
 
 
 def test_a_published_network_takes_its_own_weights(tmp_path):
