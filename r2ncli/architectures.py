@@ -128,83 +128,36 @@ LICENCE_NOTICE = (
 )
 
 _50, _101 = (3, 4, 6, 3), (3, 4, 23, 3)
+_V1B_50 = Architecture(_50, stem=(32, 32, 64), average_pool_shortcut=True)
 
-PUBLISHED: dict[str, PublishedNetwork] = {
-    network.name: network
-    for network in (
-        PublishedNetwork(
-            "res2net50_v1b_26w_4s",
-            "res2net50_v1b_26w_4s-3cf99910.pth",
-            Architecture(_50, stem=(32, 32, 64), average_pool_shortcut=True),
-            25_718_352,
-            19.73,
-            4.96,
-        ),
-        PublishedNetwork(
-            "res2net101_v1b_26w_4s",
-            "res2net101_v1b_26w_4s-0812c246.pth",
-            Architecture(_101, stem=(32, 32, 64), average_pool_shortcut=True),
-            45_225_920,
-            18.77,
-            4.64,
-        ),
-        PublishedNetwork(
-            "res2net50_26w_4s",
-            "res2net50_26w_4s-06e79181.pth",
-            Architecture(_50),
-            25_699_120,
-            22.01,
-            6.15,
-        ),
-        PublishedNetwork(
-            "res2net50_48w_2s",
-            "res2net50_48w_2s-afed724a.pth",
-            Architecture(_50, base_width=48, scale=2),
-            25_287_304,
-            22.68,
-            6.47,
-        ),
-        PublishedNetwork(
-            "res2net50_14w_8s",
-            "res2net50_14w_8s-6527dddc.pth",
-            Architecture(_50, base_width=14, scale=8),
-            25_059_816,
-            21.86,
-            6.14,
-        ),
-        PublishedNetwork(
-            "res2net50_26w_6s",
-            "res2net50_26w_6s-19041792.pth",
-            Architecture(_50, scale=6),
-            37_051_448,
-            21.42,
-            5.87,
-        ),
-        PublishedNetwork(
-            "res2net50_26w_8s",
-            "res2net50_26w_8s-2c7c9f12.pth",
-            Architecture(_50, scale=8),
-            48_403_776,
-            20.80,
-            5.63,
-        ),
-        PublishedNetwork(
-            "res2net101_26w_4s",
-            "res2net101_26w_4s-02a759a1.pth",
-            Architecture(_101),
-            45_206_688,
-            20.81,
-            5.57,
-        ),
-        PublishedNetwork(
-            "res2next50",
-            "res2next50_4s-6ef7e7bf.pth",
-            Architecture(_50, base_width=4, cardinality=8),
-            24_671_464,
-            21.76,
-            6.09,
-        ),
-    )
+# name, file, architecture, number of parameters, top-1 error, top-5 error
+# fmt: off
+_NETWORKS = (
+    PublishedNetwork("res2net50_v1b_26w_4s", "res2net50_v1b_26w_4s-3cf99910.pth",
+                     _V1B_50, 25_718_352, 19.73, 4.96),
+    PublishedNetwork("res2net101_v1b_26w_4s", "res2net101_v1b_26w_4s-0812c246.pth",
+                     replace(_V1B_50, layers=_101), 45_225_920, 18.77, 4.64),
+    PublishedNetwork("res2net50_26w_4s", "res2net50_26w_4s-06e79181.pth",
+                     Architecture(_50), 25_699_120, 22.01, 6.15),
+    PublishedNetwork("res2net50_48w_2s", "res2net50_48w_2s-afed724a.pth",
+                     Architecture(_50, base_width=48, scale=2), 25_287_304, 22.68, 6.47),
+    PublishedNetwork("res2net50_14w_8s", "res2net50_14w_8s-6527dddc.pth",
+                     Architecture(_50, base_width=14, scale=8), 25_059_816, 21.86, 6.14),
+    PublishedNetwork("res2net50_26w_6s", "res2net50_26w_6s-19041792.pth",
+                     Architecture(_50, scale=6), 37_051_448, 21.42, 5.87),
+    PublishedNetwork("res2net50_26w_8s", "res2net50_26w_8s-2c7c9f12.pth",
+                     Architecture(_50, scale=8), 48_403_776, 20.80, 5.63),
+    PublishedNetwork("res2net101_26w_4s", "res2net101_26w_4s-02a759a1.pth",
+                     Architecture(_101), 45_206_688, 20.81, 5.57),
+    PublishedNetwork("res2next50", "res2next50_4s-6ef7e7bf.pth",
+                     Architecture(_50, base_width=4, cardinality=8), 24_671_464, 21.76, 6.09),
+)
+# fmt: on
+PUBLISHED: dict[str, PublishedNetwork] = {network.name: network for network in _NETWORKS}
+
+DECLINED = {  # published too, but with a DLA body, which r2n does not support
+    "res2net_dla60": "res2net_dla60_4s-d88db7f9.pth",
+    "res2next_dla60": "res2next_dla60_4s-d327927b.pth",
 }
 
 
@@ -214,9 +167,3 @@ def published(name: str | None) -> PublishedNetwork | None:
     None means the default network. A name that was not published gives None.
     """
     return PUBLISHED.get((DEFAULT_NETWORK if name is None else name).replace("-", "_"))
-
-
-DECLINED = {  # published too, but with a DLA body, which r2n does not support
-    "res2net_dla60": "res2net_dla60_4s-d88db7f9.pth",
-    "res2next_dla60": "res2next_dla60_4s-d327927b.pth",
-}

@@ -122,7 +122,7 @@ def test_the_default_preprocessing_is_imagenets():
         {"crop": "left"},
     ],
 )
-def test_a_preprocessing_that_cannot_be_is_refused(options):
+def test_an_invalid_preprocessing_is_refused(options):
     with pytest.raises(ValueError, match=next(reversed(options))):
         Preprocessing(**options)
 

@@ -308,10 +308,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 def _checked_keys(source: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     """Refuse a key that would be ignored although it seems to be meant for r2n."""
-    for key in metadata:
+    for key, value in metadata.items():
         near = difflib.get_close_matches(key.lower(), KEYS, n=1, cutoff=0.75)
         meant = near[0] if near else _SYNONYMS.get(key)
-        if key not in KEYS and meant is not None and meant not in metadata:
+        note = meant in ("labels", "wnids") and not isinstance(value, list | dict)
+        if key not in KEYS and meant is not None and meant not in metadata and not note:
             raise CheckpointError(f"{source}: unknown key {key!r} (known: {', '.join(KEYS)})")
     preprocessing = metadata.get("preprocessing")
     if isinstance(preprocessing, dict):
@@ -354,9 +355,9 @@ def preprocessing_of(metadata: dict[str, Any], source: Path) -> Preprocessing:
     Raises
     ------
     CheckpointError
-        A key is unknown, or a value cannot be used.
+        A value cannot be used.
     """
-    given = _checked_keys(source, metadata).get("preprocessing", {})
+    given = metadata.get("preprocessing", {})
     try:
         if not isinstance(given, dict):
             raise ValueError(f"{given!r} is not an object")

@@ -1,4 +1,4 @@
-"""Two checkpoint files are compared by what their tensors hold, not by how they are packed."""
+"""Two checkpoint files are compared by their tensors, not by their containers."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_half_precision_differs_by_what_it_rounds(state_dict, other, tmp_path):
     assert comparison.different[0].file.startswith("float16 [")
 
 
-def test_a_zeros_sign_is_a_difference_of_nothing(state_dict, tmp_path):
+def test_the_sign_of_zero_is_a_difference_of_size_0(state_dict, tmp_path):
     paths = [
         saved(state_dict | {"fc.bias": sign * torch.zeros(7)}, tmp_path / f"{sign}.pth")
         for sign in (1, -1)
@@ -97,7 +97,7 @@ def test_a_nan_that_is_the_same_in_both_is_equal(state_dict, tmp_path):
     assert verify_weights(path, against=path).ok
 
 
-def test_what_only_one_has_is_named(state_dict, other, tmp_path):
+def test_tensors_of_only_one_file_are_named(state_dict, other, tmp_path):
     del state_dict["fc.bias"]
     state_dict["aux.weight"] = torch.zeros(1)
     comparison = verify_weights(saved(state_dict, tmp_path / "a.pth"), against=other)
@@ -106,7 +106,7 @@ def test_what_only_one_has_is_named(state_dict, other, tmp_path):
     assert not comparison.ok
 
 
-def test_files_that_are_not_there_or_no_checkpoints_are_errors(other, tmp_path):
+def test_missing_files_and_files_that_are_not_checkpoints_are_errors(other, tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         verify_weights(other, against=tmp_path / "absent.pth")
     (tmp_path / "empty.pth").touch()
@@ -137,7 +137,7 @@ def test_the_command_ends_with_0_for_equal_and_4_for_different(state_dict, other
     assert "not the same tensors as" in errors
 
 
-def test_the_document_has_its_schema_errors_too(state_dict, other, tmp_path):
+def test_the_json_document_has_its_schema_also_for_errors(state_dict, other, tmp_path):
     state_dict["bn1.bias"] += 1
     path = saved(state_dict, tmp_path / "a.pth")
     code, out, _ = run(path, "--against", other, "--json")

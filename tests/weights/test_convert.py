@@ -142,7 +142,7 @@ def test_labels_preprocessing_and_the_sources_digest_are_kept(
     assert again["source"]["source"] == metadata["source"]
 
 
-def test_what_else_a_checkpoint_says_is_kept(tiny_weights: Path, tmp_path: Path) -> None:
+def test_other_metadata_is_kept(tiny_weights: Path, tmp_path: Path) -> None:
     told = {"recipe": "ten epochs", "labels": list("abcdef"), "wnids": list("ghijkl")}
     save_file(load_file(tiny_weights), tmp_path / "in.safetensors", {"r2n": json.dumps(told)})
     convert(tmp_path / "in.safetensors", tmp_path / "out.pth")
@@ -162,7 +162,7 @@ def test_a_converted_checkpoint_classifies_as_before(
 
 
 @pytest.mark.parametrize("name", ["out.pth", "out.pth.json", "out.safetensors"])
-def test_what_exists_is_replaced_only_when_told(
+def test_existing_files_are_replaced_only_with_overwrite(
     name: str, tiny_weights: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / name.removesuffix(".json")
@@ -224,7 +224,7 @@ def test_an_interrupted_conversion_leaves_nothing(
     assert left_over(tmp_path) == []
 
 
-def test_the_file_gets_its_name_after_what_belongs_to_it(
+def test_the_file_gets_its_name_after_its_companion(
     tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(tiny_weights, tmp_path / "out.pth")
@@ -241,10 +241,10 @@ def test_the_file_gets_its_name_after_what_belongs_to_it(
     assert left_over(tmp_path) == ["out.pth.json"]  # never an old file with new metadata
 
 
-# --- what cannot be -----------------------------------------------------------------------
+# --- invalid options -----------------------------------------------------------------------
 
 
-def test_what_cannot_be_asked_for_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+def test_invalid_options_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     for output, options, complaint in [
         ("out.zip", {}, "unknown suffix '.zip', expected one of .pth, .safetensors, "),
         ("out", {}, "unknown suffix ''"),
@@ -270,7 +270,7 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
     assert str(caught.value).endswith("pip install 'r2ncli[onnx]'")
 
 
-def test_a_folder_that_is_not_there_or_in_the_way_is_said(
+def test_a_missing_folder_or_a_folder_of_the_outputs_name_is_an_error(
     tiny_weights: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(OutputError, match=r"the folder .* does not exist"):
@@ -308,7 +308,7 @@ def test_the_command_says_what_it_wrote(tiny_weights: Path, tmp_path: Path) -> N
     assert (quiet.exit_code, quiet.output) == (0, "")
 
 
-def test_the_command_refuses_an_unknown_container_as_a_wrong_use(tmp_path: Path) -> None:
+def test_an_unknown_container_is_a_usage_error_of_the_command(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["convert", "demo", str(tmp_path / "x.h5")]).exit_code == 2
 
 
@@ -345,7 +345,7 @@ def test_onnx_takes_any_batch_and_keeps_the_metadata(tiny_weights: Path, tmp_pat
 
 
 @pytest.mark.interop
-def test_openvino_gets_a_pair_of_files_and_tells_nobody(tiny_weights: Path, tmp_path: Path) -> None:
+def test_openvino_gets_two_files_and_sends_no_telemetry(tiny_weights: Path, tmp_path: Path) -> None:
     needs("onnxscript", "openvino")
     sys.modules.pop("openvino_telemetry.main", None)
     convert(tiny_weights, tmp_path / "out.xml")

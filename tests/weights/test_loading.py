@@ -1,4 +1,4 @@
-"""A checkpoint is loaded safely, told by its tensors, and refused with a reason."""
+"""A checkpoint is loaded safely, identified by its tensors, and refused with a reason."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_state_dict_in_the_format_before_zip_loads(state_dict, tmp_path):
     assert same_weights(load_model(path), state_dict)
 
 
-def test_a_container_is_told_by_its_bytes_not_by_its_suffix(state_dict, tmp_path):
+def test_a_container_is_recognised_by_its_bytes_not_by_its_suffix(state_dict, tmp_path):
     save_file(state_dict, tmp_path / "really_safetensors.pth")
     saved(state_dict, tmp_path / "really_zip.safetensors")
     for path in tmp_path.glob("really_*"):
@@ -146,14 +146,14 @@ WRAPPINGS = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS)
-def test_wrappers_are_taken_off(wrap, state_dict, tmp_path):
+def test_wrappers_are_removed(wrap, state_dict, tmp_path):
     path = saved(wrap(state_dict), tmp_path / "wrapped.pth")
     assert same_weights(load_model(path), state_dict)
 
 
 @pytest.mark.parametrize("wrap", [None, "state_dict"])
 @pytest.mark.parametrize("prefix", ["module.", "model.", "backbone.", "_orig_mod.module.", "0."])
-def test_prefixes_are_taken_off(prefix, wrap, state_dict, tmp_path):
+def test_prefixes_are_removed(prefix, wrap, state_dict, tmp_path):
     prefixed = {prefix + name: tensor for name, tensor in state_dict.items()}
     path = saved({wrap: prefixed} if wrap else prefixed, tmp_path / "prefixed.pth")
     assert same_weights(load_model(path), state_dict)
@@ -240,7 +240,7 @@ def test_tensors_that_are_no_plain_floats_are_refused(kind, state_dict, tmp_path
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_published_network_is_told_from_its_tensors(name):
+def test_every_published_network_is_identified_by_its_tensors(name):
     architecture = guess_architecture(hollow(PUBLISHED[name].architecture))
     assert architecture == PUBLISHED[name].architecture
     assert variant_name(architecture) == name
@@ -256,7 +256,7 @@ def test_every_published_network_is_told_from_its_tensors(name):
         Architecture((1, 1, 1, 1), 61, 2, stage_planes=(3, 5, 7, 9)),
     ],
 )
-def test_odd_networks_are_told_from_their_tensors(architecture, tmp_path):
+def test_unusual_networks_are_identified_by_their_tensors(architecture, tmp_path):
     weights = hollow(architecture)
     found = identify(weights, tmp_path)
     assert expected_shapes(found) == expected_shapes(architecture)
@@ -271,7 +271,7 @@ def test_a_file_under_another_variants_name_is_known_by_its_tensors(tmp_path):
     assert checkpoint.network.architecture == PUBLISHED["res2net50_26w_4s"].architecture
 
 
-def test_a_file_that_bears_a_published_name_must_be_that_file(state_dict, tmp_path):
+def test_a_file_with_a_published_name_must_be_that_file(state_dict, tmp_path):
     path = saved(state_dict, tmp_path / PUBLISHED["res2net50_v1b_26w_4s"].file)
     digits = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     with pytest.raises(
@@ -280,7 +280,7 @@ def test_a_file_that_bears_a_published_name_must_be_that_file(state_dict, tmp_pa
         load_model(path)
 
 
-def test_a_checkpoint_says_what_it_was(state_dict, tmp_path):
+def test_a_loaded_checkpoint_has_its_path_digest_and_variant(state_dict, tmp_path):
     path = saved(state_dict, tmp_path / "mine.pth")
     checkpoint = load_checkpoint(str(path))
     assert checkpoint.path == path
@@ -331,7 +331,7 @@ def test_a_wrong_shape_is_named_with_the_expected_one(state_dict, tmp_path):
     assert reason.endswith(f"shape (layer2.0.conv1.weight: [2, 3, 1, 1], not {expected})")
 
 
-def test_all_kinds_of_differences_are_said_at_once(state_dict, tmp_path):
+def test_all_kinds_of_mismatches_are_named_at_once(state_dict, tmp_path):
     del state_dict["bn1.bias"]
     state_dict["aux"] = torch.zeros(1)
     state_dict["bn1.weight"] = torch.zeros(2)
@@ -349,7 +349,7 @@ def test_all_kinds_of_differences_are_said_at_once(state_dict, tmp_path):
     ],
     ids=["other names", "one name", "no classes", "only scalars"],
 )
-def test_tensors_of_something_else_are_no_res2nets(weights, tmp_path):
+def test_tensors_of_other_networks_are_refused(weights, tmp_path):
     assert "expected the tensors of a Res2Net, found" in refusal(
         saved(weights, tmp_path / "other.pth")
     )
@@ -360,7 +360,7 @@ def test_tensors_of_something_else_are_no_res2nets(weights, tmp_path):
 
 @pytest.fixture
 def bird(tmp_path):
-    """A picture that is already of the network's size, and its pixels."""
+    """An image of the network's input size, and its pixels."""
     pixels = np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "bird.png")
     return tmp_path / "bird.png", pixels
@@ -435,7 +435,7 @@ def test_a_thousand_classes_without_labels_are_imagenets(tmp_path):
         (["auk"], "its metadata is not a JSON object"),
     ],
 )
-def test_what_a_checkpoint_says_of_itself_must_fit(said, reason, state_dict, tmp_path):
+def test_metadata_must_fit_the_network(said, reason, state_dict, tmp_path):
     path = tmp_path / "mine.safetensors"
     save_file(state_dict, path, {"r2n": json.dumps(said)})
     with pytest.raises(CheckpointError, match=reason) as caught:
@@ -466,7 +466,7 @@ class Payload:
     ],
     ids=["system call", "code", "library"],
 )
-def test_a_file_that_asks_to_run_something_is_refused_by_name_and_nothing_has_run(
+def test_a_file_that_would_run_something_is_refused_by_name_and_nothing_has_run(
     container, function, arguments, name, state_dict, tmp_path
 ):
     mark = tmp_path / "mark"
@@ -485,9 +485,7 @@ def test_a_file_that_asks_to_run_something_is_refused_by_name_and_nothing_has_ru
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_a_bare_pickle_that_asks_to_run_something_is_refused_and_nothing_has_run(
-    protocol, tmp_path
-):
+def test_a_bare_pickle_that_would_run_something_is_refused_and_nothing_has_run(protocol, tmp_path):
     mark = tmp_path / "mark"
     path = tmp_path / "evil.pth"
     path.write_bytes(pickle.dumps(Payload(os.mkdir, str(mark)), protocol))
@@ -540,7 +538,7 @@ NO_CHECKPOINTS = {
 
 
 @pytest.mark.parametrize(("content", "reason"), NO_CHECKPOINTS.values(), ids=NO_CHECKPOINTS)
-def test_what_is_no_checkpoint_is_refused_for_what_it_is(content, reason, tmp_path):
+def test_a_file_that_is_not_a_checkpoint_is_refused_with_what_it_is(content, reason, tmp_path):
     path = tmp_path / "download.pth"
     path.write_bytes(content)
     assert refusal(path).startswith(reason)
@@ -548,7 +546,7 @@ def test_what_is_no_checkpoint_is_refused_for_what_it_is(content, reason, tmp_pa
 
 @pytest.mark.parametrize("part", [0.0001, 0.01, 0.5, 0.9, 0.9999])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_a_file_cut_off_anywhere_is_refused(kind, part, state_dict, tmp_path):
+def test_a_truncated_file_is_refused(kind, part, state_dict, tmp_path):
     path = tmp_path / "cut.pth"
     if kind == "safetensors":
         save_file(state_dict, path)
@@ -563,7 +561,7 @@ def test_a_folder_is_no_checkpoint(tmp_path):
     assert refusal(tmp_path) == "is a folder, not a checkpoint file"
 
 
-def test_weights_that_are_nowhere_are_refused_with_what_there_could_be():
+def test_missing_weights_are_refused_with_a_list_of_known_ones():
     with pytest.raises(CheckpointError, match=r"no such weights: 'mine.pth'.*res2next50$"):
         load_model("mine.pth")
 

@@ -1,4 +1,4 @@
-"""A network is recognised by a few names, and differences are told block by block."""
+"""Another network is recognised by a few names, and names are grouped by block."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_res2net_seems_to_be_nothing_else(name):
 @pytest.mark.parametrize(
     ("width", "name"), [((28, 28), "res2net_dla60"), ((32, 4), "res2next_dla60")]
 )
-def test_the_published_networks_with_dlas_body_are_told_by_their_splits(width, name):
+def test_the_published_networks_with_a_dla_body_are_recognised_by_their_splits(width, name):
     shapes = {"base_layer.0.weight": (16, 3, 7, 7), "level2.tree1.convs.0.weight": (*width, 3, 3)}
     assert published_dla(shapes) == name
 

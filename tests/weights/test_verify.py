@@ -179,7 +179,7 @@ def test_the_embedded_demonstration_checkpoint_passes():
     assert failures(find_checkpoint("demo")) == {}
 
 
-def test_the_document_has_its_schema(state_dict, tmp_path):
+def test_the_json_document_has_its_schema(state_dict, tmp_path):
     path = saved(state_dict, tmp_path / "mine.pth")
     document = json.loads(json.dumps(verify_weights(path).as_dict()))
     assert document["schema"] == 1
@@ -198,7 +198,7 @@ def test_the_document_has_its_schema(state_dict, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"\x80\x02N."])
-def test_every_check_is_listed_once_and_in_order_though_the_file_is_broken(content, tmp_path):
+def test_every_check_is_listed_once_and_in_order_for_a_corrupted_file(content, tmp_path):
     path = tmp_path / "mine.pth"
     path.write_bytes(content)
     verification = verify_weights(path)
@@ -215,7 +215,7 @@ def test_the_library_exports_it_with_its_results(state_dict, tmp_path):
     assert type(verify_weights(path, against=path)) is r2ncli.TensorComparison
 
 
-def test_the_failed_checks_are_at_hand_with_what_was_found_and_expected(state_dict, tmp_path):
+def test_failed_checks_say_what_was_found_and_expected(state_dict, tmp_path):
     path = saved(state_dict, tmp_path / "mine.pth")
     assert verify_weights(path).failures == ()
     (check,) = verify_weights(path, sha256="0" * 64).failures
@@ -271,7 +271,7 @@ def test_a_file_of_a_published_name_with_other_content_fails_by_hash_prefix_and_
     assert checks["published list"].expected == PUBLISHED[DEFAULT].file
 
 
-def test_hyphens_in_a_published_name_excuse_nothing(state_dict, tmp_path):
+def test_hyphens_in_a_published_name_change_no_check(state_dict, tmp_path):
     path = saved(state_dict, tmp_path / PUBLISHED[DEFAULT].file.replace("_", "-"))
     assert {"hash prefix", "published list", "variant"} <= set(failures(path))
 
@@ -459,7 +459,7 @@ def test_another_float_than_float32_is_a_warning(dtype, state_dict, tmp_path):
         (lambda tensor: tensor.to("meta"), "meta float32"),
     ],
 )
-def test_a_tensor_that_is_no_plain_float_fails_by_its_dtype(change, kind, state_dict, tmp_path):
+def test_a_tensor_of_no_plain_floats_fails_by_its_dtype(change, kind, state_dict, tmp_path):
     state_dict["fc.weight"] = change(state_dict["fc.weight"])
     path = saved(state_dict, tmp_path / "mine.pth")
     (found,) = failures(path).values()
@@ -571,7 +571,7 @@ def test_a_tensor_of_one_value_passes_where_it_may_be(name, state_dict, tmp_path
     assert status_and_words(path, "constant tensors")[0] == "passed"
 
 
-def test_a_batch_norm_that_lets_nothing_through_is_a_warning(state_dict, tmp_path):
+def test_a_batch_norm_with_zero_weights_is_a_warning(state_dict, tmp_path):
     state_dict["layer1.0.bn3.weight"].zero_()
     assert status_and_words(saved(state_dict, tmp_path / "mine.pth"), "constant tensors") == (
         "warning",
@@ -579,7 +579,7 @@ def test_a_batch_norm_that_lets_nothing_through_is_a_warning(state_dict, tmp_pat
     )
 
 
-def test_logits_of_an_odd_scale_are_a_warning(state_dict, tmp_path):
+def test_logits_of_an_unusual_scale_are_a_warning(state_dict, tmp_path):
     for factor in (1e-6, 1e6):
         scaled = {n: t * factor if n.startswith("fc.") else t for n, t in state_dict.items()}
         status, words = status_and_words(saved(scaled, tmp_path / "odd.pth"), "forward pass")
@@ -599,7 +599,7 @@ def test_logits_of_an_odd_scale_are_a_warning(state_dict, tmp_path):
         ("mmdetection", "names, all as mmdetection has them, behind the prefix 'module.backbone.'"),
     ],
 )
-def test_another_librarys_names_pass_and_are_said(library, words, state_dict, tmp_path):
+def test_another_librarys_names_pass_and_are_mentioned(library, words, state_dict, tmp_path):
     renamed = names_for(library, state_dict)
     theirs = {f"module.{renamed[name]}": tensor for name, tensor in state_dict.items()}
     path = saved({"meta": {}, "state_dict": theirs}, tmp_path / "theirs.pth")
@@ -662,7 +662,7 @@ def test_the_sha256_of_a_declined_file_is_recognised(state_dict, tmp_path, monke
     assert "res2net_dla60_4s-d88db7f9.pth" in status_and_words(path, "published list")[1]
 
 
-# --- files that are dangerous, or no checkpoint ---------------------------------------
+# --- dangerous files, and files without a state dict ---------------------------------------
 
 
 class Payload:
@@ -676,7 +676,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_file_that_asks_to_run_something_fails_by_its_name_and_nothing_has_run(
+def test_a_file_that_would_run_something_fails_by_the_name_and_nothing_has_run(
     zipped, state_dict, tmp_path
 ):
     mark = tmp_path / "mark"
@@ -705,7 +705,7 @@ def test_a_folder_is_an_error(tmp_path):
         verify_weights(tmp_path)
 
 
-# --- thirty files that are broken, or something else ----------------------------------
+# --- corrupted files, and other kinds of files ----------------------------------
 
 
 def torch_bytes(content, **options):
@@ -789,7 +789,7 @@ SAFE = safetensors_bytes(WEIGHTS)
 REFUSED = "refused, nothing in it was executed: it would import "
 ZIP, LEGACY = torch_bytes(WEIGHTS), torch_bytes(WEIGHTS, _use_new_zipfile_serialization=False)
 
-BROKEN_OR_FOREIGN = {
+CORRUPTED_OR_FOREIGN = {
     "an empty file": (lambda: b"", "container", "empty"),
     "a web page": (
         lambda: b"<!DOCTYPE html><html><body>504 Gateway Time-out</body></html>",
@@ -978,9 +978,9 @@ BROKEN_OR_FOREIGN = {
 
 
 @pytest.mark.parametrize(
-    ("make", "check", "sentence"), BROKEN_OR_FOREIGN.values(), ids=BROKEN_OR_FOREIGN
+    ("make", "check", "sentence"), CORRUPTED_OR_FOREIGN.values(), ids=CORRUPTED_OR_FOREIGN
 )
-def test_what_is_broken_or_foreign_gets_the_right_sentence(make, check, sentence, tmp_path):
+def test_a_corrupted_or_foreign_file_gets_the_right_sentence(make, check, sentence, tmp_path):
     path = tmp_path / "download.pth"
     path.write_bytes(make())
     found = failures(path)
@@ -989,9 +989,9 @@ def test_what_is_broken_or_foreign_gets_the_right_sentence(make, check, sentence
         r2ncli.load_model(path)
 
 
-def test_there_are_more_than_thirty_of_them():
-    assert len(BROKEN_OR_FOREIGN) >= 30
-    assert len({sentence for *_, sentence in BROKEN_OR_FOREIGN.values()}) >= 30
+def test_there_are_at_least_thirty_kinds_of_such_files():
+    assert len(CORRUPTED_OR_FOREIGN) >= 30
+    assert len({sentence for *_, sentence in CORRUPTED_OR_FOREIGN.values()}) >= 30
 
 
 # --- the command ----------------------------------------------------------------------
