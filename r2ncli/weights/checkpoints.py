@@ -372,7 +372,7 @@ def preprocessing_of(metadata: dict[str, Any], source: Path) -> Preprocessing:
             for key, value in given.items()
         }
         return Preprocessing(**values)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{source}: invalid 'preprocessing': {error}. Known keys: "
             f"{', '.join(PREPROCESSING_KEYS)}"

@@ -40,11 +40,7 @@ _SIGNATURES = (
     (0, b"7z\xbc\xaf\x27\x1c", f"a 7z archive: {_UNPACK}"),
     (0, b"Rar!\x1a\x07", f"a RAR archive: {_UNPACK}"),
     (257, b"ustar", f"a tar archive, not a checkpoint: {_UNPACK}"),
-    (
-        0,
-        b"\x89HDF\r\n\x1a\n",
-        "an HDF5 file (of Keras?), not a PyTorch checkpoint",
-    ),
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file (of Keras?), not a PyTorch checkpoint"),
     (4, b"TFL3", "a TensorFlow Lite model, not a PyTorch checkpoint"),
     (0, b"GGUF", "a GGUF file, not a PyTorch checkpoint (llama.cpp's)"),
     (0, b"\x93NUMPY", "a NumPy array, not a checkpoint"),
@@ -94,7 +90,7 @@ def safetensors_header(path: Path) -> bytes | None:
     with reading(path) as file:
         start = file.read(9)
         length = int.from_bytes(start[:8], "little")
-        if start.startswith(b"PK") or start[8:] != b"{" or length >= HEADER_LIMIT:
+        if start.startswith(b"PK") or start[8:] != b"{" or not 0 < length < HEADER_LIMIT:
             return None
         return b"{" + file.read(length - 1)
 

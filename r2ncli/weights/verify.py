@@ -108,7 +108,7 @@ class Verification:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON document of ``r2n verify-weights --json``; the same keys always."""
-        return {"schema": 1, **asdict(self), "ok": self.ok}
+        return {"schema": 2, **asdict(self), "ok": self.ok}
 
 
 @overload

@@ -433,6 +433,7 @@ def test_preprocessing_is_imagenets_unless_a_checkpoint_has_its_own() -> None:
         {"mean": [0.5, 0.5]},
         {"mean": [0.5, 0.5, "x"]},
         {"mean": 0.5},
+        {"mean": [0.5, 0.5, 10**400]},
         {"mean": "abc"},
         {"mean": [0.5, 0.5, float("nan")]},
         {"std": [1, 1, 0]},

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from r2ncli.errors import CheckpointError
-from r2ncli.weights.containers import broken_members, container, reading
+from r2ncli.weights.containers import broken_members, container, reading, safetensors_header
 
 
 def error_of(path: Path) -> str:
@@ -109,6 +109,15 @@ def test_a_pickle_of_an_old_protocol_is_recognised_by_its_first_import(
         assert container(path) == "pickle"
     path.write_bytes(b"(S'true'\niposix\nsystem\n.")  # text, as far as its first bytes go
     assert "text, not a checkpoint: it starts \"(S'true' iposix" in error_of(path)
+
+
+def test_only_a_safetensors_file_has_a_header(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(safetensors({"a": {}}, bytes(16)))
+    assert safetensors_header(path) == b'{"a": {}}'
+    for other in (b"", zipped(), bytes(8) + b"{" * 100, b"\xff" * 8 + b"{", b'{"a": 1}{"b": 2}'):
+        path.write_bytes(other)
+        assert safetensors_header(path) is None
 
 
 def test_a_safetensors_file_without_its_end_is_truncated(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_the_embedded_demonstration_checkpoint_passes():
 def test_the_json_document_has_its_schema(state_dict, tmp_path):
     path = saved(state_dict, tmp_path / "mine.pth")
     document = json.loads(json.dumps(verify_weights(path).as_dict()))
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert list(document) == KEYS
     assert document["tensors_sha256"] == tensors_sha256(state_dict)
     assert document["variant"] == TINY["v1b"].describe()
