@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from r2ncli.cli.options import Json, Overwrite, Quiet
-from r2ncli.cli.terminal import Report, print_json, print_table, say
-from r2ncli.errors import R2NError, UsageError
+from r2ncli.cli.terminal import Report, print_json, print_table, say, say_error
+from r2ncli.errors import R2NError
 
 if TYPE_CHECKING:
+    from r2ncli.weights.compare import TensorComparison
     from r2ncli.weights.verify import Verification
 
 TENSORS_SHOWN = 10
@@ -40,50 +41,44 @@ def verify(
     json: Json = False,
 ) -> int:
     """Verify a checkpoint without executing anything in it."""
-    from r2ncli.weights.compare import Comparison
+    from r2ncli.weights.compare import TensorComparison
     from r2ncli.weights.verify import Verification, verify_weights
 
     try:
-        if against is not None:
-            return _compare(file, against, sha256, json)
-        verification = verify_weights(file, sha256=sha256)
+        if against is None:
+            return _print_verification(verify_weights(file, sha256=sha256), json)
+        return _print_comparison(verify_weights(file, sha256=sha256, against=against), json)
     except R2NError as error:
         if json:
-            failed = Verification(file or "", error=str(error))
-            unlike = Comparison(file or "", against or "", error=str(error))
-            print_json((failed if against is None else unlike).as_dict())
+            failed = (
+                Verification(file or "", error=str(error))
+                if against is None
+                else TensorComparison(file or "", against, error=str(error))
+            )
+            print_json(failed.as_dict())
         raise
+
+
+def _print_verification(verification: Verification, json: bool) -> int:
+    code = 4 if verification.failures else 0
     if json:
         print_json(verification.as_dict())
-    else:
-        _print_checks(verification)
-    failures = [check for check in verification.checks if check.status == "failed"]
-    for check in failures:
-        expected = f", expected {check.expected}" if check.expected else ""
-        say(f"r2n: {verification.file}: {check.name}: {check.found}{expected}")
-    return 4 if failures else 0
-
-
-def _print_checks(verification: Verification) -> None:
-    rows = []
-    for check in verification.checks:
-        wanted = check.expected if check.status in ("failed", "warning") else ""
-        found = f"{check.found} (expected {wanted})" if wanted else check.found
-        rows.append((check.name, check.status, found))
+        return code
+    rows = [(check.name, check.status, check.describe()) for check in verification.checks]
     title = f"{verification.file}\nSHA-256 {verification.sha256}"
     if verification.tensors_sha256 is not None:
-        title += f"\nof the tensors alone {verification.tensors_sha256}"
+        title += f"\ncontent hash (tensors only) {verification.tensors_sha256}"
     colours = {"failed": "red", "warning": "yellow"}
     print_table(title, ("check", "result", "found"), rows, colours=colours)
+    if verification.failures:
+        names = ", ".join(check.name for check in verification.failures)
+        say_error(f"r2n: {verification.file}: failed: {names}")
+    return code
 
 
-def _compare(file: str | None, against: str, sha256: str | None, json: bool) -> int:
-    from r2ncli.weights.compare import compare_weights
+def _print_comparison(comparison: TensorComparison, json: bool) -> int:
     from r2ncli.weights.recognition import by_block
 
-    if sha256 is not None:
-        raise UsageError("`sha256` is for the checks of one file: give it without `against`")
-    comparison = compare_weights(file, against)
     if json:
         print_json(comparison.as_dict())
         return 0 if comparison.ok else 4
@@ -103,9 +98,7 @@ def _compare(file: str | None, against: str, sha256: str | None, json: bool) -> 
         rows = [
             (
                 tensor.name,
-                "none in numbers"
-                if tensor.max_difference is None
-                else f"{tensor.max_difference:.3g}",
+                "not numeric" if tensor.max_difference is None else f"{tensor.max_difference:.3g}",
                 tensor.file,
                 tensor.against if tensor.against != tensor.file else "",
             )
@@ -113,9 +106,9 @@ def _compare(file: str | None, against: str, sha256: str | None, json: bool) -> 
         ]
         left = len(comparison.different) - len(rows)
         title = "the largest differences" if left else "the differences"
-        print_table(title, ("tensor", "max |Δ|", "here", "there, if another"), rows)
+        print_table(title, ("tensor", "max |Δ|", "in FILE", "in --against, if other"), rows)
     if not comparison.ok:
-        say(f"r2n: {comparison.file}: not the same tensors as {comparison.against}")
+        say_error(f"r2n: {comparison.file}: not the same tensors as {comparison.against}")
     return 0 if comparison.ok else 4
 
 
@@ -145,5 +138,7 @@ def convert(
     with Report("convert", quiet) as report:
         done = write(weights, output, to=to, overwrite=overwrite, on_download=report.download)
     if not quiet:
-        equal = f"to {done.difference:.1g} of the largest" if done.difference else "bit by bit"
-        say(f"{done.variant}, {done.naming} names, the same logits {equal} -> {done.output}")
+        equal = (
+            f"equal to {done.difference:.1g} of the largest" if done.difference else "bit-identical"
+        )
+        say(f"{done.variant}, {done.naming} names, {done.compared} {equal} -> {done.output}")

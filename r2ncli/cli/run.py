@@ -147,13 +147,10 @@ def extract(
 
 
 def _list_layers(options: RunOptions, quiet: bool) -> int:
-    from r2ncli.model import layer_shapes
-    from r2ncli.weights.loading import load_checkpoint
+    from r2ncli.weights.loading import list_layers
 
     with Report("download", quiet=quiet) as report:
-        checkpoint = load_checkpoint(options.weights, on_progress=report.download)
-    size = options.image_size or checkpoint.preprocessing.image_size
-    shapes = layer_shapes(checkpoint.network.architecture, size)
+        shapes = list_layers(options.weights, options.image_size, on_progress=report.download)
     longest = max(map(len, shapes))
     for name, shape in shapes.items():
         put(f"{name:<{longest}}  {' x '.join(map(str, shape))}\n")
