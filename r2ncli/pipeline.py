@@ -12,7 +12,6 @@ engine's streams busy, however many pictures there are.
 from __future__ import annotations
 
 import queue
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +30,6 @@ from r2ncli.engine import (
 from r2ncli.errors import (
     FailedInputError,
     ImageError,
-    InputNotFoundError,
     UsageError,
 )
 from r2ncli.images.decode import decode
@@ -44,7 +42,7 @@ from r2ncli.predictor import (
     open_classifier,
     open_extractor,
 )
-from r2ncli.sources.selection import MAX_BYTES, SUFFIXES, Selection
+from r2ncli.sources.selection import MAX_BYTES, Selection, no_image_found, parse_shard
 from r2ncli.sources.walk import Input, PathLike, Walk, as_sequence
 from r2ncli.weights.checkpoints import (
     Labels,
@@ -251,7 +249,7 @@ def open_walk(
         include=_patterns(include),
         exclude=_patterns(exclude),
         max=max,
-        shard=None if shard is None else _shard(shard),
+        shard=None if shard is None else parse_shard(shard),
         null=null,
         timeout=timeout,
         max_bytes=max_bytes,
@@ -261,13 +259,6 @@ def open_walk(
 
 def _patterns(given: Sequence[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
-
-
-def _shard(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", text)
-    if match is None or int(match[1]) > int(match[2]):
-        raise UsageError(f"shard {text!r}: expected I/N with I from 1 to N, such as 2/8")
-    return int(match[1]), int(match[2])
 
 
 def walked_rows(
@@ -297,18 +288,12 @@ def walked_rows(
             if on_progress:
                 on_progress(Progress(row.name, row.error, done, failed, walk.found, walk.ended))
     if not walk.any_found:
-        raise no_image_found()
+        raise no_image_found(walk.left_out)
 
 
 def failed_input(name: str, error: str) -> FailedInputError:
     """The error of a row that ends a run."""
     return FailedInputError(f"{name}: {error} (--on-error fail)")
-
-
-def no_image_found() -> InputNotFoundError:
-    """The error of a walk without inputs."""
-    suffixes = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
-    return InputNotFoundError(f"no image found (looked for files ending in {suffixes})")
 
 
 def run(
@@ -332,7 +317,7 @@ def run(
         if stopped.is_set():
             return "interrupted"
         try:
-            content = source.read(pipeline.rules.max_bytes)
+            content = source.read(pipeline.rules.max_bytes).content
         except ImageError as error:
             return failed(error, pixels)
         if card_decoder is not None and (jpeg := card_decoder.accept(content)) is not None:

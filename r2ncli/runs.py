@@ -34,14 +34,15 @@ from r2ncli.pipeline import (
     SourceOptions,
     classification,
     failed_input,
-    no_image_found,
     open_walk,
     run,
     split_options,
     top_classes,
 )
 from r2ncli.predictor import Pipeline, PipelineOptions, open_classifier, open_extractor
-from r2ncli.sources.walk import Input, PathLike, Walk, printable
+from r2ncli.sources.names import printable
+from r2ncli.sources.selection import no_image_found
+from r2ncli.sources.walk import Input, PathLike, Walk
 from r2ncli.weights.checkpoints import Labels
 
 SCHEMA = 1
@@ -412,7 +413,7 @@ def _begun(inputs: Iterator[Input], walk: Walk) -> Iterator[Input]:
     """
     first = next(inputs, None)
     if first is None and not walk.any_found:
-        raise no_image_found()
+        raise no_image_found(walk.left_out)
 
     def onwards(found: Input | None) -> Iterator[Input]:
         while found is not None:

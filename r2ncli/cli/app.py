@@ -743,7 +743,7 @@ def bench(
         ],
         right_from=1,
     )
-    if not quiet:
+    if not quiet and report.peak_resident_mb is not None:
         say(f"at most {report.peak_resident_mb:,.0f} MB resident")
     return 0
 

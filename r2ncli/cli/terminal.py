@@ -18,6 +18,8 @@ import typer
 
 from r2ncli.architectures import LICENCE_NOTICE
 from r2ncli.errors import OutputError
+from r2ncli.files import reason
+from r2ncli.sources.names import bytes_as_hex
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -53,7 +55,7 @@ def put(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OutputError(f"stdout: cannot be written: {error.strerror}") from error
+        raise OutputError(f"stdout: cannot be written: {reason(error)}") from error
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -63,10 +65,6 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 def plain(text: str) -> str:
     """`text` for a terminal: control characters escaped, so that a name cannot act."""
-    from r2ncli.sources.walk import (
-        bytes_as_hex,  # late: it imports what reads archives and addresses
-    )
-
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in bytes_as_hex(text)

@@ -27,6 +27,7 @@ from r2ncli.architectures import (
     PublishedNetwork,
 )
 from r2ncli.errors import CheckpointError
+from r2ncli.files import reason
 from r2ncli.weights.containers import HEADER_LIMIT, SUFFIXES, reading
 from r2ncli.weights.download import OnProgress, digits_in_name, download_file
 
@@ -94,7 +95,7 @@ def _find_published(
     base = os.environ.get("R2N_WEIGHTS_BASE_URL") or OFFICIAL_ADDRESS
     try:
         address = urljoin(base if base.endswith("/") else base + "/", network.file)
-        known = urlsplit(address).scheme in ("http", "https", "ftp", "file")
+        known = urlsplit(address).scheme in ("http", "https", "file")
     except ValueError:
         known = False
     if not known:
@@ -117,7 +118,7 @@ def existing_file(path: Path) -> Path | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path}: cannot be read: {reason(error)}") from error
     return None
 
 

@@ -87,7 +87,7 @@ def outcomes(*paths: str, max_bytes: int = 10**9) -> dict[str, bytes | str]:
 
 def outcome(source: Input, max_bytes: int = 10**9) -> bytes | str:
     try:
-        return source.read(max_bytes)
+        return source.read(max_bytes).content
     except ImageError as error:
         return str(error)
 
@@ -286,7 +286,7 @@ def test_what_is_no_zip_is_one_failed_row(content: bytes) -> None:
 def test_a_pipe_named_like_an_archive_is_a_failed_row_and_does_not_hang() -> None:
     for name in ("a.tar", "a.zip"):
         os.mkfifo(name)
-        assert outcomes(name) == {name: "not a regular file"}
+        assert outcomes(name) == {name: "cannot be read: not a regular file"}
 
 
 def test_an_archive_that_is_gone_or_unreadable_is_a_failed_row(
@@ -538,7 +538,7 @@ def test_an_archive_that_changes_while_it_is_read_gives_failed_rows(suffix: str,
     make = zip_bytes if suffix == ".zip" else tar_bytes
     name = write("a" + suffix, make(PICTURES))
     rows = found(name)
-    assert rows[0].read(10**9) == PICTURES["0.jpg"]
+    assert rows[0].read(10**9).content == PICTURES["0.jpg"]
     if how == "replaced":
         write("new", make(dict(reversed(PICTURES.items()))))
         os.replace("new", name)
@@ -554,7 +554,7 @@ def test_a_compressed_tar_that_is_cut_while_it_is_read_is_a_failed_row() -> None
     noise = {f"{n}.jpg": RANDOM.bytes(300_000) for n in range(20)}
     name = write("a.tar.gz", gzip.compress(tar_bytes(noise), 1))
     rows = find_images([name], print)
-    assert next(rows).read(10**9) == noise["0.jpg"]
+    assert next(rows).read(10**9).content == noise["0.jpg"]
     os.truncate(name, 2_000_000)
     *_, last = rows
     assert last.name == name
@@ -668,7 +668,7 @@ def test_who_waits_for_room_stops_when_the_walk_does(monkeypatch: pytest.MonkeyP
         time.sleep(0.05)
         assert walk.found <= 2
     assert "r2n-walk" not in {thread.name for thread in threading.enumerate()}
-    assert kept[0].read(10**9) == PICTURES["0.jpg"]
+    assert kept[0].read(10**9).content == PICTURES["0.jpg"]
 
 
 def test_names_that_look_like_archives_are_said_by_their_suffix() -> None:

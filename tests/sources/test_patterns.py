@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def matches(pattern: str) -> list[str]:
-    return list(matching_paths(pattern))
+    return list(matching_paths(pattern, print))
 
 
 def names(*arguments: str) -> list[str]:
@@ -122,14 +123,14 @@ def test_a_pattern_that_matches_nothing_is_missing_and_named() -> None:
 
 
 def test_what_cannot_be_listed_matches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.listdir
+    real = os.scandir
 
-    def refusing(path: str) -> list[str]:
+    def refusing(path: str) -> Any:
         if path == "x":
             raise PermissionError(13, "Permission denied", path)
         return real(path)
 
-    monkeypatch.setattr(os, "listdir", refusing)
+    monkeypatch.setattr(os, "scandir", refusing)
     assert matches("x/*") == []
     assert "train/a.jpg" in matches("**/*.jpg")
 

@@ -29,9 +29,10 @@ from PIL import Image
 import r2ncli
 from r2ncli.errors import FailedInputError, ImageError, InputNotFoundError, UsageError
 from r2ncli.sources import remote
-from r2ncli.sources.remote import is_url, read_url, without_secrets
+from r2ncli.sources.remote import is_url
 from r2ncli.sources.selection import Selection
 from r2ncli.sources.walk import Input, find_images
+from r2ncli.web import ATTEMPTS, Client, without_secrets
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
@@ -184,13 +185,17 @@ def names(*paths: str, **selection: Any) -> list[str]:
 
 def outcome(source: Input, max_bytes: int = 10**8) -> bytes | str:
     try:
-        return source.read(max_bytes)
+        return source.read(max_bytes).content
     except ImageError as error:
         return str(error)
 
 
 def outcomes(*paths: str, **selection: Any) -> dict[str, bytes | str]:
     return {source.name: outcome(source) for source in found(*paths, **selection)}
+
+
+def read_url(address: str, seconds: float, max_bytes: int) -> bytes:
+    return remote.read_url(address, Client(), seconds, max_bytes)
 
 
 def error_of(address: str, seconds: float = 20.0, max_bytes: int = 10**8) -> str:
@@ -257,7 +262,7 @@ def test_a_server_that_fails_for_the_moment_is_asked_again(server: Server, code:
 def test_a_server_that_always_fails_is_a_failed_row_that_says_so(server: Server) -> None:
     server.answers["/x.jpg"] = status(503)
     assert error_of(server.at("/x.jpg")) == "the server answered 503 Service Unavailable"
-    assert server.asked["/x.jpg"] == remote.ATTEMPTS
+    assert server.asked["/x.jpg"] == ATTEMPTS
 
 
 def test_no_pause_goes_beyond_the_timeout(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +278,7 @@ def test_a_connection_that_is_cut_in_the_middle_is_tried_again(server: Server, c
     assert read_url(server.at("/x.jpg"), 20, 10**6) == JPEG
     server.answers["/y.jpg"] = cut
     assert error_of(server.at("/y.jpg")) == "the connection failed (it closed before the end)"
-    assert server.asked["/y.jpg"] == remote.ATTEMPTS
+    assert server.asked["/y.jpg"] == ATTEMPTS
 
 
 def test_a_chunked_answer_is_put_together(server: Server) -> None:
@@ -289,21 +294,23 @@ def test_a_server_that_is_not_there_is_a_failed_row() -> None:
 
 def test_a_slow_drip_ends_with_the_timeout(server: Server) -> None:
     server.answers["/x.jpg"] = endless(b"x", server, 0.05)
-    assert error_of(server.at("/x.jpg"), seconds=0.5) == "not there within 0.5 s (--timeout)"
+    assert error_of(server.at("/x.jpg"), seconds=0.5) == "timed out after 0.5 s"
 
 
 def test_a_silent_server_ends_with_the_timeout(server: Server) -> None:
     server.answers["/x.jpg"] = silence(server)
-    assert error_of(server.at("/x.jpg"), seconds=0.3) == "not there within 0.3 s (--timeout)"
+    assert error_of(server.at("/x.jpg"), seconds=0.3) == "timed out after 0.3 s"
 
 
 def test_too_much_is_a_failed_row_whether_it_is_announced_or_endless(server: Server) -> None:
     server.answers["/x.jpg"] = content(bytes(5001))
-    assert error_of(server.at("/x.jpg"), max_bytes=5000) == "more bytes than --max-bytes 5,000"
+    assert error_of(server.at("/x.jpg"), max_bytes=5000) == "larger than the limit of 5,000 bytes"
     server.answers["/x.jpg"] = content(bytes(5000))
     assert len(read_url(server.at("/x.jpg"), 20, 5000)) == 5000
     server.answers["/y.jpg"] = endless(bytes(4096), server)
-    assert error_of(server.at("/y.jpg"), max_bytes=50_000) == "more bytes than --max-bytes 50,000"
+    assert (
+        error_of(server.at("/y.jpg"), max_bytes=50_000) == "larger than the limit of 50,000 bytes"
+    )
     assert server.asked["/y.jpg"] == 1
 
 

@@ -22,8 +22,10 @@ from conftest import heed_interrupts
 
 from r2ncli.errors import ImageError, InputNotFoundError, UsageError
 from r2ncli.sources import walk as walking
+from r2ncli.sources.lists import entries
+from r2ncli.sources.names import printable
 from r2ncli.sources.selection import SUFFIXES, Selection
-from r2ncli.sources.walk import Input, Walk, file_input, find_images, printable
+from r2ncli.sources.walk import Input, Walk, file_input, find_images
 
 
 @pytest.fixture
@@ -106,13 +108,13 @@ def test_absolute_and_upward_arguments_stay_as_typed(here: Path) -> None:
 def test_every_input_opens_under_its_path(here: Path) -> None:
     touch("photos/a.jpg", "./.hidden/b.jpg", "c.jpg")
     sources_found = found("photos", "./.hidden", "./c.jpg")
-    assert [source.read(10) for source in sources_found] == [b"x"] * 3
+    assert [source.read(10).content for source in sources_found] == [b"x"] * 3
 
 
 def test_bytes_that_are_no_utf8_are_written_with_a_backslash_x(here: Path) -> None:
     touch(b"caf\xe9/m\xfcller.jpg", "naïve/é.jpg".encode())
     assert names() == ["caf\\xe9/m\\xfcller.jpg", "naïve/é.jpg"]
-    assert [source.read(10) for source in found()] == [b"x", b"x"]
+    assert [source.read(10).content for source in found()] == [b"x", b"x"]
     assert names(os.fsdecode(b"caf\xe9")) == ["caf\\xe9/m\\xfcller.jpg"]
 
 
@@ -291,7 +293,7 @@ def test_links_to_files_are_files(here: Path) -> None:
     os.mkdir("here")
     os.symlink("../elsewhere/a.jpg", "here/b.jpg")
     assert names("here") == ["here/b.jpg"]
-    assert found("here")[0].read(10) == b"x"
+    assert found("here")[0].read(10).content == b"x"
 
 
 def test_a_link_to_itself_is_a_failed_row_if_it_is_named_like_a_picture(here: Path) -> None:
@@ -420,7 +422,7 @@ def test_what_a_user_may_not_read_is_a_failed_row(tmp_path: Path) -> None:
         "if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "os.fchdir(folder)\n"
         "for source in find_images([], print):\n"
-        "    try: print(source.name, source.read(10))\n"
+        "    try: print(source.name, source.read(10).content)\n"
         "    except ImageError as error: print(source.name, error)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(walking.__file__).parents[2])}
@@ -471,15 +473,15 @@ def test_a_pipe_named_like_a_picture_is_a_failed_row_and_does_not_hang(here: Pat
     os.mkfifo("x.jpg")
     relief = threading.Timer(60, lambda: os.close(os.open("x.jpg", os.O_RDWR)))  # ends a hang
     relief.start()
-    assert error_of(found()[0]) == "not a regular file"
-    assert error_of(found("x.jpg")[0]) == "not a regular file"
+    assert error_of(found()[0]) == "cannot be read: not a regular file"
+    assert error_of(found("x.jpg")[0]) == "cannot be read: not a regular file"
     assert relief.is_alive()
     relief.cancel()
     relief.join()
 
 
 def test_a_device_is_a_failed_row() -> None:
-    assert error_of(found("/dev/zero")[0]) == "not a regular file"
+    assert error_of(found("/dev/zero")[0]) == "cannot be read: not a regular file"
 
 
 def test_a_folder_is_no_picture_and_leaves_no_open_file(tmp_path: Path) -> None:
@@ -496,14 +498,14 @@ def test_an_empty_file_is_a_failed_row(here: Path) -> None:
 
 def test_a_file_beyond_max_bytes_is_a_failed_row_and_one_at_it_is_not(here: Path) -> None:
     (here / "x.jpg").write_bytes(bytes(2000))
-    assert len(found()[0].read(2000)) == 2000
-    assert error_of(found()[0], 1999) == "2,000 bytes, more than --max-bytes 1,999"
+    assert len(found()[0].read(2000).content) == 2000
+    assert error_of(found()[0], 1999) == "2,000 bytes, larger than the limit of 1,999 bytes"
 
 
 def test_a_file_beyond_max_bytes_is_not_read(here: Path) -> None:
     with open("x.jpg", "wb") as file:
         file.truncate(1 << 40)  # a hole: a terabyte that takes no room
-    assert "more than --max-bytes" in error_of(found()[0])
+    assert "larger than the limit of" in error_of(found()[0])
 
 
 def test_a_file_that_is_gone_or_unreadable_is_a_failed_row(
@@ -682,8 +684,8 @@ def test_a_file_that_is_replaced_while_it_is_read_is_the_old_one(
     (here / "x.jpg").write_bytes(b"a" * 2000)
     (here / "new").write_bytes(b"b" * 2000)
     while_reading(monkeypatch, lambda: os.replace("new", "x.jpg"))
-    assert file_input("x.jpg").read(10_000) == b"a" * 2000
-    assert file_input("x.jpg").read(10_000) == b"b" * 2000
+    assert file_input("x.jpg").read(10_000).content == b"a" * 2000
+    assert file_input("x.jpg").read(10_000).content == b"b" * 2000
 
 
 def test_a_folder_that_vanishes_during_the_walk_is_a_failed_row(here: Path) -> None:
@@ -729,7 +731,7 @@ def test_a_list_may_end_its_names_with_nul(here: Path) -> None:
     argument = write_list(b"a\nb.jpg\0c\r.jpg\0\0d.jpg")
     found_ones = find_images([argument], print, Selection(null=True))
     assert [source.name for source in found_ones] == ["a\nb.jpg", "c\r.jpg", "d.jpg"]
-    with pytest.raises(UsageError, match="give -0"):
+    with pytest.raises(UsageError, match="give `null=True`"):
         names(argument)
 
 
@@ -737,7 +739,7 @@ def test_names_of_a_list_are_whole_wherever_its_pieces_end() -> None:
     text = b"\xef\xbb\xbfa.jpg\r\n\xc3\xa9.jpg\n" + b"x" * 30 + b"\n"
     for size in range(1, 12):
         pieces = [text[start : start + size] for start in range(0, len(text), size)]
-        assert list(walking._entries(pieces, b"\n")) == ["a.jpg", "é.jpg", "x" * 30]
+        assert list(entries(pieces, b"\n")) == ["a.jpg", "é.jpg", "x" * 30]
 
 
 def test_entries_of_a_list_may_be_folders_archives_and_missing(here: Path) -> None:

@@ -95,8 +95,8 @@ def test_a_folder_says_what_is_in_it(tmp_path: Path) -> None:
 
 def test_a_pipe_is_no_file_and_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pth")
-    assert error_of(tmp_path / "pipe.pth").endswith("is no regular file")
-    with pytest.raises(CheckpointError, match="no regular file"), reading(Path("/dev/null")):
+    assert error_of(tmp_path / "pipe.pth").endswith("cannot be read: not a regular file")
+    with pytest.raises(CheckpointError, match="not a regular file"), reading(Path("/dev/null")):
         pass
 
 
