@@ -30,14 +30,7 @@ def matching_paths(pattern: str, warn: Warn) -> Iterator[str]:
     while parts and parts[-1] == "**":
         parts.pop()  # the folder itself, which is walked
         pattern = "/".join((*parts, ""))
-    warned: set[str] = set()
-
-    def warn_once(link: str) -> None:
-        if link not in warned:
-            warned.add(link)
-            warn(link_back(link))
-
-    paths = _expanded(root, parts, (), warn_once)
+    paths = _expanded(root, parts, (), warn)
     if parts.count("**") > 1:
         paths = iter(dict.fromkeys(paths))  # several of them find a path in several ways
     if "**" in parts:
@@ -100,7 +93,7 @@ def _expanded(
         path = os.path.join(base, entry.name)
         is_folder = _is_folder(entry)
         if is_folder and entry.is_symlink() and device_and_inode(path) in folders:
-            warn(path)
+            warn(link_back(path))
         elif is_folder or (part != "**" and not rest):
             yield from _expanded(path, parts if part == "**" else rest, folders, warn)
 

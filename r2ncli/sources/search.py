@@ -41,6 +41,8 @@ from r2ncli.sources.remote import (
 from r2ncli.sources.selection import LeftOut, Selection, is_tried, is_visible
 from r2ncli.web import Client, is_web, without_secrets
 
+MOST_REMEMBERED = 1000  # sentences that are not said twice
+
 Warn = Callable[[str], None]
 
 
@@ -48,7 +50,7 @@ class Search:
     """Finds the inputs of arguments and of the entries of lists."""
 
     def __init__(self, warn: Warn, selection: Selection, budget: Budget, left_out: LeftOut) -> None:
-        self.warn = warn
+        self.warn = _once(warn)
         self.selection = selection
         self.budget = budget
         self.left_out = left_out
@@ -270,6 +272,19 @@ class Search:
                 yield from self._members(name, with_stamp(found, None), remote=not is_tar)
         except ImageError as error:
             yield _failed(name, str(error))
+
+
+def _once(warn: Warn) -> Warn:
+    """`warn` without repetitions: a pattern finds the same link in several ways."""
+    said: set[str] = set()
+
+    def warn_once(sentence: str) -> None:
+        if sentence not in said:
+            if len(said) < MOST_REMEMBERED:
+                said.add(sentence)
+            warn(sentence)
+
+    return warn_once
 
 
 def _failed(name: str, why: str) -> Input:

@@ -151,7 +151,8 @@ def no_image_found(left_out: LeftOut) -> InputNotFoundError:
         suffixes = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
         looked_for = f" (looked for files ending in {suffixes})"
     if left_out.suffixes:
-        common = left_out.suffixes.most_common(MOST_NAMED)
+        by_count = sorted(left_out.suffixes.items(), key=lambda pair: (-pair[1], pair[0]))
+        common = by_count[:MOST_NAMED]
         named = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in common]
         more = left_out.suffixes.total() - sum(count for _, count in common)
         causes.append(

@@ -26,6 +26,7 @@ from r2ncli.errors import ImageError
 from r2ncli.sources import archives
 from r2ncli.sources import walk as walking
 from r2ncli.sources.archives import Budget
+from r2ncli.sources.content import stamp_of
 from r2ncli.sources.selection import Selection
 from r2ncli.sources.walk import Input, Walk, find_images
 
@@ -692,3 +693,14 @@ def test_a_picture_of_another_shard_holds_back_nothing(
                 found.append(source.name)
                 del source
     assert sorted(found) == sorted(f"a.tar.gz!{name}" for name in members)
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
+def test_a_member_carries_the_size_and_time_of_its_archive(suffix: str) -> None:
+    content = zip_bytes(PICTURES) if suffix == ".zip" else tar_bytes(PICTURES)
+    name = write("a" + suffix, gzip.compress(content) if suffix == ".tar.gz" else content)
+    os.utime(name, ns=(5, 1234567891))
+    for source in find_images([f"./{name}"], print):
+        assert source.path == f"./{name}"
+        assert source.read(10**9).stamp == (os.path.getsize(name), 1234567891)
+        assert source.read(10**9).stamp == stamp_of(source.path)

@@ -640,3 +640,102 @@ def test_whatever_a_file_system_raises_is_a_row_or_an_exit_code(
     assert outcomes("memory://p") == {
         "memory://p": "the folder cannot be listed: Unable to locate credentials"
     }
+
+
+class Hanging:
+    """A file of fsspec whose server says nothing more."""
+
+    def __init__(self, over: threading.Event) -> None:
+        self.over = over
+
+    def read(self, _size: int = -1) -> bytes:
+        self.over.wait(60)
+        return b""
+
+    def close(self) -> None:
+        return
+
+
+@pytest.fixture
+def over() -> Iterator[threading.Event]:
+    """Set at the end of a test, so that what hangs ends."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_the_timeout_bounds_a_blocked_read_of_fsspec(
+    memory: Any, monkeypatch: pytest.MonkeyPatch, over: threading.Event
+) -> None:
+    fill(memory, "/p/a.jpg")
+    monkeypatch.setattr(type(memory), "open", lambda *_, **__: Hanging(over))
+    (source,) = found("memory://p/a.jpg", timeout=0.1)
+    assert outcome(source) == "timed out after 0.1 s"
+    assert not over.is_set()
+
+
+def test_the_timeout_bounds_a_blocked_read_in_a_zip_of_fsspec(
+    memory: Any, monkeypatch: pytest.MonkeyPatch, over: threading.Event
+) -> None:
+    memory.pipe("/a.zip", zip_bytes(MEMBERS))
+    source, *_ = found("memory://a.zip", timeout=1.0)
+    hanging = io.BytesIO()
+    hanging.seek = lambda *_: over.wait(60) and 0  # type: ignore[method-assign]
+    monkeypatch.setattr(type(memory), "open", lambda *_, **__: hanging)
+    assert outcome(source) == "timed out after 1 s"
+
+
+def test_the_timeout_bounds_the_look_at_an_argument(
+    memory: Any, monkeypatch: pytest.MonkeyPatch, over: threading.Event
+) -> None:
+    monkeypatch.setattr(type(memory), "isdir", lambda *_: over.wait(60))
+    with pytest.raises(InputNotFoundError, match=r"memory://p: .*timed out after 0\.1 s"):
+        found("memory://p", timeout=0.1)
+
+
+UNREACHABLE = "ftp://user:secret@127.0.0.1:9"  # nothing listens there
+
+
+def test_a_server_that_cannot_be_reached_is_an_error_of_the_argument() -> None:
+    for argument in ("", "/", "/x.jpg", "/*.jpg", "/**/*.jpg", "/a.tar", "/a.zip"):
+        with pytest.raises(InputNotFoundError, match="cannot be opened: connection ref") as raised:
+            find_images([UNREACHABLE + argument], print)
+        assert "secret" not in str(raised.value)
+
+
+def test_a_server_that_cannot_be_reached_is_a_failed_row_of_a_list(tmp_path: Path) -> None:
+    entries = ["", "/x", "/x.jpg", "/a.tar", "/a.zip", "/d/"]
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{UNREACHABLE}{entry}\n" for entry in entries))
+    rows = outcomes(f"@{listed}")
+    assert list(rows) == [f"ftp://127.0.0.1:9{entry}" for entry in entries]
+    for row in rows.values():
+        assert "connection refused" in str(row)
+        assert "secret" not in str(row)
+
+
+def test_whatever_a_constructor_of_fsspec_raises_is_handled(
+    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(*_: object, **__: object) -> None:
+        raise RuntimeError("No Credentials")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", refusing)
+    for argument in ("memory://p", "memory://p/*.jpg", "memory://p/a.jpg"):
+        with pytest.raises(InputNotFoundError, match="cannot be opened: no credentials"):
+            find_images([argument], print)
+    (tmp_path / "list.txt").write_text("memory://p\nmemory://p/a.jpg\n")
+    rows = outcomes(f"@{tmp_path}/list.txt")
+    assert rows == {
+        "memory://p": "memory://p: cannot be opened: no credentials",
+        "memory://p/a.jpg": "cannot be read: no credentials",
+    }
+
+
+def test_what_comes_from_a_server_has_no_stamp_and_no_path(server: Server, memory: Any) -> None:
+    server.answers["/x.jpg"] = content(JPEG)
+    fill(memory, "/a.jpg")
+    memory.pipe("/a.zip", zip_bytes(MEMBERS))
+    for source in found(server.at("/x.jpg"), "memory://a.jpg", "memory://a.zip"):
+        assert source.read(10**6).stamp is None
+        assert source.path is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import os
+import selectors
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from conftest import heed_interrupts
 
 from r2ncli.errors import ImageError, InputNotFoundError, UsageError
 from r2ncli.sources import walk as walking
-from r2ncli.sources.lists import entries
+from r2ncli.sources.content import stamp_of
+from r2ncli.sources.lists import entries, names_in_list
 from r2ncli.sources.names import printable
 from r2ncli.sources.selection import SUFFIXES, Selection
 from r2ncli.sources.walk import Input, Walk, file_input, find_images
@@ -528,6 +530,38 @@ def test_an_error_names_no_path_that_the_user_did_not_type(here: Path) -> None:
     assert str(here) not in error_of(file_input(str(here / "x.jpg"), "x.jpg"))
 
 
+def test_content_carries_the_size_and_time_of_the_file_it_came_from(here: Path) -> None:
+    touch("a.jpg")
+    os.utime("a.jpg", ns=(5, 1234567891))
+    (source,) = found("./a.jpg")
+    assert source.path == "./a.jpg"
+    content, stamp = source.read(10)
+    assert content == b"x"
+    assert stamp == (1, 1234567891)
+    assert stamp_of("./a.jpg") == stamp
+
+
+def test_a_file_that_cannot_be_looked_at_has_no_stamp(here: Path) -> None:
+    assert stamp_of("missing") is None
+    assert stamp_of("a\0b") is None
+
+
+def test_the_stamp_costs_no_further_call(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch("a.jpg")
+    (source,) = found()
+    calls: list[str] = []
+    for call in ("stat", "lstat", "fstat"):
+        real = getattr(os, call)
+
+        def counted(*given: Any, _call: str = call, _real: Any = real, **more: Any) -> Any:
+            calls.append(_call)
+            return _real(*given, **more)
+
+        monkeypatch.setattr(os, call, counted)
+    source.read(10)
+    assert calls == ["fstat", "fstat"]  # before and after, to notice a change
+
+
 # --- the walk in its thread ---------------------------------------------------------------
 
 
@@ -805,6 +839,39 @@ def test_a_list_is_read_while_it_is_written(here: Path) -> None:
         os.close(writing)
         assert list(inputs) == []
     os.close(reading)
+
+
+def test_a_list_may_have_a_descriptor_beyond_those_that_select_takes(here: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1100:
+        pytest.skip("the system allows too few descriptors")
+    reading, writing = os.pipe()
+    os.write(writing, b"a.jpg\n")
+    os.close(writing)
+    Path("names").write_bytes(b"b.jpg\n")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1100), hard))
+    try:
+        pipe = fcntl.fcntl(reading, fcntl.F_DUPFD, 1050)
+        file = fcntl.fcntl(os.open("names", os.O_RDONLY), fcntl.F_DUPFD, 1050)
+        for descriptor, name in ((pipe, "a.jpg"), (file, "b.jpg")):
+            opened = list(names_in_list(lambda fd=descriptor: fd, False, threading.Event()))
+            assert opened == [name]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(reading)
+
+
+def test_a_list_that_is_a_regular_file_or_a_null_device_is_read_without_waiting(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def waiting(*_: object) -> None:
+        raise AssertionError("waited")
+
+    monkeypatch.setattr(selectors.DefaultSelector, "select", waiting)
+    assert names(write_list(b"a.jpg\n")) == ["a.jpg"]
+    assert names("@/dev/null") == []
 
 
 def test_a_silent_list_does_not_hold_up_the_end_of_a_walk(here: Path) -> None:
