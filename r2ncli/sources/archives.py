@@ -26,6 +26,7 @@ from typing import IO, Self, cast
 from r2ncli.errors import ImageError
 from r2ncli.files import open_regular, reason
 from r2ncli.sources.content import Read, ReadBytes, fail, stamp_in, too_large, with_stamp
+from r2ncli.web import WebError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 ZIP_SUFFIXES = (".zip",)
@@ -284,9 +285,10 @@ def _tar_members(
                     yield name, _refused(member) or reader(file, member)
             _read_to_end(file)
     except Exception as error:  # damage or a server can raise anything
-        if not count:
+        if not count and not isinstance(error, (ImageError, WebError)):
             raise ImageError("not a tar archive, or its beginning is damaged") from error
-        raise ImageError(f"cannot be read beyond member {count:,}: {_words(error)}") from error
+        beyond = f" beyond member {count:,}" if count else ""
+        raise ImageError(f"cannot be read{beyond}: {_words(error)}") from error
 
 
 def _read_to_end(file: IO[bytes]) -> None:
@@ -316,7 +318,7 @@ def zip_members(
         with zipfile.ZipFile(file) as archive:
             listed = archive.infolist()
     except Exception as error:  # damage or a server can make its reader raise anything
-        failed = isinstance(error, OSError) and error.strerror
+        failed = isinstance(error, ImageError) or (isinstance(error, OSError) and error.strerror)
         why = f"cannot be read: {_words(error)}" if failed else "not a zip archive, or cut off"
         raise ImageError(why) from error
     for member in listed:

@@ -6,6 +6,7 @@ for each image.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -60,7 +61,38 @@ def open_url(url: str, client: Client, seconds: float) -> IO[bytes]:
     def connect() -> IO[bytes]:
         return _connect(url, client, deadline)
 
-    return _in_time(client, seconds, lambda: _retry(connect, deadline, seconds))
+    stream = _in_time(client, seconds, lambda: _retry(connect, deadline, seconds))
+    if is_web(url):
+        return stream
+    return io.BufferedReader(InTime(stream, client, seconds), PIECE_BYTES)
+
+
+class InTime(io.RawIOBase):
+    """A file of fsspec, of which no single read may take longer than `seconds`."""
+
+    def __init__(self, file: IO[bytes], client: Client, seconds: float) -> None:
+        super().__init__()
+        self._file = file
+        self._client = client
+        self._seconds = seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(position, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        piece = _in_time(self._client, self._seconds, lambda: self._file.read(len(buffer)))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def read_in_time(read: ReadBytes, client: Client, seconds: float, max_bytes: int) -> bytes:

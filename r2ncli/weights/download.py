@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -85,12 +85,12 @@ def download_file(address: str, destination: Path, on_progress: OnProgress | Non
     partial = destination.with_name(destination.name + ".r2n-partial")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(partial) as file:
+        with _locked(partial):
             if destination.exists():  # another process was faster
                 partial.unlink(missing_ok=True)
                 return destination
-            _fetch(address, file, destination, on_progress)
-            file.flush()
+            with open(partial, "ab") as file:
+                _fetch(address, file, destination, on_progress)
             with open(partial, "rb") as whole:
                 digest = hashlib.file_digest(whole, "sha256").hexdigest()
             prefix = digits_in_name(destination.name) or ""
@@ -112,18 +112,16 @@ def download_file(address: str, destination: Path, on_progress: OnProgress | Non
 
 
 @contextmanager
-def _locked(partial: Path) -> Iterator[BinaryIO]:
-    """Open `partial` for appending, by one process at a time."""
+def _locked(partial: Path) -> Iterator[None]:
+    """Let one process at a time write `partial`; remove it if nothing came."""
     lock = take_lock(partial.with_name(partial.name + ".lock"), wait=True)
     assert lock is not None  # it waited for it
     try:
-        with open(partial, "ab") as file:
-            try:
-                yield file
-            finally:
-                if file.seek(0, os.SEEK_END) == 0:
-                    partial.unlink(missing_ok=True)  # nothing came
+        yield
     finally:
+        with suppress(FileNotFoundError):
+            if partial.stat().st_size == 0:
+                partial.unlink()
         remove_lock(lock)
 
 

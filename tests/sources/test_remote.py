@@ -685,6 +685,20 @@ def test_the_timeout_bounds_a_blocked_read_in_a_zip_of_fsspec(
     assert outcome(source) == "timed out after 1 s"
 
 
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.zip"])
+def test_the_timeout_bounds_a_blocked_read_of_an_archive_of_fsspec(
+    memory: Any, monkeypatch: pytest.MonkeyPatch, over: threading.Event, name: str
+) -> None:
+    memory.pipe(f"/{name}", b"x")
+    hanging = io.BytesIO()
+    hanging.read = lambda *_: over.wait(60) and b""  # type: ignore[method-assign]
+    hanging.seek = lambda *_: 1000  # type: ignore[method-assign]
+    monkeypatch.setattr(type(memory), "open", lambda *_, **__: hanging)
+    ((row, error),) = outcomes(f"memory://{name}", timeout=0.1).items()
+    assert row == f"memory://{name}"
+    assert "timed out after 0.1 s" in str(error)
+
+
 def test_the_timeout_bounds_the_look_at_an_argument(
     memory: Any, monkeypatch: pytest.MonkeyPatch, over: threading.Event
 ) -> None:
