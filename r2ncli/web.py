@@ -13,7 +13,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
 from itertools import count
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -318,7 +318,7 @@ def _web_error(error: BaseException) -> WebError:
     def has(*kinds: type[BaseException]) -> bool:
         return any(isinstance(one, kinds) for one in chain)
 
-    if has(exceptions.IncompleteRead) or "IncompleteRead" in str(error):
+    if has(IncompleteRead):
         return CutOffError()
     if has(exceptions.LocationValueError) or not has(exceptions.HTTPError, OSError, HTTPException):
         return WebError(f"not a URL: {_words(cause)}", may_recover=False)
@@ -334,16 +334,10 @@ def _web_error(error: BaseException) -> WebError:
 
 
 def _inner(error: BaseException) -> BaseException | None:
-    for inner in (
-        getattr(error, "original_error", None),
-        getattr(error, "reason", None),
-        error.__cause__,
-        *reversed(error.args),
-        error.__context__,
-    ):
-        if isinstance(inner, BaseException):
-            return inner
-    return None
+    """The error that this one was made from; urllib3 keeps it in several places."""
+    named = (getattr(error, name, None) for name in ("original_error", "reason", "__cause__"))
+    inner = (one for one in (*named, *reversed(error.args)) if isinstance(one, BaseException))
+    return next(inner, None)
 
 
 def _words(error: BaseException) -> str:

@@ -46,7 +46,7 @@ def digits_in_name(name: str) -> str | None:
     """The hash prefix at the end of a file name, by torch.hub's convention; None without one.
 
     It consists of the first hex digits of the file's SHA-256: eight or more, before the suffix,
-    after a hyphen or an underscore. Eight decimal digits that are a date (20240131) are none.
+    after a hyphen or an underscore. Eight decimal digits that are a date (20240131) do not count.
     """
     match = re.search(r"[-_]([0-9a-f]{8,64})(?:\.[A-Za-z]+)+$", name)
     if match is None:
@@ -56,15 +56,15 @@ def digits_in_name(name: str) -> str | None:
     return None if date else digits
 
 
-def download_file(address: str, destination: Path, on_progress: OnProgress | None = None) -> Path:
-    """Download `address` to `destination`, whose name carries the hash prefix of the file.
+def download_file(url: str, destination: Path, on_progress: OnProgress | None = None) -> Path:
+    """Download `url` to `destination`, whose name carries the hash prefix of the file.
 
     A download that broke off continues where it stopped, in this run or the next; the file
     gets its final name only if its SHA-256 matches.
 
     Parameters
     ----------
-    address : str
+    url : str
         An http, https or file URL.
     destination : Path
         Where the file is to be; its folder is created.
@@ -77,7 +77,7 @@ def download_file(address: str, destination: Path, on_progress: OnProgress | Non
         The server cannot be reached or does not send the file, the folder cannot be written,
         or the SHA-256 does not match.
     """
-    shown = without_secrets(address)
+    shown = without_secrets(url)
     by_hand = (
         f"To do it by hand: get {shown} and put it, as {destination.name}, into "
         f'{destination.parent}. To try r2n without it: `weights="{DEMO}"`'
@@ -90,7 +90,7 @@ def download_file(address: str, destination: Path, on_progress: OnProgress | Non
                 partial.unlink(missing_ok=True)
                 return destination
             with open(partial, "ab") as file:
-                _fetch(address, file, destination, on_progress)
+                _fetch(url, file, destination, on_progress)
             with open(partial, "rb") as whole:
                 digest = hashlib.file_digest(whole, "sha256").hexdigest()
             prefix = digits_in_name(destination.name) or ""
@@ -125,18 +125,18 @@ def _locked(partial: Path) -> Iterator[None]:
         remove_lock(lock)
 
 
-def _fetch(address: str, file: BinaryIO, destination: Path, on_progress: OnProgress | None) -> None:
-    """Append to `file` until the whole of `address` is there."""
-    if urlsplit(address).scheme == "file":
-        _copy(address, file)
+def _fetch(url: str, file: BinaryIO, destination: Path, on_progress: OnProgress | None) -> None:
+    """Append to `file` until the whole of `url` is there."""
+    if urlsplit(url).scheme == "file":
+        _copy(url, file)
         return
-    shown = without_secrets(address)
+    shown = without_secrets(url)
     client = Client()
 
     def attempt() -> None:
         received = file.seek(0, os.SEEK_END)
         try:
-            response = _open(client, address, received)
+            response = _open(client, url, received)
         except WebError as error:
             if error.status != 416:
                 raise
@@ -168,12 +168,12 @@ def _fetch(address: str, file: BinaryIO, destination: Path, on_progress: OnProgr
     retry(attempt, FIRST_PAUSE_SECONDS)
 
 
-def _open(client: Client, address: str, received: int) -> Response:
+def _open(client: Client, url: str, received: int) -> Response:
     """Ask for what comes after the bytes that are here."""
     headers = {"Range": f"bytes={received}-"} if received else {}
     try:
         return client.within(
-            OPEN_SECONDS, lambda: client.open(address, monotonic() + OPEN_SECONDS, headers)
+            OPEN_SECONDS, lambda: client.open(url, monotonic() + OPEN_SECONDS, headers)
         )
     except TimeoutError as error:
         raise WebError(f"no answer in {OPEN_SECONDS:g} s", may_recover=received > 0) from error
@@ -183,11 +183,11 @@ def _open(client: Client, address: str, received: int) -> Response:
         raise
 
 
-def _copy(address: str, file: BinaryIO) -> None:
+def _copy(url: str, file: BinaryIO) -> None:
     """Append a file of this machine, which a file URL names."""
     file.truncate(0)
     try:
-        source, _ = open_regular(url2pathname(urlsplit(address).path))
+        source, _ = open_regular(url2pathname(urlsplit(url).path))
     except OSError as error:
         raise WebError(f"cannot be read: {reason(error)}", may_recover=False) from error
     with source:

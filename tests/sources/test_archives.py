@@ -1,4 +1,4 @@
-"""Pictures inside archives: the same bytes, whatever holds them, and a row for all damage."""
+"""Images inside archives: the same bytes, whatever holds them, and a row for all damage."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_a_leading_dot_slash_is_dropped_and_other_names_stay(suffix: str) -> Non
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
-def test_a_shard_of_webdataset_gives_its_pictures_alone(suffix: str) -> None:
+def test_a_shard_of_webdataset_gives_its_images_alone(suffix: str) -> None:
     members = {
         f"{n:06d}.{kind}": f"{n}{kind}".encode()
         for n in range(4)
@@ -626,7 +626,7 @@ def test_a_compressed_tar_far_beyond_the_budget_goes_through_without_a_deadlock(
     batch_size: int,
     size: int,
 ) -> None:
-    """Also where a batch is more than may be held, and where one picture is."""
+    """Also where a batch is more than may be held, and where one image is."""
     monkeypatch.setattr(walking, "BYTES_AHEAD", 200_000)
     buffer = io.BytesIO()
     Image.new("RGB", (40, 40), "red").save(buffer, "JPEG")
@@ -679,7 +679,7 @@ def test_names_that_look_like_archives_are_said_by_their_suffix() -> None:
         assert not archives.is_archive(name)
 
 
-def test_a_picture_of_another_shard_holds_back_nothing(
+def test_an_image_of_another_shard_holds_back_nothing(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would wait for ever: any two of them are more than may be held."""

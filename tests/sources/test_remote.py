@@ -1,4 +1,4 @@
-"""Pictures that addresses name: patient with servers, and never for ever."""
+"""Images that URLs name: patient with servers, and never for ever."""
 
 from __future__ import annotations
 
@@ -198,20 +198,20 @@ def outcomes(*paths: str, **selection: Any) -> dict[str, bytes | str]:
     return {source.name: outcome(source) for source in found(*paths, **selection)}
 
 
-def read_url(address: str, seconds: float, max_bytes: int) -> bytes:
-    return remote.read_url(address, Client(), seconds, max_bytes)
+def read_url(url: str, seconds: float, max_bytes: int) -> bytes:
+    return remote.read_url(url, Client(), seconds, max_bytes)
 
 
-def error_of(address: str, seconds: float = 20.0, max_bytes: int = 10**8) -> str:
+def error_of(url: str, seconds: float = 20.0, max_bytes: int = 10**8) -> str:
     with pytest.raises(ImageError) as raised:
-        read_url(address, seconds, max_bytes)
+        read_url(url, seconds, max_bytes)
     return str(raised.value)
 
 
-# --- addresses ----------------------------------------------------------------------------
+# --- URLs ----------------------------------------------------------------------------
 
 
-def test_what_is_an_address_and_what_is_a_path() -> None:
+def test_what_is_a_url_and_what_is_a_path() -> None:
     for text in ("http://h/x", "HTTPS://h", "s3://b/k", "gs://b", "file:///x", "zip://a::s3://b/c"):
         assert is_url(text)
     for text in ("x/http://h", "/a://b", "a.jpg", "C:/x", "://x", "1://x"):
@@ -221,7 +221,7 @@ def test_what_is_an_address_and_what_is_a_path() -> None:
 # --- http ---------------------------------------------------------------------------------
 
 
-def test_a_picture_at_an_address_is_read(server: Server) -> None:
+def test_an_image_at_a_url_is_read(server: Server) -> None:
     server.answers["/x.jpg"] = content(JPEG)
     assert outcomes(server.at("/x.jpg")) == {server.at("/x.jpg"): JPEG}
 
@@ -277,8 +277,8 @@ def test_a_chunked_answer_is_put_together(server: Server) -> None:
 
 def test_a_server_that_is_not_there_is_a_failed_row() -> None:
     assert error_of("http://127.0.0.1:9/x.jpg") == "the connection failed (connection refused)"
-    for address in ("http://", "http:///x.jpg", "http://h:port/x.jpg", "http://[::1/x.jpg"):
-        assert error_of(address)
+    for url in ("http://", "http:///x.jpg", "http://h:port/x.jpg", "http://[::1/x.jpg"):
+        assert error_of(url)
 
 
 def test_a_slow_drip_ends_with_the_timeout(server: Server) -> None:
@@ -308,7 +308,7 @@ def test_an_empty_answer_is_an_empty_file(server: Server) -> None:
     assert error_of(server.at("/x.jpg")) == "empty file"
 
 
-def test_a_page_instead_of_a_picture_is_a_failed_row(server: Server, tiny_weights: Path) -> None:
+def test_a_page_instead_of_an_image_is_a_failed_row(server: Server, tiny_weights: Path) -> None:
     server.answers["/x.jpg"] = content(b"<!doctype html><title>Log in</title>")
     (row,) = r2ncli.classify([server.at("/x.jpg")], weights=tiny_weights)
     assert row.path == server.at("/x.jpg")
@@ -317,12 +317,12 @@ def test_a_page_instead_of_a_picture_is_a_failed_row(server: Server, tiny_weight
 
 def test_a_name_and_a_password_are_sent_and_never_shown(server: Server) -> None:
     server.answers["/x.jpg"] = content(JPEG)
-    address = f"http://us%40er:pa%3Ass@{server.host}/x.jpg"
-    assert outcomes(address) == {server.at("/x.jpg"): JPEG}
+    url = f"http://us%40er:pa%3Ass@{server.host}/x.jpg"
+    assert outcomes(url) == {server.at("/x.jpg"): JPEG}
     sent = server.headers[-1]["Authorization"]
     assert base64.b64decode(sent.removeprefix("Basic ")) == b"us@er:pa:ss"
     del server.answers["/x.jpg"]
-    ((name, error),) = outcomes(address).items()
+    ((name, error),) = outcomes(url).items()
     assert "ss" not in name
     assert "pa" not in str(error)
 
@@ -344,13 +344,13 @@ def test_a_query_is_sent_and_not_in_the_name(server: Server) -> None:
     assert outcomes(server.at("/x.jpg?key=1&b=%20#here")) == {server.at("/x.jpg"): JPEG}
 
 
-def test_spaces_and_letters_of_all_scripts_may_be_in_an_address(server: Server) -> None:
+def test_spaces_and_letters_of_all_scripts_may_be_in_a_url(server: Server) -> None:
     server.answers["/a%20b/%C3%A9.jpg"] = content(JPEG)
     assert outcomes(server.at("/a b/é.jpg")) == {server.at("/a b/é.jpg"): JPEG}
     assert outcomes(server.at("/a%20b/%C3%A9.jpg")) == {server.at("/a%20b/%C3%A9.jpg"): JPEG}
 
 
-def test_pictures_of_many_addresses_come_in_input_order(server: Server, tiny_weights: Path) -> None:
+def test_images_of_many_urls_come_in_input_order(server: Server, tiny_weights: Path) -> None:
     def late(number: int) -> Answer:
         def answer(asked: BaseHTTPRequestHandler) -> None:
             time.sleep(0.001 * (number * 7 % 40))
@@ -358,14 +358,14 @@ def test_pictures_of_many_addresses_come_in_input_order(server: Server, tiny_wei
 
         return answer
 
-    addresses = [server.at(f"/{n}.jpg") for n in range(60)]
+    urls = [server.at(f"/{n}.jpg") for n in range(60)]
     server.answers.update({f"/{n}.jpg": late(n) for n in range(60)})
-    rows = list(r2ncli.classify(addresses, weights=tiny_weights, batch_size=7, workers=2))
-    assert [row.path for row in rows] == addresses
+    rows = list(r2ncli.classify(urls, weights=tiny_weights, batch_size=7, workers=2))
+    assert [row.path for row in rows] == urls
     assert {row.error for row in rows} == {None}
 
 
-# --- archives at an address ---------------------------------------------------------------
+# --- archives at a URL ---------------------------------------------------------------
 
 
 def tar_bytes(members: dict[str, bytes]) -> bytes:
@@ -391,7 +391,7 @@ MEMBERS = {f"{n}.jpg": os.urandom(3000) for n in range(6)}
 
 @pytest.mark.parametrize("answer", [content, chunked])
 @pytest.mark.parametrize(("suffix", "pack"), [(".tar", bytes), (".tar.gz", gzip.compress)])
-def test_a_tar_at_an_address_is_read_as_it_comes(
+def test_a_tar_at_a_url_is_read_as_it_comes(
     server: Server,
     suffix: str,
     pack: Callable[[bytes], bytes],
@@ -422,7 +422,7 @@ def test_a_tar_that_is_not_there_or_none_is_a_failed_row(server: Server) -> None
     assert outcomes(name) == {name: "not a tar archive, or its beginning is damaged"}
 
 
-def test_a_zip_at_an_address_is_a_failed_row_that_says_what_to_do(server: Server) -> None:
+def test_a_zip_at_a_url_is_a_failed_row_that_says_what_to_do(server: Server) -> None:
     server.answers["/a.zip"] = content(zip_bytes(MEMBERS))
     name = server.at("/a.zip")
     assert outcomes(name) == {name: "a zip archive cannot be read over http(s): download it first"}
@@ -432,7 +432,7 @@ def test_a_zip_at_an_address_is_a_failed_row_that_says_what_to_do(server: Server
 # --- runs ---------------------------------------------------------------------------------
 
 
-def test_a_run_over_addresses_ends_with_its_failed_rows_and_resumes(
+def test_a_run_over_urls_ends_with_its_failed_rows_and_resumes(
     server: Server, tmp_path: Path, tiny_weights: Path
 ) -> None:
     server.answers.update({f"/{n}.jpg": content(JPEG) for n in range(20)})
@@ -455,25 +455,25 @@ def test_a_run_over_addresses_ends_with_its_failed_rows_and_resumes(
     assert set(server.asked) == {f"/{n}.jpg" for n in range(9, 20)}
 
 
-def test_on_error_fail_keeps_what_was_done_and_goes_on_with_that_picture(
+def test_on_error_fail_keeps_what_was_done_and_goes_on_with_that_image(
     server: Server, tmp_path: Path, tiny_weights: Path
 ) -> None:
-    addresses = [server.at(f"/{n}.jpg") for n in range(12)]
+    urls = [server.at(f"/{n}.jpg") for n in range(12)]
     server.answers.update({f"/{n}.jpg": content(JPEG) for n in range(12)})
     server.answers["/7.jpg"] = status(404)
     out = tmp_path / "x.csv"
     options: dict[str, Any] = {"weights": tiny_weights, "batch_size": 2, "on_error": "fail"}
     with pytest.raises(FailedInputError, match=r"/7\.jpg: the server answered 404") as raised:
-        r2ncli.classify_to(out, addresses, **options)
+        r2ncli.classify_to(out, urls, **options)
     assert raised.value.exit_code == 7
     assert not out.exists()
     server.answers["/7.jpg"] = content(JPEG)
     server.asked.clear()
-    record = r2ncli.classify_to(out, addresses, resume=True, **options)
+    record = r2ncli.classify_to(out, urls, resume=True, **options)
     assert record["counts"] == {"inputs": 12, "ok": 12, "failed": 0}
     assert set(server.asked) == {f"/{n}.jpg" for n in range(7, 12)}
     with out.open(newline="") as file:
-        assert [row["path"] for row in csv.DictReader(file)] == addresses
+        assert [row["path"] for row in csv.DictReader(file)] == urls
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -555,7 +555,7 @@ def test_a_pattern_of_fsspec_matches_in_order(memory: Any) -> None:
         find_images(["memory://p/*.gif"], print)
 
 
-def test_a_local_file_by_its_address_is_read(tmp_path: Path) -> None:
+def test_a_local_file_by_its_url_is_read(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(b"x")
     assert outcomes(f"file://{tmp_path}/x.jpg") == {f"file://{tmp_path}/x.jpg": b"x"}
     assert outcomes(f"file://{tmp_path}") == {f"file://{tmp_path}/x.jpg": b"x"}
@@ -580,15 +580,15 @@ def test_an_archive_of_fsspec_is_read_in_place(
 
 
 def test_what_is_missing_in_fsspec_is_said_before_anything_runs(memory: Any) -> None:
-    for address in ("memory://x.jpg", "memory://x", "memory://a.zip", "memory://a.tar"):
-        with pytest.raises(InputNotFoundError, match=f"no such file or folder: {address}"):
-            find_images([address], print)
+    for url in ("memory://x.jpg", "memory://x", "memory://a.zip", "memory://a.tar"):
+        with pytest.raises(InputNotFoundError, match=f"no such file or folder: {url}"):
+            find_images([url], print)
 
 
 def test_an_unknown_or_missing_file_system_is_a_usage_error() -> None:
-    for address in ("nonsense://b/x.jpg", "nonsense://b/*.jpg"):
+    for url in ("nonsense://b/x.jpg", "nonsense://b/*.jpg"):
         with pytest.raises(UsageError, match="nonsense"):
-            find_images([address], print)
+            find_images([url], print)
     with pytest.raises(UsageError, match="s3fs"):
         find_images(["s3://key:secret@bucket/x.jpg"], print)
 
@@ -600,7 +600,7 @@ def test_without_fsspec_the_way_to_get_it_is_said(monkeypatch: pytest.MonkeyPatc
     assert raised.value.exit_code == 2
 
 
-def test_an_address_in_a_list_that_cannot_be_opened_is_a_row_and_no_end(
+def test_a_url_in_a_list_that_cannot_be_opened_is_a_row_and_no_end(
     memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(memory, "/p/a.jpg")

@@ -70,7 +70,7 @@ def test_include_takes_what_matches(name: str, pattern: str, taken: bool) -> Non
         ("http://h/x/a.jpg", "x", True),
     ],
 )
-def test_exclude_leaves_out_pictures_and_whole_folders(
+def test_exclude_leaves_out_images_and_whole_folders(
     name: str, pattern: str, left_out: bool
 ) -> None:
     assert takes(name, exclude=(pattern,)) == (not left_out)
@@ -143,7 +143,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_outputs_of_all_shards_have_every_picture_once(
+def test_the_outputs_of_all_shards_have_every_image_once(
     tmp_path: Path, pictures: Path, tiny_weights: Path
 ) -> None:
     seen: list[str] = []

@@ -236,7 +236,7 @@ def test_a_file_that_is_named_is_always_tried(here: Path) -> None:
     assert names("notes.txt", "./picture") == ["notes.txt", "picture"]
 
 
-def test_a_folder_named_like_a_picture_is_searched(here: Path) -> None:
+def test_a_folder_named_like_an_image_is_searched(here: Path) -> None:
     touch("x.jpg/a.jpg", "x.jpg/notes.txt")
     assert names() == ["x.jpg/a.jpg"]
     assert names("x.jpg") == ["x.jpg/a.jpg"]
@@ -283,7 +283,7 @@ def test_a_link_to_nothing_that_is_named_is_missing_and_says_so(here: Path) -> N
 
 def test_a_link_to_nothing_within_a_folder_is_a_failed_row(here: Path) -> None:
     os.symlink("nowhere.jpg", "a.jpg")
-    os.symlink("nowhere", "b")  # not named like a picture: none
+    os.symlink("nowhere", "b")  # not named like an image: none
     os.symlink("c.jpg/below", "d")
     touch("c.jpg")
     assert names() == ["a.jpg", "c.jpg"]
@@ -298,7 +298,7 @@ def test_links_to_files_are_files(here: Path) -> None:
     assert found("here")[0].read(10).content == b"x"
 
 
-def test_a_link_to_itself_is_a_failed_row_if_it_is_named_like_a_picture(here: Path) -> None:
+def test_a_link_to_itself_is_a_failed_row_if_it_is_named_like_an_image(here: Path) -> None:
     os.symlink("a.jpg", "a.jpg")
     os.symlink("b", "b")
     assert names() == ["a.jpg"]
@@ -471,7 +471,7 @@ def test_folders_nested_too_deeply_end_in_a_failed_row(here: Path) -> None:
 # --- bytes --------------------------------------------------------------------------------
 
 
-def test_a_pipe_named_like_a_picture_is_a_failed_row_and_does_not_hang(here: Path) -> None:
+def test_a_pipe_named_like_an_image_is_a_failed_row_and_does_not_hang(here: Path) -> None:
     os.mkfifo("x.jpg")
     relief = threading.Timer(60, lambda: os.close(os.open("x.jpg", os.O_RDWR)))  # ends a hang
     relief.start()
@@ -486,7 +486,7 @@ def test_a_device_is_a_failed_row() -> None:
     assert error_of(found("/dev/zero")[0]) == "cannot be read: not a regular file"
 
 
-def test_a_folder_is_no_picture_and_leaves_no_open_file(tmp_path: Path) -> None:
+def test_a_folder_is_no_image_and_leaves_no_open_file(tmp_path: Path) -> None:
     descriptors = sorted(os.listdir("/dev/fd"))
     for _ in range(3):
         assert error_of(file_input(str(tmp_path), "x")) == "cannot be read: is a directory"

@@ -179,7 +179,7 @@ def test_a_published_name_is_downloaded_from_the_mirror_and_then_found(
     assert len(server.requests) == 3
 
 
-def test_without_a_mirror_the_official_address_is_asked(
+def test_without_a_mirror_the_official_url_is_asked(
     monkeypatch: pytest.MonkeyPatch, hub: Path
 ) -> None:
     monkeypatch.delenv("R2N_WEIGHTS_BASE_URL")
@@ -189,8 +189,10 @@ def test_without_a_mirror_the_official_address_is_asked(
     assert asked == [(OFFICIAL_ADDRESS + FILE, hub / FILE, None)]
 
 
-@pytest.mark.parametrize("base", ["/mnt/mirror", "mirror.example.org/x", "http://[::1", "s3://x/y"])
-def test_a_mirror_that_is_no_address_says_so(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "base", ["/mnt/mirror", "mirror.example.org/x", "http://[::1", "s3://x/y", "ftp://x/y"]
+)
+def test_a_mirror_that_is_no_url_says_so(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("R2N_WEIGHTS_BASE_URL", base)
     text = error_of(find_checkpoint)
     assert text.startswith(f"R2N_WEIGHTS_BASE_URL is {base!r}: expected the address of a mirror")
@@ -399,7 +401,7 @@ def test_a_proxy_is_asked_and_one_that_does_not_apply_is_not(
     assert fetch(server, folder).read_bytes() == CONTENT
 
 
-def test_a_password_in_the_address_is_not_shown(folder: Path) -> None:
+def test_a_password_in_the_url_is_not_shown(folder: Path) -> None:
     text = error_of(download_file, "http://user:secret@127.0.0.1:9/net-00000000.pth", folder / FILE)
     assert "http://127.0.0.1:9/net-00000000.pth" in text
     assert "secret" not in text
