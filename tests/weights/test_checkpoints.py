@@ -16,7 +16,7 @@ import pytest
 
 from r2ncli.architectures import DEFAULT_NETWORK, PUBLISHED, Preprocessing
 from r2ncli.errors import CheckpointError
-from r2ncli.weights import checkpoints, containers
+from r2ncli.weights import checkpoints
 from r2ncli.weights.checkpoints import (
     checked_sha256,
     existing_file,
@@ -128,7 +128,7 @@ def test_a_link_to_nothing_is_not_there(hub: Path) -> None:
 
 
 def test_a_name_too_long_for_the_system_is_an_error_of_the_checkpoint() -> None:
-    assert "cannot be read: File name too long" in error_of(find_checkpoint, "x" * 5000)
+    assert "cannot be read: file name too long" in error_of(find_checkpoint, "x" * 5000)
     assert "no such weights" in error_of(find_checkpoint, "a\0b")
 
 
@@ -298,9 +298,9 @@ def test_metadata_that_cannot_be_read_is_an_error(
     def refusing(path: Path, *_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", path)
 
-    monkeypatch.setattr(containers, "open", refusing, raising=False)
+    monkeypatch.setattr(os, "open", refusing)
     text = error_of(read_metadata, tmp_path / "net.pth")
-    assert text == f"{tmp_path}/net.json: cannot be read: Permission denied"
+    assert text == f"{tmp_path}/net.json: cannot be read: permission denied"
 
 
 def test_labels_must_fit_the_network() -> None:

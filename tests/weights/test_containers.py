@@ -82,7 +82,7 @@ def test_what_is_no_checkpoint_says_what_it_seems_to_be(
 def test_a_folder_or_a_missing_file_is_no_checkpoint(tmp_path: Path) -> None:
     assert error_of(tmp_path) == f"{tmp_path}: is a folder, not a checkpoint file"
     text = error_of(tmp_path / "a.pth")
-    assert text == f"{tmp_path}/a.pth: cannot be read: No such file or directory"
+    assert text == f"{tmp_path}/a.pth: cannot be read: no such file or directory"
 
 
 def test_a_folder_says_what_is_in_it(tmp_path: Path) -> None:
