@@ -123,6 +123,7 @@ class Client:
     def __init__(self, user_agent: str = "r2n") -> None:
         self._user_agent = user_agent
         self._pools: dict[str | None, PoolManager] = {}  # by proxy
+        self._proxies: dict[str, str] | None = None  # of the environment, once it is read
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
@@ -210,7 +211,9 @@ class Client:
         from urllib3 import PoolManager, ProxyManager
 
         parts = urlsplit(url)
-        proxy = urllib.request.getproxies().get(parts.scheme.lower())
+        if self._proxies is None:
+            self._proxies = urllib.request.getproxies()
+        proxy = self._proxies.get(parts.scheme.lower())
         if proxy and urllib.request.proxy_bypass(parts.netloc):
             proxy = None
         with self._lock:

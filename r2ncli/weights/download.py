@@ -22,9 +22,18 @@ from urllib.request import url2pathname
 from r2ncli.architectures import DEMO
 from r2ncli.errors import CheckpointError
 from r2ncli.files import open_regular, publish, reason, remove_lock, take_lock
-from r2ncli.web import ATTEMPTS, Client, CutOffError, Response, WebError, retry, without_secrets
+from r2ncli.web import (
+    ANSWER_SECONDS,
+    ATTEMPTS,
+    Client,
+    CutOffError,
+    Response,
+    WebError,
+    retry,
+    without_secrets,
+)
 
-OPEN_SECONDS = 10.0  # how long it may take until the answer begins, with the look-up of names
+OPEN_SECONDS = 8.0  # how long it may take until the answer begins; less than ANSWER_SECONDS
 FIRST_PAUSE_SECONDS = 1.0  # before the second attempt; each further one is twice as long
 PIECE_BYTES = 1 << 18
 
@@ -173,7 +182,7 @@ def _open(client: Client, url: str, received: int) -> Response:
     headers = {"Range": f"bytes={received}-"} if received else {}
     try:
         return client.within(
-            OPEN_SECONDS, lambda: client.open(url, monotonic() + OPEN_SECONDS, headers)
+            OPEN_SECONDS, lambda: client.open(url, monotonic() + ANSWER_SECONDS, headers)
         )
     except TimeoutError as error:
         raise WebError(f"no answer in {OPEN_SECONDS:g} s", may_recover=received > 0) from error

@@ -25,6 +25,7 @@ from weights.test_checkpoints import error_of
 
 from r2ncli import web
 from r2ncli.architectures import DEFAULT_NETWORK, OFFICIAL_ADDRESS, PUBLISHED
+from r2ncli.files import take_lock
 from r2ncli.weights import checkpoints, download
 from r2ncli.weights.checkpoints import find_checkpoint
 from r2ncli.weights.download import DownloadProgress, download_file
@@ -533,3 +534,31 @@ def test_an_interrupted_download_keeps_what_came(server: Server, folder: Path) -
     assert kept > 500_000
     assert fetch(server, folder).read_bytes() == CONTENT
     assert server.ranges == [None, f"bytes={kept}-"]
+
+
+def test_a_server_that_accepts_and_never_answers_is_said_at_once(
+    server: Server, folder: Path, naps: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+    server.answers.append(lambda _request: over.wait(60) and None)
+    monkeypatch.setattr(download, "OPEN_SECONDS", 0.1)
+    text = error_of(fetch, server, folder)
+    over.set()
+    assert "no answer in 0.1 s. To do it by hand" in text
+    assert naps == []
+    assert names_in(folder) == []
+
+
+def test_a_download_holds_its_lock_while_it_runs_and_leaves_no_lock_file(
+    server: Server, folder: Path
+) -> None:
+    locked: list[bool] = []
+
+    def look(_progress: DownloadProgress) -> None:
+        lock = take_lock(folder / f"{NAME}.r2n-partial.lock")
+        locked.append(lock is None)
+
+    fetch(server, folder, on_progress=look)
+    assert locked
+    assert all(locked)
+    assert names_in(folder) == [NAME]
