@@ -116,7 +116,7 @@ class Walk:
         traceback: TracebackType | None,
     ) -> None:
         self._stop.set()
-        self._thread.join(1.0)  # a dead network drive may hold it longer: nobody waits for that
+        self._thread.join(1.0)  # a dead network drive may block it longer: do not wait
 
     def __iter__(self) -> Iterator[Input]:
         while (found := self._names.get()) is not None:
