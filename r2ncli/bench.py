@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -29,7 +28,8 @@ from r2ncli.outputs.partial import PartialOutput
 from r2ncli.outputs.rows import Batch
 from r2ncli.pipeline import Classify, run
 from r2ncli.predictor import Predictor, assemble_predictor
-from r2ncli.sources.walk import Input, file_input, find_images, no_image_found
+from r2ncli.sources.selection import LeftOut, Selection, no_image_found
+from r2ncli.sources.walk import Input, file_input, find_images
 from r2ncli.weights.checkpoints import imagenet_labels
 
 if TYPE_CHECKING:
@@ -72,7 +72,10 @@ class StageSpeed:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What was measured, on what, with what; `peak_resident_mb` is the whole process's."""
+    """What was measured, on what, with what.
+
+    `peak_resident_mb` is the whole process's; None where the system does not say it.
+    """
 
     weights: str
     engine: EngineDescription
@@ -81,7 +84,7 @@ class BenchReport:
     model: tuple[ModelSpeed, ...]
     stages: tuple[StageSpeed, ...]
     binding_stage: str
-    peak_resident_mb: float
+    peak_resident_mb: float | None
 
     def as_dict(self) -> dict[str, Any]:
         """As the JSON document of ``r2n bench --json``."""
@@ -127,9 +130,11 @@ def bench(
         raise UsageError(f"seconds must be more than 0 and less than 3600, not {seconds:g}")
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
-    found = list(islice(find_images(paths, lambda _warning: None), MOST_PICTURES)) if paths else []
+    left_out = LeftOut(Selection())
+    every = find_images(paths, lambda _warning: None, left_out=left_out) if paths else iter(())
+    found = list(islice(every, MOST_PICTURES))
     if paths and not found:
-        raise no_image_found()
+        raise no_image_found(left_out)
     say = on_measuring or (lambda _words: None)
     checkpoint = _random_checkpoint() if weights is None else _checkpoint_at_hand(weights)
     options = RunOptions(
@@ -282,9 +287,14 @@ def matmul_flops_per_second(precision: str, device: str) -> float | None:
     return 2 * side**3 / best
 
 
-def _peak_resident_mb() -> float:
+def _peak_resident_mb() -> float | None:
+    """The most memory that this process held, in MB; None on Windows, which does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6  # bytes, elsewhere KiB
 
 
 def _stages(
@@ -332,7 +342,7 @@ def _decode_speed(predictor: Predictor, inputs: list[Input], seconds: float) -> 
             if start > deadline and latencies:
                 break
             try:
-                content = source.read(predictor.rules.max_bytes)
+                content = source.read(predictor.rules.max_bytes).content
                 decode(content, predictor.preprocessing, predictor.rules)
             except ImageError:
                 pass  # a failed picture takes its time too

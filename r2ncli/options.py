@@ -8,17 +8,16 @@ file is quick, because ``r2n --help`` needs it.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from operator import index
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from r2ncli.errors import UsageError
+from r2ncli.images.rules import MAX_BYTES, MAX_PIXELS, DecodeRules
+from r2ncli.sources.selection import Selection, parse_shard
 
 if TYPE_CHECKING:
-    from r2ncli.images.decode import DecodeRules
-    from r2ncli.sources.selection import Selection
     from r2ncli.weights.download import DownloadProgress
 
 CLASSIFY, EXTRACT, BENCH = "classify", "extract", "bench"
@@ -228,14 +227,14 @@ class RunOptions:
         IMAGES,
     )
     max_pixels: int = _option(
-        200_000_000,
+        MAX_PIXELS,
         "Turn images with more pixels than this into failed rows.",
         IMAGES,
         shown="200 million",
         at_least=1,
     )
     max_bytes: int = _option(
-        512_000_000,
+        MAX_BYTES,
         "Turn files with more bytes than this into failed rows.",
         IMAGES,
         shown="512 MB",
@@ -316,8 +315,6 @@ class RunOptions:
 
     def selection(self) -> Selection:
         """Which inputs are taken."""
-        from r2ncli.sources.selection import Selection  # late: `--help` needs no walk
-
         return Selection(
             include=tuple(self.include),
             exclude=tuple(self.exclude),
@@ -330,8 +327,6 @@ class RunOptions:
 
     def decode_rules(self) -> DecodeRules:
         """How images are decoded."""
-        from r2ncli.images.decode import DecodeRules  # late: `--help` needs no decoder
-
         return DecodeRules(self.decode, self.max_pixels, self.max_bytes)
 
 
@@ -389,20 +384,6 @@ def options_of(command: str, *, to_file: bool) -> Iterator[tuple[Field[Any], Opt
 def as_keywords(options: RunOptions) -> dict[str, Any]:
     """`options` as the keywords that give them."""
     return asdict(options)
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """``I/N`` as (I, N), counted from 1.
-
-    Raises
-    ------
-    UsageError
-        It is no such text.
-    """
-    match = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", text)
-    if match is None or int(match[1]) > int(match[2]):
-        raise UsageError(f"`shard` must be I/N with I from 1 to N, such as 2/8, not {text!r}")
-    return int(match[1]), int(match[2])
 
 
 def _checked(name: str, value: Any, hints: dict[str, Any], option: Option) -> Any:

@@ -168,7 +168,7 @@ def run(
         if stopped.is_set():
             return "interrupted"
         try:
-            content = source.read(predictor.rules.max_bytes)
+            content = source.read(predictor.rules.max_bytes).content
         except ImageError as error:
             return failed(error, pixels)
         if card_decoder is not None and (jpeg := card_decoder.accept(content)) is not None:

@@ -26,7 +26,9 @@ from r2ncli.outputs.results import read_record
 from r2ncli.outputs.rows import Batch
 from r2ncli.pipeline import Task, run, until_failure
 from r2ncli.predictor import Predictor, open_predictor
-from r2ncli.sources.walk import Input, Walk, no_image_found, printable
+from r2ncli.sources.names import printable
+from r2ncli.sources.selection import no_image_found
+from r2ncli.sources.walk import Input, Walk
 
 SCHEMA = 1
 
@@ -48,7 +50,7 @@ class Run:
         """All inputs; raises an InputNotFoundError at the end if there was none."""
         yield from self.walk
         if not self.walk.any_found:
-            raise no_image_found()
+            raise no_image_found(self.walk.left_out)
 
     def compute(self, inputs: Iterator[Input]) -> Iterator[Batch]:
         """The results of `inputs` in their order.

@@ -1,10 +1,348 @@
-"""HTTP: what every part of the package that uses the web shares."""
+"""HTTP for images and checkpoints: one client, retries, deadlines, and no secrets shown."""
 
 from __future__ import annotations
 
+import io
+import os
+import queue
+import re
+import ssl
+import threading
+import urllib.request
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from http.client import HTTPException, IncompleteRead
+from itertools import count
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote, unquote, urlsplit
 
-def without_password(address: str) -> str:
-    """An address as it may be shown and logged."""
-    scheme, separator, rest = address.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+from r2ncli.files import reason
+
+if TYPE_CHECKING:
+    from urllib3 import BaseHTTPResponse, PoolManager
+
+ATTEMPTS = 4
+ANSWER_SECONDS = 10.0  # how long a server may take to answer, or to send more
+MOST_REDIRECTS = 10
+CONNECTIONS = 16  # kept open for each server
+
+T = TypeVar("T")
+Job = Callable[[], None]
+
+
+class WebError(Exception):
+    """Why a request failed.
+
+    Attributes
+    ----------
+    may_recover : bool
+        Whether another attempt may succeed.
+    connected : bool
+        Whether there was a connection to the server.
+    status : int or None
+        The HTTP status of the answer, if there was one.
+    headers : mapping
+        The headers of the answer.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        may_recover: bool,
+        connected: bool = True,
+        status: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(text)
+        self.may_recover = may_recover
+        self.connected = connected
+        self.status = status
+        self.headers = headers or {}
+
+
+class CutOffError(WebError, EOFError):
+    """The connection closed before the end of the answer."""
+
+    def __init__(self) -> None:
+        super().__init__("the connection failed (it closed before the end)", may_recover=True)
+
+
+def is_web(url: str) -> bool:
+    """Whether a URL is one of http or https."""
+    return re.match(r"https?://", url, re.IGNORECASE) is not None
+
+
+def without_secrets(url: str) -> str:
+    """A URL as it may be shown: no user name, no password, and for http no query."""
+    shown = []
+    for part in re.split(r"::(?=[A-Za-z][A-Za-z0-9+.-]*://)", url):  # of a chain of fsspec's
+        plain = re.split(r"[?#]", part, maxsplit=1)[0] if is_web(part) else part
+        shown.append(re.sub(r"://[^/]*@", "://", plain, count=1))
+    return "::".join(shown)
+
+
+def retry(action: Callable[[], T], first_pause: float, deadline: float = float("inf")) -> T:
+    """Return what `action` returns; try again after a `WebError` that may pass.
+
+    Parameters
+    ----------
+    action : callable
+        What is tried, `ATTEMPTS` times at most.
+    first_pause : float
+        Seconds before the second attempt; each further pause is twice as long.
+    deadline : float
+        No attempt begins after this time of `time.monotonic`.
+
+    Raises
+    ------
+    WebError
+        The last attempt failed, or another one would be of no use.
+    """
+    for attempt in count(1):
+        try:
+            return action()
+        except WebError as error:
+            pause = first_pause * 2.0 ** (attempt - 1)
+            if not error.may_recover or attempt == ATTEMPTS or monotonic() + pause >= deadline:
+                raise
+        sleep(pause)
+    raise AssertionError("count() has no end")
+
+
+class Client:
+    """An HTTP client for one run: keeps connections open, and bounds how long a call may take.
+
+    Threads may share it. The connections close, and its threads end, when nothing refers to
+    it any more.
+    """
+
+    def __init__(self, user_agent: str = "r2n") -> None:
+        self._user_agent = user_agent
+        self._pools: dict[str | None, PoolManager] = {}  # by proxy
+        self._proxies: dict[str, str] | None = None  # of the environment, once it is read
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._threads = 0
+
+    def within(self, seconds: float, action: Callable[[], T]) -> T:
+        """Return what `action` returns, or stop waiting for it after `seconds`.
+
+        The action runs in a daemon thread. After the time it goes on there, and its result is
+        dropped: some calls, such as a look-up of a host name, cannot be interrupted.
+
+        Raises
+        ------
+        TimeoutError
+            The action took longer.
+        """
+        outcome: Future[T] = Future()
+
+        def job() -> None:
+            try:
+                outcome.set_result(action())
+            except BaseException as error:  # raised where the result is used
+                outcome.set_exception(error)
+
+        if not self._idle.acquire(blocking=False):
+            with self._lock:
+                self._threads += 1
+            threading.Thread(
+                target=_work, args=(self._jobs, self._idle), name="r2n-wait", daemon=True
+            ).start()
+        self._jobs.put(job)
+        return outcome.result(seconds)
+
+    def __del__(self) -> None:
+        for _ in range(self._threads):
+            self._jobs.put(None)
+
+    def open(self, url: str, deadline: float, headers: Mapping[str, str] | None = None) -> Response:
+        """Ask for a URL, once, and return the answer before its body is read.
+
+        Parameters
+        ----------
+        url : str
+            An http or https URL. Its user name and password are sent to its own host only.
+        deadline : float
+            The time of `time.monotonic` until which the server may take to answer. (Looking up
+            the host's name is not bounded: call this in `within`.)
+        headers : mapping, optional
+            Further headers.
+
+        Raises
+        ------
+        WebError
+            There is no connection, no answer, or an answer that says no.
+        """
+        from urllib3 import Retry, Timeout
+
+        plain, authorization = _split_user(url)
+        sent = {"User-Agent": self._user_agent, **authorization, **(headers or {})}
+        seconds = max(0.1, min(ANSWER_SECONDS, deadline - monotonic()))
+        with _explained():
+            # redirects alone are urllib3's; it drops Authorization on the way to another host
+            redirects = Retry(
+                None, connect=False, read=False, status=0, other=0,
+                redirect=MOST_REDIRECTS, raise_on_redirect=False,
+            )  # fmt: skip
+            answer = self._pool(plain).urlopen(
+                "GET", plain, headers=sent, retries=redirects, timeout=Timeout(seconds, seconds),
+                preload_content=False, decode_content=False,
+            )  # fmt: skip
+        response = Response(answer)
+        if answer.status >= 300 or monotonic() > deadline:
+            response.close()
+        if answer.status >= 300:
+            raise WebError(
+                f"the server answered {answer.status} {answer.reason or ''}".rstrip(),
+                may_recover=answer.status in (408, 425, 429) or answer.status >= 500,
+                status=answer.status,
+                headers=answer.headers,
+            )
+        return response
+
+    def _pool(self, url: str) -> PoolManager:
+        """The connections for a URL: its proxy's, if the environment names one for it."""
+        from urllib3 import PoolManager, ProxyManager
+
+        parts = urlsplit(url)
+        if self._proxies is None:
+            self._proxies = urllib.request.getproxies()
+        proxy = self._proxies.get(parts.scheme.lower())
+        if proxy and urllib.request.proxy_bypass(parts.netloc):
+            proxy = None
+        with self._lock:
+            if proxy not in self._pools:
+                options: dict[str, Any] = {"maxsize": CONNECTIONS, "ssl_context": _certificates()}
+                if proxy:
+                    address, user = _split_user(proxy if "://" in proxy else f"http://{proxy}")
+                    if user:
+                        options["proxy_headers"] = {"Proxy-Authorization": user["Authorization"]}
+                    self._pools[proxy] = ProxyManager(address, **options)
+                else:
+                    self._pools[proxy] = PoolManager(**options)
+            return self._pools[proxy]
+
+
+def _work(jobs: queue.SimpleQueue[Job | None], idle: threading.Semaphore) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # what it holds is free as soon as it was done
+        idle.release()
+
+
+class Response(io.RawIOBase):
+    """The answer of a server; reading gives its body as it comes, unchanged.
+
+    Attributes
+    ----------
+    status : int
+        The HTTP status, below 300.
+    headers : mapping
+        The headers, whatever the case of their names.
+    """
+
+    def __init__(self, answer: BaseHTTPResponse) -> None:
+        super().__init__()
+        self.status = answer.status
+        self.headers: Mapping[str, str] = answer.headers
+        self._answer = answer
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what has come, at least one byte unless it is the end; raises a `WebError`."""
+        with _explained():
+            piece = self._answer.read1(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._answer.close()  # a body that was read to its end has left its connection
+        super().close()
+
+
+def _certificates() -> ssl.SSLContext:
+    """Which servers are trusted: the system's certificates, ``SSL_CERT_FILE``, and
+    ``REQUESTS_CA_BUNDLE``."""
+    context = ssl.create_default_context()  # which looks at SSL_CERT_FILE itself
+    if bundle := os.environ.get("REQUESTS_CA_BUNDLE"):
+        try:
+            is_folder = os.path.isdir(bundle)
+            context.load_verify_locations(**{"capath" if is_folder else "cafile": bundle})
+        except OSError as error:
+            raise WebError(
+                f"REQUESTS_CA_BUNDLE is {bundle!r}, which cannot be used: {reason(error)}",
+                may_recover=False,
+            ) from error
+    return context
+
+
+def _split_user(url: str) -> tuple[str, dict[str, str]]:
+    """A URL without user name, password and fragment, in ASCII; and the header for the user."""
+    scheme, separator, rest = url.partition("#")[0].partition("://")
+    host, slash, path = re.fullmatch(r"([^/?]*)(/?)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]
+    user, _, host = host.rpartition("@")
+    plain = quote(f"{scheme}{separator}{host}{slash}{path}", safe="%/:=&?~+!$,;'@()*[]")
+    if not user:
+        return plain, {}
+    return plain, {"Authorization": f"Basic {b64encode(unquote(user).encode()).decode()}"}
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn whatever urllib3 raises into a `WebError`."""
+    from urllib3.exceptions import HTTPError
+
+    try:
+        yield
+    except WebError:
+        raise
+    except (HTTPError, HTTPException, OSError, ValueError) as error:
+        raise _web_error(error) from error
+
+
+def _web_error(error: BaseException) -> WebError:
+    """Say in words what failed; urllib3 wraps the cause several times."""
+    from urllib3 import exceptions
+
+    chain = [error]
+    while (inner := _inner(chain[-1])) is not None and inner not in chain:
+        chain.append(inner)
+    cause = chain[-1]
+
+    def has(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(one, kinds) for one in chain)
+
+    if has(IncompleteRead):
+        return CutOffError()
+    if has(exceptions.LocationValueError) or not has(exceptions.HTTPError, OSError, HTTPException):
+        return WebError(f"not a URL: {_words(cause)}", may_recover=False)
+    unconnected = has(exceptions.NewConnectionError, exceptions.ConnectTimeoutError)
+    if has(TimeoutError, exceptions.TimeoutError) and not has(exceptions.NewConnectionError):
+        text = f"the {'proxy' if has(exceptions.ProxyError) else 'server'} does not answer"
+    else:
+        to_proxy = " to the proxy" if has(exceptions.ProxyError) else ""
+        text = f"the connection{to_proxy} failed ({_words(cause)})"
+    return WebError(
+        text, may_recover=not has(ssl.SSLCertVerificationError), connected=not unconnected
+    )
+
+
+def _inner(error: BaseException) -> BaseException | None:
+    """The error that this one was made from; urllib3 keeps it in several places."""
+    named = (getattr(error, name, None) for name in ("original_error", "reason", "__cause__"))
+    inner = (one for one in (*named, *reversed(error.args)) if isinstance(one, BaseException))
+    return next(inner, None)
+
+
+def _words(error: BaseException) -> str:
+    text = reason(error) if isinstance(error, OSError) else str(error).lower()
+    return " ".join(text.split()) or type(error).__name__

@@ -51,8 +51,8 @@ def test_generated_pictures_are_the_same_each_time_and_sized_like_photographs(tm
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     first, second = (generated_jpegs(tmp_path / name, count=3) for name in "ab")
-    contents = [source.read(1_000_000) for source in first]
-    assert contents == [source.read(1_000_000) for source in second]
+    contents = [source.read(1_000_000).content for source in first]
+    assert contents == [source.read(1_000_000).content for source in second]
     assert len(set(contents)) == 3
     with Image.open(BytesIO(contents[0])) as picture:
         assert picture.size == (500, 375)

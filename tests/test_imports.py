@@ -17,7 +17,7 @@ PACKAGE = Path(r2ncli.__file__).parent
 
 # Each may import any above it, none below. The files of a folder are one room.
 ROOMS = [
-    *("errors", "architectures", "model", "web", "openvino_import"),
+    *("errors", "architectures", "model", "files", "web", "openvino_import"),
     *("images", "sources", "weights", "hubconf", "torchvision_models", "engine"),
     *("outputs", "predictor", "pipeline", "runs"),
     *("bench", "cli", "__main__"),

@@ -18,6 +18,8 @@ import typer
 
 from r2ncli.architectures import LICENCE_NOTICE
 from r2ncli.errors import OutputError
+from r2ncli.files import reason
+from r2ncli.sources.names import bytes_as_hex
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -66,7 +68,7 @@ def put(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OutputError(f"stdout: cannot be written: {error.strerror}") from error
+        raise OutputError(f"stdout: cannot be written: {reason(error)}") from error
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -76,8 +78,6 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 def plain(text: str) -> str:
     """`text` for a terminal, with control characters escaped."""
-    from r2ncli.sources.walk import bytes_as_hex  # late: it imports what reads archives and URLs
-
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in bytes_as_hex(text)

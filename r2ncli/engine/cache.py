@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from r2ncli import __version__
 from r2ncli.errors import R2NError
+from r2ncli.files import reason, write_whole
 
 FORMAT = 1
 LIMIT = 2_000_000_000  # bytes; the least recently used entries beyond it go
@@ -69,7 +70,7 @@ def loaded_entry(
         write_entry(settings, entry)
     except OSError as error:
         on_warning(
-            f"the compiled network cannot be kept in {cache_folder()}: {error.strerror}; "
+            f"the compiled network cannot be kept in {cache_folder()}: {reason(error)}; "
             "R2N_CACHE names another folder"
         )
     return entry, loaded
@@ -107,17 +108,9 @@ def write_entry(settings: Mapping[str, Any], entry: Entry) -> None:
     header += b" " * (-(40 + len(header)) % ALIGNMENT)
     parts = (len(header).to_bytes(8, "little"), header, entry.graph.data)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=SUFFIX)
-    try:
-        with open(handle, "wb") as file:
-            file.writelines((_digest(*parts), *parts))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    writer = f"{os.getpid()}-{threading.get_ident()}"  # others may write the same entry now
+    temporary = path.with_name(f".{path.stem}-{writer}{SUFFIX}")
+    write_whole(path, (_digest(*parts), *parts), temporary)
     _evict(path)
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from r2ncli.architectures import Preprocessing
 from r2ncli.errors import ImageError, InputNotFoundError
 from r2ncli.images.decode import DecodeRules, Pixels, decode
-from r2ncli.sources.walk import Input, PathLike, as_sequence, find_images, printable
+from r2ncli.sources.names import printable
+from r2ncli.sources.walk import Input, PathLike, as_sequence, find_images
 
 MOST_PICTURES = 300
 
@@ -135,7 +136,7 @@ def _each(
     def attempt(source: Input) -> tuple[bytes, T | ImageError]:
         digest = b""
         try:
-            content = source.read(max_bytes)
+            content = source.read(max_bytes).content
             digest = hashlib.sha256(content).digest()
             return digest, use(content)
         except ImageError as error:

@@ -8,7 +8,6 @@ mechanism for every format.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -18,12 +17,16 @@ from contextlib import suppress
 from os import PathLike as OsPathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from r2ncli.errors import OutputError
+from r2ncli.files import reason, remove_lock, sync, take_lock, write_whole
 from r2ncli.outputs.damage import DAMAGE
 from r2ncli.outputs.formats import Format, Record, format_of
 from r2ncli.outputs.rows import Batch
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 BLOCK_ROWS = 256
 BLOCK_BYTES = 64_000_000
@@ -59,11 +62,11 @@ class PartialOutput:
         self._batches: list[Batch] = []  # of the next block
         self._block_rows = max(1, min(BLOCK_ROWS, BLOCK_BYTES // format.row_bytes()))
         self._next_block = 0
-        self._lock: BinaryIO | None = None
+        self._lock: BaseFileLock | None = None
 
     def __enter__(self) -> PartialOutput:
         _refuse_foreign(self.folder)
-        self._lock = _take_lock(self.folder, self.output)
+        self._lock = self._locked()
         if (self.folder / REMOVED).exists():
             self._empty_folder()
         self._next_block = len(self.blocks())
@@ -165,25 +168,37 @@ class PartialOutput:
         joined = self.folder / ("joined" + self.format.suffix)
         try:
             self.format.join(blocks, joined, record)
-            _fsync(joined)
+            sync(joined)
             if not self.format.holds_record:
                 self._write("final.json", json_bytes(record))
                 os.replace(self.folder / "final.json", record_path(self.output))
             os.replace(joined, self.output)
-            _fsync(self.output.parent)
+            sync(self.output.parent)
         except OSError as error:
             joined.unlink(missing_ok=True)
             raise OutputError(
-                f"{self.output}: cannot be written: {_reason(error)}. All results are kept in "
+                f"{self.output}: cannot be written: {reason(error)}. All results are kept in "
                 f"{self.folder}; {self.again}"
             ) from error
         self._remove_folder()
         self._release()
 
+    def _locked(self) -> BaseFileLock:
+        """Take the folder's lock, and create the folder if it does not exist."""
+        try:
+            lock = take_lock(self.folder / "lock")
+        except OSError as error:
+            raise OutputError(f"{self.output}: cannot be written: {reason(error)}") from error
+        if lock is None:
+            raise OutputError(f"{self.output}: another r2n is writing it at this moment")
+        return lock
+
     def _remove_folder(self) -> None:
         self._empty_folder()
+        if self._lock is not None:
+            remove_lock(self._lock)
+            self._lock = None
         with suppress(OSError):
-            (self.folder / "lock").unlink(missing_ok=True)
             self.folder.rmdir()
 
     def _empty_folder(self) -> None:
@@ -194,34 +209,25 @@ class PartialOutput:
         """
         with suppress(FileNotFoundError):
             os.replace(self.folder / "run.json", self.folder / REMOVED)
-            _fsync(self.folder)
+            sync(self.folder)
         for path in sorted(self.folder.glob("*"), key=lambda path: path.name == REMOVED):
             if path.name != "lock" and OURS.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
     def _release(self) -> None:
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def _write(self, name: str, content: bytes) -> None:
         """Write a file of the folder so that it is there whole or not at all."""
-        temporary = self.folder / (name + ".tmp")
         try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.folder / name)
-            _fsync(self.folder)
+            write_whole(self.folder / name, [content])
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             kept = ""
             if self.done and self.folder.is_dir():
                 kept = f". {self.done:,} finished rows are kept in {self.folder}; {self.again}"
-            raise OutputError(
-                f"{self.output}: cannot be written: {_reason(error)}{kept}"
-            ) from error
+            raise OutputError(f"{self.output}: cannot be written: {reason(error)}{kept}") from error
 
 
 def checked_output(
@@ -257,7 +263,7 @@ def checked_output(
         if not replaced:
             refuse_existing(out, began=partial_folder(out).exists(), choices=choices)
     except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {_reason(error)}") from error
+        raise OutputError(f"{out}: cannot be written: {reason(error)}") from error
     return out
 
 
@@ -303,39 +309,6 @@ def _refuse_foreign(folder: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {_reason(error)}") from error
+        raise OutputError(f"{folder}: cannot be written: {reason(error)}") from error
     if foreign:
         raise OutputError(f"{folder}: holds {foreign[0]!r}, which r2n did not write. Move it away")
-
-
-def _take_lock(folder: Path, output: Path) -> BinaryIO:
-    """The lock of a partial folder, made if it is not there; one process holds it."""
-    while True:
-        try:
-            folder.mkdir(exist_ok=True)
-            lock = (folder / "lock").open("ab")
-        except OSError as error:
-            raise OutputError(f"{output}: cannot be written: {_reason(error)}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock"))
-        except BlockingIOError:
-            lock.close()
-            raise OutputError(f"{output}: another r2n is writing it at this moment") from None
-        except FileNotFoundError:
-            ours = False  # the run that held it ended and removed the folder
-        if ours:
-            return lock
-        lock.close()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()

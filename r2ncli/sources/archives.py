@@ -1,9 +1,9 @@
-"""Pictures inside archives, read in place: tar (plain or compressed) and zip.
+"""Read images inside archives, in place: tar (plain or compressed) and zip.
 
-Members of a plain tar and of a zip are read by opening the archive anew, from any thread:
-no file stays open however many names wait. A compressed tar can only be read from its
-beginning to its end: its members' bytes are held until they are used, and no more than
-`Budget` allows at a time.
+Members of a plain tar and of a zip are read by opening the archive again, from any thread,
+so that no file stays open however many names wait. A compressed tar can only be read from
+its beginning to its end: the bytes of its members are held until they are used, at most as
+many as `Budget` allows at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import gzip
 import io
 import lzma
 import os
-import stat
 import struct
 import tarfile
 import threading
@@ -25,23 +24,25 @@ from http.client import IncompleteRead
 from typing import IO, Self, cast
 
 from r2ncli.errors import ImageError
+from r2ncli.files import open_regular, reason
+from r2ncli.sources.content import Read, ReadBytes, fail, stamp_in, too_large, with_stamp
+from r2ncli.web import WebError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 ZIP_SUFFIXES = (".zip",)
 EXTENDED_HEADER_BYTES = 1 << 20  # a long name, or pax records: read whole before they are used
 PIECE_BYTES = 1 << 16
 
-Read = Callable[[int], bytes]  # the bytes of one input, of which there may be so many
 OpenAgain = Callable[[], AbstractContextManager[IO[bytes]]]
 
 
 class Budget:
-    """How many bytes may be held at a time by inputs that are not used yet.
+    """Limits the bytes that are held by inputs that wait to be used.
 
     Attributes
     ----------
     stop : threading.Event
-        Once set, nobody waits any longer.
+        Once it is set, `take` no longer waits.
     """
 
     def __init__(self, limit: float, stop: threading.Event) -> None:
@@ -51,24 +52,25 @@ class Budget:
         self._freed = threading.Condition()
 
     def take(self, count: int) -> None:
-        """Wait until `count` bytes may be held; one input always may, however large."""
+        """Wait until `count` bytes may be held; a single input may always be held."""
         with self._freed:
             while self._held and self._held + count > self._limit and not self.stop.is_set():
                 self._freed.wait(0.1)
             self._held += count
 
     def free(self, count: int) -> None:
-        """Give back what was taken."""
+        """Return bytes that `take` took."""
         with self._freed:
             self._held -= count
             self._freed.notify()
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """A header of a tar, where a damaged or missing one is an error and no end.
+    """A header of a tar archive; a damaged or missing header is an error.
 
-    Python's reader ends quietly at either, and whatever follows would be lost. It also
-    follows a negative size backwards, for ever, and holds a long name of any length.
+    Python's own reader takes either for the end of the archive, and loses what follows. It
+    also follows a negative size backwards, in an endless loop, and reads a long name of any
+    length into memory.
     """
 
     @classmethod
@@ -100,7 +102,7 @@ _EXTENDED_HEADERS = (
 
 
 class _Held:
-    """The bytes of a member that cannot be read again; they count until nobody needs them."""
+    """The bytes of a member that cannot be read again; counted in `budget` while they exist."""
 
     def __init__(self, file: IO[bytes], size: int, budget: Budget) -> None:
         budget.take(size)
@@ -120,84 +122,63 @@ class _Held:
 
 
 def is_archive(name: str) -> bool:
-    """Whether a name ends as an archive's does."""
+    """Whether a name has the suffix of an archive."""
     return name.lower().endswith((*TAR_SUFFIXES, *ZIP_SUFFIXES))
 
 
 def members(
     path: str, wanted: Callable[[str], bool], max_bytes: int, budget: Budget
 ) -> Iterator[tuple[str, Read]]:
-    """Name of every wanted member of the archive at `path`, as stored, and what reads it.
+    """Name of every wanted member of the archive at `path`, as stored, and its reader.
 
     Parameters
     ----------
     path : str
-        A local file whose name ends as one of an archive.
+        A local file with the suffix of an archive.
     wanted : callable
-        Whether a member of this name is.
+        Takes a member's name, and says whether to yield it.
     max_bytes : int
-        A member of a compressed tar that is larger is not held.
+        A larger member of a compressed tar is not held.
     budget : Budget
-        Bounds what is held of a compressed tar.
+        Limits what is held of a compressed tar.
 
     Raises
     ------
     ImageError
-        The file is no archive, or cannot be read on.
+        The file is not an archive, or cannot be read to its end.
     """
     try:
-        with open(path, "rb", opener=_open_regular) as file:
-            open_again = partial(_open_unchanged, path, _identity(file))
+        file, status = open_regular(path)
+        with file:
+            stamp = stamp_in(status)
+            open_again = partial(_open_unchanged, path, _identity(status))
             if path.lower().endswith(ZIP_SUFFIXES):
-                yield from zip_members(file, open_again, wanted)
+                found = zip_members(file, open_again, wanted)
             elif _decompressor(file):
-                yield from tar_stream_members(file, wanted, max_bytes, budget)
+                found = tar_stream_members(file, wanted, max_bytes, budget)
             else:
-                yield from _tar_members(file, wanted, partial(_range_reader, open_again))
+                found = _tar_members(file, wanted, partial(_range_reader, open_again))
+            yield from with_stamp(found, stamp)
     except OSError as error:
         raise ImageError(f"cannot be read: {_words(error)}") from error
-
-
-def too_large(max_bytes: int, size: int | None = None) -> ImageError:
-    """The error of an input of more than `max_bytes`."""
-    found = f"{size:,} bytes, more" if size is not None else "more bytes"
-    return ImageError(f"{found} than --max-bytes {max_bytes:,}")
-
-
-def fail(reason: str, _max_bytes: int) -> bytes:
-    """Stand in for what reads an input that cannot be read, for this `reason`."""
-    raise ImageError(reason)
-
-
-def open_at_once(path: str, flags: int) -> int:
-    """Open without waiting, as for a pipe that is named like a picture, for ever."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
-def _open_regular(path: str, flags: int) -> int:
-    descriptor = open_at_once(path, flags)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ImageError("not a regular file")
-    return descriptor
 
 
 @contextmanager
 def _open_unchanged(path: str, identity: tuple[int, ...]) -> Iterator[IO[bytes]]:
     changed = ImageError("the archive changed while it was read")
     try:
-        with open(path, "rb", opener=_open_regular) as file:
-            if _identity(file) != identity:
+        file, status = open_regular(path)
+        with file:
+            if _identity(status) != identity:
                 raise changed
             yield file
-            if _identity(file) != identity:
+            if _identity(os.fstat(file.fileno())) != identity:
                 raise changed
     except OSError as error:
         raise ImageError(f"cannot be read: {_words(error)}") from error
 
 
-def _identity(file: IO[bytes]) -> tuple[int, ...]:
-    status = os.fstat(file.fileno())
+def _identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -210,7 +191,7 @@ def _plain_name(name: str) -> str:
 def _words(error: Exception) -> str:
     """What a reader of the standard library says of damage, in words that name no file."""
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
+        return reason(error)
     text = str(error).lower()
     if isinstance(error, (EOFError, IncompleteRead)) or text == "unexpected end of data":
         return "it is cut off"
@@ -224,10 +205,10 @@ def _words(error: Exception) -> str:
 
 def tar_stream_members(
     stream: IO[bytes], wanted: Callable[[str], bool], max_bytes: int, budget: Budget
-) -> Iterator[tuple[str, Read]]:
-    """Members of a tar, compressed or not, that can only be read onwards (see `members`)."""
+) -> Iterator[tuple[str, ReadBytes]]:
+    """Members of a tar, compressed or not, that can only be read forwards (see `members`)."""
 
-    def held(file: IO[bytes], member: tarfile.TarInfo) -> Read:
+    def held(file: IO[bytes], member: tarfile.TarInfo) -> ReadBytes:
         if member.size > max_bytes:
             return partial(fail, str(too_large(max_bytes, member.size)))
         return _Held(file, member.size, budget).read
@@ -235,15 +216,15 @@ def tar_stream_members(
     try:
         buffered = io.BufferedReader(cast(io.RawIOBase, stream), PIECE_BYTES)
         decompressor = _decompressor(buffered)
-    except Exception as error:  # whatever a server makes its reader raise
+    except Exception as error:  # a server can make its reader raise anything
         raise ImageError(f"cannot be read: {_words(error)}") from error
-    # not by tarfile itself: it looks at no checksum, and holds whatever a piece grows to
+    # not by tarfile itself: it checks no checksum, and its memory use has no limit
     with buffered, decompressor(buffered) if decompressor else buffered as plain:
-        yield from _tar_members(cast(IO[bytes], _Onwards(plain)), wanted, held)
+        yield from _tar_members(cast(IO[bytes], _Forwards(plain)), wanted, held)
 
 
-class _Onwards:
-    """A stream as tarfile wants it, which skips by seeking: this skips by reading."""
+class _Forwards:
+    """A stream for tarfile, which skips by seeking; this class skips by reading."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -274,7 +255,7 @@ def _decompressor(file: io.BufferedReader | IO[bytes]) -> Callable[[IO[bytes]], 
     return None
 
 
-def _range_reader(open_again: OpenAgain, _file: IO[bytes], member: tarfile.TarInfo) -> Read:
+def _range_reader(open_again: OpenAgain, _file: IO[bytes], member: tarfile.TarInfo) -> ReadBytes:
     return partial(_read_range, open_again, member.offset_data, member.size)
 
 
@@ -291,8 +272,8 @@ def _read_range(open_again: OpenAgain, offset: int, size: int, max_bytes: int) -
 def _tar_members(
     file: IO[bytes],
     wanted: Callable[[str], bool],
-    reader: Callable[[IO[bytes], tarfile.TarInfo], Read],
-) -> Iterator[tuple[str, Read]]:
+    reader: Callable[[IO[bytes], tarfile.TarInfo], ReadBytes],
+) -> Iterator[tuple[str, ReadBytes]]:
     count = 0
     try:
         with tarfile.TarFile(fileobj=file, tarinfo=_StrictTarInfo, encoding="utf-8") as archive:
@@ -303,21 +284,22 @@ def _tar_members(
                 if not member.isdir() and wanted(name):
                     yield name, _refused(member) or reader(file, member)
             _read_to_end(file)
-    except Exception as error:  # whatever a damaged archive, or a server, makes its reader raise
-        if not count:
+    except Exception as error:  # damage or a server can raise anything
+        if not count and not isinstance(error, (ImageError, WebError)):
             raise ImageError("not a tar archive, or its beginning is damaged") from error
-        raise ImageError(f"cannot be read beyond member {count:,}: {_words(error)}") from error
+        beyond = f" beyond member {count:,}" if count else ""
+        raise ImageError(f"cannot be read{beyond}: {_words(error)}") from error
 
 
 def _read_to_end(file: IO[bytes]) -> None:
-    """Make sure that nothing follows, and that a checksum at the end is looked at."""
+    """Check that nothing follows, and let the decompressor check the checksum at the end."""
     while piece := file.read(PIECE_BYTES):
         if piece.strip(b"\0"):
             raise tarfile.ReadError("more follows after its end mark")
 
 
-def _refused(member: tarfile.TarInfo) -> Read | None:
-    """What says why a member has no bytes of its own; None where it has."""
+def _refused(member: tarfile.TarInfo) -> ReadBytes | None:
+    """The reader of a member that has no bytes of its own, which fails; None for others."""
     if member.islnk() or member.issym():
         return partial(fail, "a link inside the archive: not followed")
     if not member.isreg() or member.issparse():
@@ -330,15 +312,15 @@ def _refused(member: tarfile.TarInfo) -> Read | None:
 
 def zip_members(
     file: IO[bytes], open_again: OpenAgain, wanted: Callable[[str], bool]
-) -> Iterator[tuple[str, Read]]:
-    """Members of a zip (see `members`): listed from `file`, read from it opened anew."""
+) -> Iterator[tuple[str, ReadBytes]]:
+    """Members of a zip (see `members`): listed from `file`, read by opening it again."""
     try:
         with zipfile.ZipFile(file) as archive:
             listed = archive.infolist()
-    except Exception as error:  # whatever damage, or a server, makes its reader raise
-        failed = isinstance(error, OSError) and error.strerror
-        reason = f"cannot be read: {_words(error)}" if failed else "not a zip archive, or cut off"
-        raise ImageError(reason) from error
+    except Exception as error:  # damage or a server can make its reader raise anything
+        failed = isinstance(error, ImageError) or (isinstance(error, OSError) and error.strerror)
+        why = f"cannot be read: {_words(error)}" if failed else "not a zip archive, or cut off"
+        raise ImageError(why) from error
     for member in listed:
         name = _plain_name(_name_as_stored(member))
         if not member.is_dir() and wanted(name):
@@ -346,7 +328,7 @@ def zip_members(
 
 
 def _name_as_stored(member: zipfile.ZipInfo) -> str:
-    """A member's name: UTF-8, also where its maker, as macOS is, forgot to say so."""
+    """A member's name; taken for UTF-8 even if the flag for it is missing, as macOS does."""
     if member.flag_bits & 0x800 or member.filename != member.orig_filename:
         return member.filename
     return member.filename.encode("cp437").decode("utf-8", "surrogateescape")
@@ -356,7 +338,7 @@ def _read_zip_member(open_again: OpenAgain, member: zipfile.ZipInfo, max_bytes: 
     if member.flag_bits & 1:
         raise ImageError("encrypted inside the archive")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        # bzip2 and LZMA cannot be read piece by piece here, and grow a millionfold
+        # zipfile cannot limit what one piece of bzip2 or LZMA grows to: a millionfold
         method = zipfile.compressor_names.get(member.compress_type, str(member.compress_type))  # type: ignore[attr-defined]
         raise ImageError(f"compressed by {method} inside the archive: only deflate is read")
     with open_again() as file:
@@ -368,10 +350,10 @@ def _read_zip_member(open_again: OpenAgain, member: zipfile.ZipInfo, max_bytes: 
             file.seek(name_bytes + extra_bytes, os.SEEK_CUR)
             with zipfile.ZipExtFile(file, "r", member) as plain:
                 content = plain.read(max_bytes + 1)  # counted: its header may lie
-        except Exception as error:  # whatever damage, or a server, makes its reader raise
+        except Exception as error:  # damage or a server can make its reader raise anything
             cut = isinstance(error, struct.error)
-            reason = "it is cut off" if cut else _words(error)
-            raise ImageError(f"cannot be read from the archive: {reason}") from error
+            why = "it is cut off" if cut else _words(error)
+            raise ImageError(f"cannot be read from the archive: {why}") from error
     if len(content) > max_bytes:
         raise too_large(max_bytes)
     return content

@@ -1,35 +1,48 @@
-"""Paths that a pattern matches: ``*``, ``?``, ``[…]``, and ``**`` for any folders."""
+"""Find the paths that a pattern matches: ``*``, ``?``, ``[…]``, and ``**`` for any folders."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
+from r2ncli.sources.names import printable
 from r2ncli.sources.selection import is_visible
+
+Identity = tuple[int, int]  # device and inode of a folder
+Warn = Callable[[str], None]
 
 
 def has_pattern(text: str) -> bool:
+    """Whether a text has one of the characters that make a pattern."""
     return re.search(r"[*?\[]", text) is not None
 
 
-def matching_paths(pattern: str) -> Iterator[str]:
+def matching_paths(pattern: str, warn: Warn) -> Iterator[str]:
     """Paths that a pattern matches, in the order of a walk; ``**`` stands for any folders.
 
-    A folder that matches is walked by whoever asked: ``**`` finds nothing more in it.
+    The caller walks a folder that matches; ``**`` finds nothing more in it. A folder link
+    that leads back to a folder above it does not match: `warn` takes a sentence about it.
     """
     root = "/" if pattern.startswith("/") else ""
     parts = [part for part in pattern.split("/") if part]
     while parts and parts[-1] == "**":
         parts.pop()  # the folder itself, which is walked
         pattern = "/".join((*parts, ""))
-    paths = _expanded(root, parts, ())
+    paths = _expanded(root, parts, (), warn)
     if parts.count("**") > 1:
         paths = iter(dict.fromkeys(paths))  # several of them find a path in several ways
     if "**" in parts:
         paths = _outside_matches(paths)
     return (path for path in paths if not pattern.endswith("/") or os.path.isdir(path))
+
+
+def link_back(path: str) -> str:
+    """The sentence about a folder link that is not followed."""
+    while path.startswith("./"):
+        path = path[2:].lstrip("/")
+    return f"{printable(path)}: a link back to a folder above it, not followed"
 
 
 def _outside_matches(paths: Iterable[str]) -> Iterator[str]:
@@ -46,40 +59,54 @@ def _outside_matches(paths: Iterable[str]) -> Iterator[str]:
 
 
 def _expanded(
-    base: str, parts: Sequence[str], above: tuple[tuple[int, int] | None, ...]
+    base: str,
+    parts: Sequence[str],
+    above: tuple[Identity | None, ...],
+    warn: Warn,
 ) -> Iterator[str]:
+    """Paths below `base` that `parts` match; `above` are the folders on the way to `base`."""
     if not parts:
         yield base or os.curdir
         return
     part, rest = parts[0], parts[1:]
+    folders = (*above, device_and_inode(base or os.curdir))
     if not has_pattern(part):
         path = os.path.join(base, part)
         if os.path.lexists(path):
-            yield from _expanded(path, rest, ())
+            yield from _expanded(path, rest, folders, warn)
         return
     try:
-        listed = sorted(os.listdir(base or os.curdir), key=os.fsencode)
+        with os.scandir(base or os.curdir) as entries:
+            listed = sorted(entries, key=lambda entry: os.fsencode(entry.name))
     except OSError:
-        return  # as a shell: what cannot be listed matches nothing
-    if part != "**":
-        for name in listed:
-            hidden = name.startswith(".") and not part.startswith(".")
-            path = os.path.join(base, name)
-            if not hidden and fnmatchcase(name, part) and (not rest or os.path.isdir(path)):
-                yield from _expanded(path, rest, ())
-        return
-    yield from _expanded(base, rest, ())
-    identity = device_and_inode(base or os.curdir)
-    if identity in above:
-        return  # a link back to a folder above it
-    for name in filter(is_visible, listed):
-        path = os.path.join(base, name)
-        if os.path.isdir(path):
-            yield from _expanded(path, parts, (*above, identity))
+        return  # as in a shell, what cannot be listed matches nothing
+    if part == "**":
+        yield from _expanded(base, rest, above, warn)
+    for entry in listed:
+        if part == "**":
+            matches = is_visible(entry.name)
+        else:
+            hidden = entry.name.startswith(".") and not part.startswith(".")
+            matches = not hidden and fnmatchcase(entry.name, part)
+        if not matches:
+            continue
+        path = os.path.join(base, entry.name)
+        is_folder = _is_folder(entry)
+        if is_folder and entry.is_symlink() and device_and_inode(path) in folders:
+            warn(link_back(path))
+        elif is_folder or (part != "**" and not rest):
+            yield from _expanded(path, parts if part == "**" else rest, folders, warn)
 
 
-def device_and_inode(path: str) -> tuple[int, int] | None:
-    """What a folder is, whatever it is called; None where it cannot be looked at."""
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to what cannot be looked at
+        return False
+
+
+def device_and_inode(path: str) -> Identity | None:
+    """What identifies a folder, whatever it is called; None where it cannot be looked at."""
     try:
         status = os.stat(path)
     except OSError:

@@ -1,37 +1,43 @@
-"""Which inputs are taken: by suffix, pattern, number and shard."""
+"""Which inputs are taken, by suffix, pattern, number and shard; and what is left out."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from r2ncli.errors import InputNotFoundError, UsageError
 from r2ncli.images.decoders import SUFFIXES as SUFFIXES
 from r2ncli.images.rules import MAX_BYTES as MAX_BYTES
+
+MOST_SUFFIXES = 1000  # how many different suffixes are counted, each by itself
+MOST_NAMED = 5  # how many of them, or of empty lists, an error names
+OTHERS = "others"  # all further suffixes
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which inputs are taken, and how far reading them may go.
+    """Which inputs are taken, and the limits for reading them.
 
     Attributes
     ----------
     include, exclude : tuple of str
-        Patterns (``*``, ``?``, ``[…]``; upper and lower case differ). One with a slash is
-        compared with the whole name, one without with its last part; `exclude` leaves out
-        whole folders as well. No `include` takes everything.
+        Patterns (``*``, ``?``, ``[…]``; case-sensitive). A pattern with a slash is compared
+        with the whole name, one without with its last part; `exclude` also leaves out whole
+        folders. An empty `include` takes everything.
     max : int or None
-        Take that many of them, the first ones.
+        Stop after this many inputs.
     shard : (int, int) or None
-        ``(i, n)``: of these, the share i (from 1) of n by the names' hash.
+        ``(i, n)``: take shard i (from 1) of n, chosen by the hash of the names.
     null : bool
-        Names in lists and on standard input end with a NUL byte, not with a line.
+        Names in lists and on standard input end with a NUL byte instead of a line end.
     timeout : float
-        Seconds that one remote picture may take.
+        Seconds that reading one remote image may take.
     max_bytes : int
-        A picture of more is a failed row.
+        Files of more bytes become failed rows.
     """
 
     include: tuple[str, ...] = ()
@@ -43,18 +49,24 @@ class Selection:
     max_bytes: int = MAX_BYTES
 
     def takes(self, name: str) -> bool:
-        """Whether the patterns let a picture of this name through."""
-        if not self.include and not self.exclude:
-            return True
-        if self.leaves_out(name):
-            return False
-        last = _BORDER.split(name)[-1]
-        return not self.include or any(
-            fnmatchcase(name if "/" in pattern else last, pattern) for pattern in self.include
-        )
+        """Whether the patterns let an image of this name through."""
+        return self.left_out_by(name) is None
 
-    def leaves_out(self, name: str) -> bool:
-        """Whether a picture or a folder is excluded, or a folder above it."""
+    def left_out_by(self, name: str) -> str | None:
+        """Which option leaves an image of this name out: ``include``, ``exclude`` or None."""
+        if self.excludes(name):
+            return "exclude"
+        last = _BORDER.split(name)[-1] if self.include else ""
+        if self.include and not any(
+            fnmatchcase(name if "/" in pattern else last, pattern) for pattern in self.include
+        ):
+            return "include"
+        return None
+
+    def excludes(self, name: str) -> bool:
+        """Whether `exclude` leaves out an image or a folder, or a folder above it."""
+        if not self.exclude:
+            return False
         parts = _BORDER.split(name)
         beginnings = [*(name[: border.start()] for border in _BORDER.finditer(name)), name]
         for pattern in self.exclude:
@@ -63,6 +75,105 @@ class Selection:
             if any(fnmatchcase(candidate, wanted) for candidate in candidates):
                 return True
         return False
+
+
+class LeftOut:
+    """Counts what a search leaves out, so that "no image found" can say why.
+
+    Attributes
+    ----------
+    selection : Selection
+        The patterns that leave names out.
+    options : Counter of str
+        How many names each of ``include`` and ``exclude`` left out.
+    suffixes : Counter of str
+        How many files below folders and in archives have each suffix that is not tried.
+    archives : int
+        How many archives are below folders, where they are not searched.
+    first_archive : str
+        The name of the first one.
+    empty_lists : list of str
+        The arguments that are lists without a name, at most `MOST_NAMED` of them.
+    """
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection
+        self.options: Counter[str] = Counter()
+        self.suffixes: Counter[str] = Counter()
+        self.archives = 0
+        self.first_archive = ""
+        self.empty_lists: list[str] = []
+
+    def takes(self, name: str) -> bool:
+        """Whether the patterns let this name through; counted if they do not."""
+        option = self.selection.left_out_by(name)
+        if option is not None:
+            self.options[option] += 1
+        return option is None
+
+    def add_file(self, name: str) -> None:
+        """Count a file whose suffix is not tried."""
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix not in self.suffixes and len(self.suffixes) >= MOST_SUFFIXES:
+            suffix = OTHERS
+        self.suffixes[suffix] += 1
+
+    def add_archive(self, name: str) -> None:
+        """Count an archive below a folder."""
+        self.first_archive = self.first_archive or name
+        self.archives += 1
+
+    def add_empty_list(self, argument: str) -> None:
+        """Note a list without a name."""
+        if len(self.empty_lists) < MOST_NAMED:
+            self.empty_lists.append(argument)
+
+
+def no_image_found(left_out: LeftOut) -> InputNotFoundError:
+    """The error of a search that found no input, with its causes."""
+    causes = []
+    for option, count in sorted(left_out.options.items()):
+        patterns = ", ".join(getattr(left_out.selection, option))
+        causes.append(f"`{option}` ({patterns}) left out {_counted(count, 'name')}")
+    for argument in left_out.empty_lists:
+        where = "on standard input (-)" if argument == "-" else argument
+        causes.append(f"the list {where} is empty")
+    if left_out.archives:
+        found = f"{_counted(left_out.archives, 'archive')}, such as {left_out.first_archive}"
+        causes.append(
+            f"archives inside a folder are not searched ({found}): name an archive to read it"
+        )
+    looked_for = ""
+    if not causes:
+        suffixes = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
+        looked_for = f" (looked for files ending in {suffixes})"
+    if left_out.suffixes:
+        by_count = sorted(left_out.suffixes.items(), key=lambda pair: (-pair[1], pair[0]))
+        common = by_count[:MOST_NAMED]
+        named = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in common]
+        more = left_out.suffixes.total() - sum(count for _, count in common)
+        causes.append(
+            f"files with other suffixes: {', '.join(named + [f'{more:,} more'] * bool(more))}"
+        )
+    return InputNotFoundError(f"no image found{looked_for}{': ' * bool(causes)}{'; '.join(causes)}")
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Read a shard ``I/N``.
+
+    Raises
+    ------
+    UsageError
+        It is not of this form, or I is not from 1 to N.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise UsageError(f"`shard` must be I/N with I from 1 to N, such as 2/8, not {text!r}")
+    return int(match[1]), int(match[2])
 
 
 def in_shard(name: str, shard: tuple[int, int]) -> bool:
@@ -78,7 +189,7 @@ def is_visible(name: str) -> bool:
 
 
 def is_tried(name: str) -> bool:
-    """Whether a name's suffix is one of a picture."""
+    """Whether a name has the suffix of an image."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 

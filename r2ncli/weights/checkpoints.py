@@ -29,6 +29,7 @@ from r2ncli.architectures import (
     published,
 )
 from r2ncli.errors import CheckpointError
+from r2ncli.files import reason
 from r2ncli.weights.containers import SUFFIXES, container, reading, safetensors_header
 from r2ncli.weights.download import OnProgress, digits_in_name, download_file
 
@@ -194,7 +195,7 @@ def _find_published(
     base = os.environ.get("R2N_WEIGHTS_BASE_URL") or OFFICIAL_URL
     try:
         url = urljoin(base if base.endswith("/") else base + "/", network.file)
-        known = urlsplit(url).scheme in ("http", "https", "ftp", "file")
+        known = urlsplit(url).scheme in ("http", "https", "file")
     except ValueError:
         known = False
     if not known:
@@ -217,7 +218,7 @@ def existing_file(path: Path) -> Path | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path}: cannot be read: {reason(error)}") from error
     return None
 
 

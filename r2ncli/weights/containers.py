@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 import struct
 import zipfile
 import zlib
@@ -16,8 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+from typing import cast
 
 from r2ncli.errors import CheckpointError
+from r2ncli.files import open_regular, reason
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 HEADER_LIMIT = 100_000_000  # bytes of a safetensors header, by the format's definition
@@ -219,14 +220,9 @@ def _inside(folder: Path) -> str:
 @contextmanager
 def reading(path: Path) -> Iterator[BufferedReader]:
     """A regular file, open for reading; a pipe or a device is an error at once."""
-
-    def open_at_once(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NONBLOCK)  # a pipe would wait for ever
-
     try:
-        with open(path, "rb", opener=open_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise CheckpointError(f"{path}: is no regular file")
-            yield file
+        file, _ = open_regular(path)
+        with file:
+            yield cast(BufferedReader, file)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path}: cannot be read: {reason(error)}") from error

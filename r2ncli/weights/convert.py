@@ -20,6 +20,7 @@ from torch import Tensor
 
 from r2ncli.architectures import Architecture
 from r2ncli.errors import CheckpointError, OutputError, UsageError
+from r2ncli.files import reason, sync
 from r2ncli.model import Res2Net
 from r2ncli.weights.checkpoints import CheckpointFile, Weights, open_checkpoint
 from r2ncli.weights.download import OnProgress
@@ -146,9 +147,7 @@ def convert(
                 )
             _publish(partial, out)
     except OSError as error:
-        raise OutputError(
-            f"{out}: cannot be written: {(error.strerror or str(error)).lower()}"
-        ) from error
+        raise OutputError(f"{out}: cannot be written: {reason(error)}") from error
     return Conversion(
         source=str(source.path),
         sha256=source.sha256,
@@ -285,14 +284,9 @@ def _publish(partial: Path, out: Path) -> None:
     """Give what was written its final name, the companion first."""
     written, final = _files(partial), _files(out)
     for file in written:
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
+        sync(file)
     if len(final) > 1:
         out.unlink(missing_ok=True)  # what was there does not fit the new companion
     for file, name in zip(written, final, strict=True):
         os.replace(file, name)
-    folder = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(out.parent)

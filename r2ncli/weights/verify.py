@@ -119,7 +119,7 @@ def verify_weights(
 
 @overload
 def verify_weights(
-    file: Weights = None, *, sha256: None = None, against: str | os.PathLike[str]
+    file: Weights = None, *, sha256: str | None = None, against: str | os.PathLike[str]
 ) -> TensorComparison: ...
 
 

@@ -1,4 +1,4 @@
-"""Pictures inside archives: the same bytes, whatever holds them, and a row for all damage."""
+"""Images inside archives: the same bytes, whatever holds them, and a row for all damage."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ import r2ncli
 from r2ncli.sources import archives
 from r2ncli.sources import walk as walking
 from r2ncli.sources.archives import Budget
+from r2ncli.sources.content import stamp_of
 from r2ncli.sources.selection import Selection
 from r2ncli.sources.walk import Input, Walk, find_images
 
@@ -118,7 +119,7 @@ def test_a_leading_dot_slash_is_dropped_and_other_names_stay(suffix: str) -> Non
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
-def test_a_shard_of_webdataset_gives_its_pictures_alone(suffix: str) -> None:
+def test_a_shard_of_webdataset_gives_its_images_alone(suffix: str) -> None:
     members = {
         f"{n:06d}.{kind}": f"{n}{kind}".encode()
         for n in range(4)
@@ -199,7 +200,7 @@ def test_an_empty_member_is_empty_and_one_at_max_bytes_is_whole(suffix: str) -> 
     make = zip_bytes if suffix == ".zip" else tar_bytes
     name = write("a" + suffix, COMPRESSORS.get(suffix, bytes)(make({"a.jpg": b"", "b.jpg": b"12"})))
     assert outcomes(name, max_bytes=2) == within(name, {"a.jpg": b"", "b.jpg": b"12"})
-    assert "than --max-bytes 1" in outcomes(name, max_bytes=1)[f"{name}!b.jpg"]
+    assert "larger than the limit of 1 bytes" in outcomes(name, max_bytes=1)[f"{name}!b.jpg"]
 
 
 # --- what has no bytes of its own ---------------------------------------------------------
@@ -261,7 +262,7 @@ def test_what_is_no_zip_is_one_failed_row(content: bytes) -> None:
 def test_a_pipe_named_like_an_archive_is_a_failed_row_and_does_not_hang() -> None:
     for name in ("a.tar", "a.zip"):
         os.mkfifo(name)
-        assert outcomes(name) == {name: "not a regular file"}
+        assert outcomes(name) == {name: "cannot be read: not a regular file"}
 
 
 def test_an_archive_that_is_gone_or_unreadable_is_a_failed_row(
@@ -474,7 +475,7 @@ def test_a_zip_bomb_is_bounded_by_max_bytes_whatever_its_header_says(
         finally:
             tracemalloc.stop()
         assert reason == (
-            "more bytes than --max-bytes 1,000,000"
+            "larger than the limit of 1,000,000 bytes"
             if declared > 1000
             else "cannot be read from the archive: its checksum does not fit"
         )
@@ -499,7 +500,7 @@ def test_a_tar_bomb_is_not_held(suffix: str) -> None:
     finally:
         tracemalloc.stop()
     assert rows == {
-        f"{name}!a.jpg": "40,000,000 bytes, more than --max-bytes 1,000",
+        f"{name}!a.jpg": "40,000,000 bytes, larger than the limit of 1,000 bytes",
         f"{name}!b.jpg": b"y",
     }
 
@@ -513,7 +514,7 @@ def test_an_archive_that_changes_while_it_is_read_gives_failed_rows(suffix: str,
     make = zip_bytes if suffix == ".zip" else tar_bytes
     name = write("a" + suffix, make(PICTURES))
     rows = found(name)
-    assert rows[0].read(10**9) == PICTURES["0.jpg"]
+    assert rows[0].read(10**9).content == PICTURES["0.jpg"]
     if how == "replaced":
         write("new", make(dict(reversed(PICTURES.items()))))
         os.replace("new", name)
@@ -529,7 +530,7 @@ def test_a_compressed_tar_that_is_cut_while_it_is_read_is_a_failed_row() -> None
     noise = {f"{n}.jpg": RANDOM.bytes(300_000) for n in range(20)}
     name = write("a.tar.gz", gzip.compress(tar_bytes(noise), 1))
     rows = find_images([name], print)
-    assert next(rows).read(10**9) == noise["0.jpg"]
+    assert next(rows).read(10**9).content == noise["0.jpg"]
     os.truncate(name, 2_000_000)
     *_, last = rows
     assert last.name == name
@@ -600,7 +601,7 @@ def test_a_compressed_tar_far_beyond_the_budget_goes_through_without_a_deadlock(
     batch_size: int,
     size: int,
 ) -> None:
-    """Also where a batch is more than may be held, and where one picture is."""
+    """Also where a batch is more than may be held, and where one image is."""
     monkeypatch.setattr(walking, "BYTES_AHEAD", 200_000)
     buffer = io.BytesIO()
     Image.new("RGB", (40, 40), "red").save(buffer, "JPEG")
@@ -643,7 +644,7 @@ def test_who_waits_for_room_stops_when_the_walk_does(monkeypatch: pytest.MonkeyP
         time.sleep(0.05)
         assert walk.found <= 2
     assert "r2n-walk" not in {thread.name for thread in threading.enumerate()}
-    assert kept[0].read(10**9) == PICTURES["0.jpg"]
+    assert kept[0].read(10**9).content == PICTURES["0.jpg"]
 
 
 def test_names_that_look_like_archives_are_said_by_their_suffix() -> None:
@@ -653,7 +654,7 @@ def test_names_that_look_like_archives_are_said_by_their_suffix() -> None:
         assert not archives.is_archive(name)
 
 
-def test_a_picture_of_another_shard_holds_back_nothing(
+def test_an_image_of_another_shard_holds_back_nothing(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would wait for ever: any two of them are more than may be held."""
@@ -667,3 +668,14 @@ def test_a_picture_of_another_shard_holds_back_nothing(
                 found.append(source.name)
                 del source
     assert sorted(found) == sorted(f"a.tar.gz!{name}" for name in members)
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".zip"])
+def test_a_member_carries_the_size_and_time_of_its_archive(suffix: str) -> None:
+    content = zip_bytes(PICTURES) if suffix == ".zip" else tar_bytes(PICTURES)
+    name = write("a" + suffix, gzip.compress(content) if suffix == ".tar.gz" else content)
+    os.utime(name, ns=(5, 1234567891))
+    for source in find_images([f"./{name}"], print):
+        assert source.path == f"./{name}"
+        assert source.read(10**9).stamp == (os.path.getsize(name), 1234567891)
+        assert source.read(10**9).stamp == stamp_of(source.path)

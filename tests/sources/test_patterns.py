@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +33,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def matches(pattern: str) -> list[str]:
-    return list(matching_paths(pattern))
+    return list(matching_paths(pattern, print))
 
 
 def names(*arguments: str) -> list[str]:
@@ -104,6 +106,38 @@ def test_links_back_do_not_make_a_pattern_endless() -> None:
     assert "broken.jpg" in found
 
 
+def names_and_warnings(*arguments: str) -> tuple[list[str], list[str]]:
+    warnings: list[str] = []
+    return [source.name for source in find_images(arguments, warnings.append)], warnings
+
+
+@pytest.mark.parametrize("pattern", ["d/*", "d/**/*.jpg", "d/**/*", "{here}/d/*", "?/*", "?"])
+def test_a_link_back_to_a_folder_above_it_is_a_sentence_and_not_followed(
+    here: Path, pattern: str
+) -> None:
+    os.makedirs("d/sub")
+    Path("d/a.jpg").write_bytes(b"x")
+    Path("d/sub/b.jpg").write_bytes(b"x")
+    os.symlink(".", "d/self")
+    os.symlink("../..", "d/sub/up")
+    shutil.rmtree("1")  # so that ? matches d alone
+    shutil.rmtree("x")
+    found, warnings = names_and_warnings(pattern.format(here=here))
+    top = f"{here}/" if "here" in pattern else ""
+    assert found == [f"{top}d/a.jpg", f"{top}d/sub/b.jpg"]
+    assert sorted(warnings) == [
+        f"{top}d/{link}: a link back to a folder above it, not followed"
+        for link in ("self", "sub/up")
+    ]
+
+
+def test_a_link_to_a_folder_elsewhere_is_matched_and_followed() -> None:
+    os.symlink("../train", "x/elsewhere")
+    found, warnings = names_and_warnings("x/**/*.jpg", "x/else*")
+    assert found.count("x/elsewhere/a.jpg") == 2
+    assert warnings == []
+
+
 def test_an_argument_that_exists_is_itself_whatever_characters_it_has() -> None:
     assert names("x/[1].jpg") == ["x/[1].jpg"]
     assert names("[1]") == ["[1]/a.jpg"]
@@ -122,14 +156,14 @@ def test_a_pattern_that_matches_nothing_is_missing_and_named() -> None:
 
 
 def test_what_cannot_be_listed_matches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.listdir
+    real = os.scandir
 
-    def refusing(path: str) -> list[str]:
+    def refusing(path: str) -> Any:
         if path == "x":
             raise PermissionError(13, "Permission denied", path)
         return real(path)
 
-    monkeypatch.setattr(os, "listdir", refusing)
+    monkeypatch.setattr(os, "scandir", refusing)
     assert matches("x/*") == []
     assert "train/a.jpg" in matches("**/*.jpg")
 

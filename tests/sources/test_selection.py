@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,8 @@ from support.files import touch
 
 import r2ncli
 from r2ncli.errors import InputNotFoundError, OutputError, UsageError
-from r2ncli.sources.selection import Selection, in_shard
-from r2ncli.sources.walk import find_images
+from r2ncli.sources.selection import LeftOut, Selection, in_shard, no_image_found
+from r2ncli.sources.walk import Walk, find_images
 
 
 def takes(name: str, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()) -> bool:
@@ -68,7 +71,7 @@ def test_include_takes_what_matches(name: str, pattern: str, taken: bool) -> Non
         ("http://h/x/a.jpg", "x", True),
     ],
 )
-def test_exclude_leaves_out_pictures_and_whole_folders(
+def test_exclude_leaves_out_images_and_whole_folders(
     name: str, pattern: str, left_out: bool
 ) -> None:
     assert takes(name, exclude=(pattern,)) == (not left_out)
@@ -128,7 +131,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_outputs_of_all_shards_have_every_picture_once(
+def test_the_outputs_of_all_shards_have_every_image_once(
     tmp_path: Path, pictures: Path, tiny_weights: Path
 ) -> None:
     seen: list[str] = []
@@ -185,3 +188,93 @@ def test_an_option_of_sources_that_cannot_be_is_a_usage_error(
 ) -> None:
     with pytest.raises(UsageError):
         r2ncli.classify(tmp_path, **options)
+
+
+# --- why no image was found ---------------------------------------------------------------
+
+
+def why_nothing(*paths: str, **selection: Any) -> str:
+    with Walk(paths, print, Selection(**selection)) as walk:
+        assert list(walk) == []
+    error = no_image_found(walk.left_out)
+    assert error.exit_code == 3
+    return str(error)
+
+
+def test_an_empty_folder_says_which_suffixes_were_looked_for(here: Path) -> None:
+    text = why_nothing()
+    assert text.startswith("no image found (looked for files ending in avif bmp ")
+    assert text.endswith(" webp)")
+
+
+def test_other_suffixes_are_counted_and_named(here: Path) -> None:
+    for name in ("a.txt", "b.TXT", "c.mp4", "README"):
+        Path(name).touch()
+    text = why_nothing()
+    assert text.startswith("no image found (looked for files ending in avif ")
+    assert text.endswith("): files with other suffixes: 2 .txt, 1 without a suffix, 1 .mp4")
+
+
+def test_a_filter_that_left_nothing_is_named(here: Path) -> None:
+    Path("d").mkdir()
+    for name in ("a.jpg", "b.jpg", "d/c.png"):
+        Path(name).touch()
+    assert why_nothing(".", include=("*.gif", "x*")) == (
+        "no image found: `include` (*.gif, x*) left out 3 names"
+    )
+    assert why_nothing(".", include=("*.jpg",), exclude=("?.jpg", "d")) == (
+        "no image found: `exclude` (?.jpg, d) left out 3 names"
+    )
+    assert why_nothing("a.jpg", exclude=("a*",)) == (
+        "no image found: `exclude` (a*) left out 1 name"
+    )
+
+
+def test_an_empty_list_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("names").write_text("\n")
+    assert why_nothing("@names") == "no image found: the list @names is empty"
+    with open("names") as file:
+        monkeypatch.setattr("sys.stdin", file)
+        assert why_nothing("-") == "no image found: the list on standard input (-) is empty"
+
+
+def test_archives_inside_a_folder_are_named_with_what_to_do(here: Path) -> None:
+    Path("d").mkdir()
+    for name in ("d/a.zip", "d/b.tar.gz"):
+        Path(name).touch()
+    assert why_nothing("d") == (
+        "no image found: archives inside a folder are not searched (2 archives, such as "
+        "d/a.zip): name an archive to read it"
+    )
+
+
+def test_an_archive_without_images_says_what_it_has(here: Path) -> None:
+    with zipfile.ZipFile("a.zip", "w") as archive:
+        archive.writestr("notes.txt", "x")
+    assert why_nothing("a.zip").endswith("files with other suffixes: 1 .txt")
+
+
+def test_what_is_counted_takes_little_memory(here: Path) -> None:
+    left_out = LeftOut(Selection())
+    for number in range(5000):
+        left_out.add_file(f"x.{number}")
+        left_out.add_empty_list(f"@{number}")
+    assert len(left_out.suffixes) <= 1001
+    assert left_out.suffixes.total() == 5000
+    assert len(left_out.empty_lists) == 5
+
+
+@pytest.mark.parametrize("argument", ["-", "@names"])
+def test_an_empty_list_is_exit_3(here: Path, tiny_weights: Path, argument: str) -> None:
+    Path("names").touch()
+    done = subprocess.run(
+        [sys.executable, "-m", "r2ncli", "classify", argument, "--weights", str(tiny_weights)],
+        env={**os.environ, "PYTHONPATH": str(Path(r2ncli.__file__).parents[1])},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert "is empty" in done.stderr
+    assert done.stdout == ""

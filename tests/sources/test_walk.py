@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import os
+import selectors
 import signal
 import subprocess
 import sys
@@ -23,8 +24,11 @@ from support.processes import heed_interrupts
 
 from r2ncli.errors import ImageError, InputNotFoundError, UsageError
 from r2ncli.sources import walk as walking
+from r2ncli.sources.content import stamp_of
+from r2ncli.sources.lists import entries, names_in_list
+from r2ncli.sources.names import printable
 from r2ncli.sources.selection import SUFFIXES, Selection
-from r2ncli.sources.walk import Input, Walk, file_input, find_images, printable
+from r2ncli.sources.walk import Input, Walk, file_input, find_images
 
 
 def found(*paths: str | os.PathLike[str]) -> list[Input]:
@@ -93,13 +97,13 @@ def test_absolute_and_upward_arguments_stay_as_typed(here: Path) -> None:
 def test_every_input_opens_under_its_path(here: Path) -> None:
     touch("photos/a.jpg", "./.hidden/b.jpg", "c.jpg")
     sources_found = found("photos", "./.hidden", "./c.jpg")
-    assert [source.read(10) for source in sources_found] == [b"x"] * 3
+    assert [source.read(10).content for source in sources_found] == [b"x"] * 3
 
 
 def test_bytes_that_are_no_utf8_are_written_with_a_backslash_x(here: Path) -> None:
     touch(b"caf\xe9/m\xfcller.jpg", "naïve/é.jpg".encode())
     assert names() == ["caf\\xe9/m\\xfcller.jpg", "naïve/é.jpg"]
-    assert [source.read(10) for source in found()] == [b"x", b"x"]
+    assert [source.read(10).content for source in found()] == [b"x", b"x"]
     assert names(os.fsdecode(b"caf\xe9")) == ["caf\\xe9/m\\xfcller.jpg"]
 
 
@@ -219,7 +223,7 @@ def test_a_file_that_is_named_is_always_tried(here: Path) -> None:
     assert names("notes.txt", "./picture") == ["notes.txt", "picture"]
 
 
-def test_a_folder_named_like_a_picture_is_searched(here: Path) -> None:
+def test_a_folder_named_like_an_image_is_searched(here: Path) -> None:
     touch("x.jpg/a.jpg", "x.jpg/notes.txt")
     assert names() == ["x.jpg/a.jpg"]
     assert names("x.jpg") == ["x.jpg/a.jpg"]
@@ -266,7 +270,7 @@ def test_a_link_to_nothing_that_is_named_is_missing_and_says_so(here: Path) -> N
 
 def test_a_link_to_nothing_within_a_folder_is_a_failed_row(here: Path) -> None:
     os.symlink("nowhere.jpg", "a.jpg")
-    os.symlink("nowhere", "b")  # not named like a picture: none
+    os.symlink("nowhere", "b")  # not named like an image: none
     os.symlink("c.jpg/below", "d")
     touch("c.jpg")
     assert names() == ["a.jpg", "c.jpg"]
@@ -278,10 +282,10 @@ def test_links_to_files_are_files(here: Path) -> None:
     os.mkdir("here")
     os.symlink("../elsewhere/a.jpg", "here/b.jpg")
     assert names("here") == ["here/b.jpg"]
-    assert found("here")[0].read(10) == b"x"
+    assert found("here")[0].read(10).content == b"x"
 
 
-def test_a_link_to_itself_is_a_failed_row_if_it_is_named_like_a_picture(here: Path) -> None:
+def test_a_link_to_itself_is_a_failed_row_if_it_is_named_like_an_image(here: Path) -> None:
     os.symlink("a.jpg", "a.jpg")
     os.symlink("b", "b")
     assert names() == ["a.jpg"]
@@ -407,7 +411,7 @@ def test_what_a_user_may_not_read_is_a_failed_row(tmp_path: Path) -> None:
         "if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "os.fchdir(folder)\n"
         "for source in find_images([], print):\n"
-        "    try: print(source.name, source.read(10))\n"
+        "    try: print(source.name, source.read(10).content)\n"
         "    except ImageError as error: print(source.name, error)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(walking.__file__).parents[2])}
@@ -454,22 +458,22 @@ def test_folders_nested_too_deeply_end_in_a_failed_row(here: Path) -> None:
 # --- bytes --------------------------------------------------------------------------------
 
 
-def test_a_pipe_named_like_a_picture_is_a_failed_row_and_does_not_hang(here: Path) -> None:
+def test_a_pipe_named_like_an_image_is_a_failed_row_and_does_not_hang(here: Path) -> None:
     os.mkfifo("x.jpg")
     relief = threading.Timer(60, lambda: os.close(os.open("x.jpg", os.O_RDWR)))  # ends a hang
     relief.start()
-    assert error_of(found()[0]) == "not a regular file"
-    assert error_of(found("x.jpg")[0]) == "not a regular file"
+    assert error_of(found()[0]) == "cannot be read: not a regular file"
+    assert error_of(found("x.jpg")[0]) == "cannot be read: not a regular file"
     assert relief.is_alive()
     relief.cancel()
     relief.join()
 
 
 def test_a_device_is_a_failed_row() -> None:
-    assert error_of(found("/dev/zero")[0]) == "not a regular file"
+    assert error_of(found("/dev/zero")[0]) == "cannot be read: not a regular file"
 
 
-def test_a_folder_is_no_picture_and_leaves_no_open_file(tmp_path: Path) -> None:
+def test_a_folder_is_no_image_and_leaves_no_open_file(tmp_path: Path) -> None:
     descriptors = sorted(os.listdir("/dev/fd"))
     for _ in range(3):
         assert error_of(file_input(str(tmp_path), "x")) == "cannot be read: is a directory"
@@ -483,14 +487,14 @@ def test_an_empty_file_is_a_failed_row(here: Path) -> None:
 
 def test_a_file_beyond_max_bytes_is_a_failed_row_and_one_at_it_is_not(here: Path) -> None:
     (here / "x.jpg").write_bytes(bytes(2000))
-    assert len(found()[0].read(2000)) == 2000
-    assert error_of(found()[0], 1999) == "2,000 bytes, more than --max-bytes 1,999"
+    assert len(found()[0].read(2000).content) == 2000
+    assert error_of(found()[0], 1999) == "2,000 bytes, larger than the limit of 1,999 bytes"
 
 
 def test_a_file_beyond_max_bytes_is_not_read(here: Path) -> None:
     with open("x.jpg", "wb") as file:
         file.truncate(1 << 40)  # a hole: a terabyte that takes no room
-    assert "more than --max-bytes" in error_of(found()[0])
+    assert "larger than the limit of" in error_of(found()[0])
 
 
 def test_a_file_that_is_gone_or_unreadable_is_a_failed_row(
@@ -511,6 +515,38 @@ def test_a_file_that_is_gone_or_unreadable_is_a_failed_row(
 
 def test_an_error_names_no_path_that_the_user_did_not_type(here: Path) -> None:
     assert str(here) not in error_of(file_input(str(here / "x.jpg"), "x.jpg"))
+
+
+def test_content_carries_the_size_and_time_of_the_file_it_came_from(here: Path) -> None:
+    touch("a.jpg")
+    os.utime("a.jpg", ns=(5, 1234567891))
+    (source,) = found("./a.jpg")
+    assert source.path == "./a.jpg"
+    content, stamp = source.read(10)
+    assert content == b"x"
+    assert stamp == (1, 1234567891)
+    assert stamp_of("./a.jpg") == stamp
+
+
+def test_a_file_that_cannot_be_looked_at_has_no_stamp(here: Path) -> None:
+    assert stamp_of("missing") is None
+    assert stamp_of("a\0b") is None
+
+
+def test_the_stamp_costs_no_further_call(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch("a.jpg")
+    (source,) = found()
+    calls: list[str] = []
+    for call in ("stat", "lstat", "fstat"):
+        real = getattr(os, call)
+
+        def counted(*given: Any, _call: str = call, _real: Any = real, **more: Any) -> Any:
+            calls.append(_call)
+            return _real(*given, **more)
+
+        monkeypatch.setattr(os, call, counted)
+    source.read(10)
+    assert calls == ["fstat", "fstat"]  # before and after, to notice a change
 
 
 # --- the walk in its thread ---------------------------------------------------------------
@@ -683,8 +719,8 @@ def test_a_file_that_is_replaced_while_it_is_read_is_the_old_one(
     (here / "x.jpg").write_bytes(b"a" * 2000)
     (here / "new").write_bytes(b"b" * 2000)
     while_reading(monkeypatch, lambda: os.replace("new", "x.jpg"))
-    assert file_input("x.jpg").read(10_000) == b"a" * 2000
-    assert file_input("x.jpg").read(10_000) == b"b" * 2000
+    assert file_input("x.jpg").read(10_000).content == b"a" * 2000
+    assert file_input("x.jpg").read(10_000).content == b"b" * 2000
 
 
 def test_a_folder_that_vanishes_during_the_walk_is_a_failed_row(here: Path) -> None:
@@ -730,7 +766,7 @@ def test_a_list_may_end_its_names_with_nul(here: Path) -> None:
     argument = write_list(b"a\nb.jpg\0c\r.jpg\0\0d.jpg")
     found_ones = find_images([argument], print, Selection(null=True))
     assert [source.name for source in found_ones] == ["a\nb.jpg", "c\r.jpg", "d.jpg"]
-    with pytest.raises(UsageError, match="give -0"):
+    with pytest.raises(UsageError, match="give `null=True`"):
         names(argument)
 
 
@@ -738,7 +774,7 @@ def test_names_of_a_list_are_whole_wherever_its_pieces_end() -> None:
     text = b"\xef\xbb\xbfa.jpg\r\n\xc3\xa9.jpg\n" + b"x" * 30 + b"\n"
     for size in range(1, 12):
         pieces = [text[start : start + size] for start in range(0, len(text), size)]
-        assert list(walking._entries(pieces, b"\n")) == ["a.jpg", "é.jpg", "x" * 30]
+        assert list(entries(pieces, b"\n")) == ["a.jpg", "é.jpg", "x" * 30]
 
 
 def test_entries_of_a_list_may_be_folders_archives_and_missing(here: Path) -> None:
@@ -804,6 +840,39 @@ def test_a_list_is_read_while_it_is_written(here: Path) -> None:
         os.close(writing)
         assert list(inputs) == []
     os.close(reading)
+
+
+def test_a_list_may_have_a_descriptor_beyond_those_that_select_takes(here: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1100:
+        pytest.skip("the system allows too few descriptors")
+    reading, writing = os.pipe()
+    os.write(writing, b"a.jpg\n")
+    os.close(writing)
+    Path("names").write_bytes(b"b.jpg\n")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1100), hard))
+    try:
+        pipe = fcntl.fcntl(reading, fcntl.F_DUPFD, 1050)
+        file = fcntl.fcntl(os.open("names", os.O_RDONLY), fcntl.F_DUPFD, 1050)
+        for descriptor, name in ((pipe, "a.jpg"), (file, "b.jpg")):
+            opened = list(names_in_list(lambda fd=descriptor: fd, False, threading.Event()))
+            assert opened == [name]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(reading)
+
+
+def test_a_list_that_is_a_regular_file_or_a_null_device_is_read_without_waiting(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def waiting(*_: object) -> None:
+        raise AssertionError("waited")
+
+    monkeypatch.setattr(selectors.DefaultSelector, "select", waiting)
+    assert names(write_list(b"a.jpg\n")) == ["a.jpg"]
+    assert names("@/dev/null") == []
 
 
 def test_a_silent_list_does_not_hold_up_the_end_of_a_walk(here: Path) -> None:

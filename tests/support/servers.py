@@ -34,6 +34,10 @@ class Server:
                 except OSError:  # who asked has gone
                     return
 
+            def end_headers(self) -> None:
+                self.send_header("Connection", "close")
+                super().end_headers()
+
             def log_message(self, *_: object) -> None:
                 return
 

@@ -18,7 +18,7 @@ import pytest
 from support.checkpoints import error_of
 
 from r2ncli.architectures import DEFAULT_NETWORK, PUBLISHED, Preprocessing
-from r2ncli.weights import checkpoints, containers
+from r2ncli.weights import checkpoints
 from r2ncli.weights.checkpoints import (
     checked_sha256,
     existing_file,
@@ -123,8 +123,8 @@ def test_a_link_to_nothing_is_not_there(hub: Path) -> None:
     assert existing_file(hub / FILE.replace("_", "-")) is None
 
 
-def test_a_name_too_long_for_the_system_is_a_checkpoint_error() -> None:
-    assert "cannot be read: File name too long" in error_of(find_checkpoint, "x" * 5000)
+def test_a_name_too_long_for_the_system_is_an_error_of_the_checkpoint() -> None:
+    assert "cannot be read: file name too long" in error_of(find_checkpoint, "x" * 5000)
     assert "no such weights" in error_of(find_checkpoint, "a\0b")
 
 
@@ -300,9 +300,9 @@ def test_metadata_that_cannot_be_read_is_an_error(
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return open(path, *arguments, **options)
 
-    monkeypatch.setattr(containers, "open", refusing, raising=False)
+    monkeypatch.setattr(os, "open", refusing)
     text = error_of(read_metadata, tmp_path / "net.pth")
-    assert text == f"{tmp_path}/net.json: cannot be read: Permission denied"
+    assert text == f"{tmp_path}/net.json: cannot be read: permission denied"
 
 
 @pytest.mark.parametrize("name", ["net.pth", "net.pt", "net", "net.SAFETENSORS", "net.bin"])

@@ -76,7 +76,7 @@ def test_the_error_for_another_kind_of_file_says_what_it_is(
 def test_a_folder_or_a_missing_file_is_no_checkpoint(tmp_path: Path) -> None:
     assert error_of(container, tmp_path) == f"{tmp_path}: is a folder, not a checkpoint file"
     text = error_of(container, tmp_path / "a.pth")
-    assert text == f"{tmp_path}/a.pth: cannot be read: No such file or directory"
+    assert text == f"{tmp_path}/a.pth: cannot be read: no such file or directory"
 
 
 def test_a_folder_says_what_is_in_it(tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_a_folder_says_what_is_in_it(tmp_path: Path) -> None:
 
 def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pth")
-    assert error_of(container, tmp_path / "pipe.pth").endswith("is no regular file")
-    with pytest.raises(CheckpointError, match="no regular file"), reading(Path("/dev/null")):
+    assert error_of(container, tmp_path / "pipe.pth").endswith("cannot be read: not a regular file")
+    with pytest.raises(CheckpointError, match="not a regular file"), reading(Path("/dev/null")):
         pass
 
 

@@ -18,13 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.checkpoints import error_of
 
+from r2ncli import web
 from r2ncli.architectures import DEFAULT_NETWORK, OFFICIAL_URL, PUBLISHED
+from r2ncli.files import take_lock
 from r2ncli.weights import checkpoints, download
 from r2ncli.weights.checkpoints import find_checkpoint
 from r2ncli.weights.download import DownloadProgress, download_file
@@ -126,7 +127,7 @@ def server() -> Iterator[Server]:
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The waits between attempts, which are not waited for."""
     waited: list[float] = []
-    monkeypatch.setattr(download, "time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr(web, "sleep", waited.append)
     return waited
 
 
@@ -179,7 +180,7 @@ def test_a_published_name_is_downloaded_from_the_mirror_and_then_found(
     assert len(server.requests) == 3
 
 
-def test_without_a_mirror_the_official_address_is_asked(
+def test_without_a_mirror_the_official_url_is_asked(
     monkeypatch: pytest.MonkeyPatch, hub: Path
 ) -> None:
     monkeypatch.delenv("R2N_WEIGHTS_BASE_URL")
@@ -189,8 +190,10 @@ def test_without_a_mirror_the_official_address_is_asked(
     assert asked == [(OFFICIAL_URL + FILE, hub / FILE, None)]
 
 
-@pytest.mark.parametrize("base", ["/mnt/mirror", "mirror.example.org/x", "http://[::1", "s3://x/y"])
-def test_a_mirror_that_is_no_address_says_so(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "base", ["/mnt/mirror", "mirror.example.org/x", "http://[::1", "s3://x/y", "ftp://x/y"]
+)
+def test_a_mirror_that_is_no_url_says_so(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("R2N_WEIGHTS_BASE_URL", base)
     text = error_of(find_checkpoint)
     assert text.startswith(f"R2N_WEIGHTS_BASE_URL is {base!r}: expected the URL of a mirror")
@@ -201,7 +204,7 @@ def test_a_mirror_may_be_a_folder(
 ) -> None:
     monkeypatch.setitem(PUBLISHED, DEFAULT_NETWORK, replace(PUBLISHED[DEFAULT_NETWORK], file=NAME))
     monkeypatch.setenv("R2N_WEIGHTS_BASE_URL", tmp_path.as_uri())
-    assert "No such file or directory" in error_of(find_checkpoint)
+    assert "no such file or directory" in error_of(find_checkpoint)
     (tmp_path / NAME).write_bytes(CONTENT)
     assert find_checkpoint().read_bytes() == CONTENT
 
@@ -272,7 +275,7 @@ def test_a_part_from_another_place_is_not_taken_for_the_file(server: Server, fol
 
     leave_a_partial(folder, CONTENT[:500])
     server.answers.append(other_part)
-    assert "not the file" in error_of(fetch, server, folder)
+    assert "checksum mismatch" in error_of(fetch, server, folder)
     assert names_in(folder) == []
 
 
@@ -312,7 +315,7 @@ def test_what_the_server_refuses_is_said_at_once(
 
 def assert_says_what_to_do(text: str, address: str, folder: Path) -> None:
     assert f"get {address} and put it, as {NAME}, into {folder}." in text
-    assert text.endswith("--weights demo")
+    assert text.endswith('`weights="demo"`')
     assert "\n" not in text
 
 
@@ -320,8 +323,8 @@ def test_wrong_content_is_deleted_and_never_gets_the_name(server: Server, folder
     server.answers.append(lambda request: request.send(200, b"<html>please log in</html>"))
     text = error_of(fetch, server, folder)
     digest = hashlib.sha256(b"<html>please log in</html>").hexdigest()
-    assert "what came is not the file" in text
-    assert f"its SHA-256 starts {digest[:8]}, expected {DIGITS}" in text
+    assert f"checksum mismatch: expected SHA-256 {DIGITS}…, got {digest[:8]}…; " in text
+    assert "the download was deleted" in text
     assert_says_what_to_do(text, server.address, folder)
     assert names_in(folder) == []
     assert fetch(server, folder).read_bytes() == CONTENT  # a second try begins anew
@@ -329,7 +332,7 @@ def test_wrong_content_is_deleted_and_never_gets_the_name(server: Server, folder
 
 def test_a_partial_of_another_file_is_not_continued_for_ever(server: Server, folder: Path) -> None:
     leave_a_partial(folder, b"x" * 1000)
-    assert "not the file" in error_of(fetch, server, folder)
+    assert "checksum mismatch" in error_of(fetch, server, folder)
     assert fetch(server, folder).read_bytes() == CONTENT
 
 
@@ -342,7 +345,7 @@ def free_port() -> int:
 def test_a_refused_connection_is_said_at_once(folder: Path, naps: list[float]) -> None:
     address = f"http://127.0.0.1:{free_port()}/{NAME}"
     text = error_of(download_file, address, folder / NAME)
-    assert "no connection to 127.0.0.1 (Connection refused)" in text
+    assert "the connection failed (connection refused)" in text
     assert naps == []
     assert_says_what_to_do(text, address, folder)
     assert names_in(folder) == []
@@ -356,7 +359,7 @@ def test_a_name_that_no_one_knows_is_said_at_once(
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     text = error_of(download_file, f"https://mirror.example.org/{NAME}", folder / NAME)
-    assert "no connection to mirror.example.org (Name or service not known)" in text
+    assert "the connection failed (name or service not known)" in text
     assert naps == []
 
 
@@ -369,11 +372,11 @@ def test_a_connection_that_never_comes_is_given_up(
         given_up.wait(60)
         raise OSError("too late")
 
-    monkeypatch.setattr(download, "CONNECT_SECONDS", 0.05)
-    monkeypatch.setattr(socket, "create_connection", hanging)
+    monkeypatch.setattr(download, "OPEN_SECONDS", 0.05)
+    monkeypatch.setattr(socket, "getaddrinfo", hanging)
     text = error_of(download_file, f"http://mirror.example.org/{NAME}", folder / NAME)
     given_up.set()
-    assert "no connection to mirror.example.org (no answer in" in text
+    assert "no answer in 0.05 s" in text
     assert naps == []
 
 
@@ -382,7 +385,7 @@ def test_a_proxy_that_is_not_there_is_said_at_once(
 ) -> None:
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
     text = error_of(download_file, f"http://mirror.example.org/{NAME}", folder / NAME)
-    assert "no connection to 127.0.0.1 (Connection refused)" in text
+    assert "the connection to the proxy failed (connection refused)" in text
     assert naps == []
 
 
@@ -399,7 +402,7 @@ def test_a_proxy_is_asked_and_one_that_does_not_apply_is_not(
     assert fetch(server, folder).read_bytes() == CONTENT
 
 
-def test_a_password_in_the_address_is_not_shown(folder: Path) -> None:
+def test_a_password_in_the_url_is_not_shown(folder: Path) -> None:
     text = error_of(download_file, "http://user:secret@127.0.0.1:9/net-00000000.pth", folder / FILE)
     assert "http://127.0.0.1:9/net-00000000.pth" in text
     assert "secret" not in text
@@ -413,7 +416,7 @@ def test_a_malformed_port_is_an_error_of_the_checkpoint(folder: Path) -> None:
 def test_a_folder_that_cannot_be_made_or_written_says_so(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     text = error_of(fetch, server, tmp_path / "file" / "folder")
-    assert text.startswith(f"{tmp_path}/file/folder: cannot be written: Not a directory.")
+    assert text.startswith(f"{tmp_path}/file/folder: cannot be written: not a directory.")
     assert_says_what_to_do(text, server.address, tmp_path / "file" / "folder")
     assert server.requests == []
 
@@ -426,7 +429,7 @@ def test_a_folder_without_permission_says_so(
 
     monkeypatch.setattr(download, "open", refusing, raising=False)
     text = error_of(fetch, server, folder)
-    assert text.startswith(f"{folder}: cannot be written: Permission denied. To do it by hand")
+    assert text.startswith(f"{folder}: cannot be written: permission denied. To do it by hand")
 
 
 def test_a_full_disk_says_so_and_leaves_nothing_under_the_name(
@@ -442,7 +445,7 @@ def test_a_full_disk_says_so_and_leaves_nothing_under_the_name(
         download, "open", lambda path, mode: FullDisk(io.FileIO(path, mode)), raising=False
     )
     text = error_of(fetch, server, folder)
-    assert text.startswith(f"{folder}: cannot be written: No space left on device.")
+    assert text.startswith(f"{folder}: cannot be written: no space left on device.")
     assert naps == []  # the disk does not become emptier by asking the server again
     assert len(server.requests) == 1
     assert names_in(folder) == [f"{NAME}.r2n-partial"]
@@ -465,7 +468,7 @@ def test_a_file_size_limit_says_so(server: Server, folder: Path) -> None:
         text=True,
         check=True,
     )
-    assert done.stdout.startswith(f"{folder}: cannot be written: File too large.")
+    assert done.stdout.startswith(f"{folder}: cannot be written: file too large.")
     assert done.stderr == ""
     assert NAME not in names_in(folder)
 
@@ -531,3 +534,31 @@ def test_an_interrupted_download_keeps_what_came(server: Server, folder: Path) -
     assert kept > 500_000
     assert fetch(server, folder).read_bytes() == CONTENT
     assert server.ranges == [None, f"bytes={kept}-"]
+
+
+def test_a_server_that_accepts_and_never_answers_is_said_at_once(
+    server: Server, folder: Path, naps: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = threading.Event()
+    server.answers.append(lambda _request: over.wait(60) and None)
+    monkeypatch.setattr(download, "OPEN_SECONDS", 0.1)
+    text = error_of(fetch, server, folder)
+    over.set()
+    assert "no answer in 0.1 s. To do it by hand" in text
+    assert naps == []
+    assert names_in(folder) == []
+
+
+def test_a_download_holds_its_lock_while_it_runs_and_leaves_no_lock_file(
+    server: Server, folder: Path
+) -> None:
+    locked: list[bool] = []
+
+    def look(_progress: DownloadProgress) -> None:
+        lock = take_lock(folder / f"{NAME}.r2n-partial.lock")
+        locked.append(lock is None)
+
+    fetch(server, folder, on_progress=look)
+    assert locked
+    assert all(locked)
+    assert names_in(folder) == [NAME]
