@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from r2ncli.cli.options import Paths, Quiet, with_run_options
+from r2ncli.cli.options import Paths, Quiet, for_command_line, with_run_options
 from r2ncli.cli.terminal import (
     Report,
     image_line,
@@ -178,7 +178,10 @@ def _run_to_file(
 
 
 def _listeners(report: Report) -> Listeners:
-    return Listeners(report.sentence, report.row, report.download, report.quantising)
+    def warning(text: str) -> None:
+        report.sentence(for_command_line(text))
+
+    return Listeners(warning, report.row, report.download, report.quantising)
 
 
 def _executed(record: dict[str, Any]) -> str:

@@ -938,7 +938,7 @@ def test_an_interrupt_ends_a_run_whose_standard_input_is_silent(
         process.send_signal(number)
         said = process.stderr.read()  # to its end, while standard input stays open
         assert process.wait() == (130 if number == signal.SIGINT else 143)
-    assert "interrupted: what was done is kept in x.csv.partial; go on with --resume" in said
+    assert "interrupted: finished rows are kept in x.csv.partial; continue with --resume" in said
     assert "Traceback" not in said
 
 
