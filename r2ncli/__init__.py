@@ -2,9 +2,10 @@
 
     import r2ncli
 
-    for picture in r2ncli.classify("photos", weights="demo"):
-        print(picture.path, picture.predictions[:1] or picture.error)
+    for image in r2ncli.classify("photos", weights="demo"):
+        print(image.path, image.predictions[:1] or image.error)
 
+Each published network has a function that builds it, such as `r2ncli.res2net50_v1b_26w_4s`.
 Importing this package is quick: torch is imported when a name that needs it is used.
 """
 
@@ -38,18 +39,11 @@ if TYPE_CHECKING:
     from r2ncli.outputs.rows import Classification as Classification
     from r2ncli.outputs.rows import Features as Features
     from r2ncli.outputs.rows import Prediction as Prediction
+    from r2ncli.weights.compare import TensorComparison as TensorComparison
     from r2ncli.weights.convert import Conversion as Conversion
     from r2ncli.weights.convert import convert as convert
     from r2ncli.weights.loading import load_model as load_model
-    from r2ncli.weights.loading import res2net50_14w_8s as res2net50_14w_8s
-    from r2ncli.weights.loading import res2net50_26w_4s as res2net50_26w_4s
-    from r2ncli.weights.loading import res2net50_26w_6s as res2net50_26w_6s
-    from r2ncli.weights.loading import res2net50_26w_8s as res2net50_26w_8s
-    from r2ncli.weights.loading import res2net50_48w_2s as res2net50_48w_2s
-    from r2ncli.weights.loading import res2net50_v1b_26w_4s as res2net50_v1b_26w_4s
-    from r2ncli.weights.loading import res2net101_26w_4s as res2net101_26w_4s
-    from r2ncli.weights.loading import res2net101_v1b_26w_4s as res2net101_v1b_26w_4s
-    from r2ncli.weights.loading import res2next50 as res2next50
+    from r2ncli.weights.verify import Verification as Verification
     from r2ncli.weights.verify import verify_weights as verify_weights
 
 _MODULES = {
@@ -64,19 +58,9 @@ _MODULES = {
         "FailedInputError",
     ),
     "model": ("Res2Net",),
-    "weights.loading": (
-        "load_model",
-        "res2net50_v1b_26w_4s",
-        "res2net101_v1b_26w_4s",
-        "res2net50_26w_4s",
-        "res2net50_48w_2s",
-        "res2net50_14w_8s",
-        "res2net50_26w_6s",
-        "res2net50_26w_8s",
-        "res2net101_26w_4s",
-        "res2next50",
-    ),
-    "weights.verify": ("verify_weights",),
+    "weights.loading": ("load_model",),
+    "weights.verify": ("verify_weights", "Verification"),
+    "weights.compare": ("TensorComparison",),
     "weights.convert": ("convert", "Conversion"),
     "outputs.rows": ("Classification", "Prediction", "Features"),
     "api": ("classify", "extract", "classify_to", "extract_to"),
@@ -86,14 +70,20 @@ _MODULES = {
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = [*_HOME]
-
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"r2ncli.{_HOME[name]}"), name)
+    from r2ncli.architectures import PUBLISHED
+
+    if name == "__all__":
+        return [*_HOME, *PUBLISHED]
+    if name in PUBLISHED:  # the function that builds this network
+        from r2ncli.weights.loading import builder
+
+        return builder(name)
     raise AttributeError(f"module 'r2ncli' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__getattr__("__all__")])

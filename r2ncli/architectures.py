@@ -1,4 +1,4 @@
-"""Records of the Res2Net family: what a network is, what it takes, where it is published.
+"""The Res2Net family as data: architectures, preprocessing, and the published networks.
 
 Sources: Gao et al., "Res2Net: A New Multi-scale Backbone Architecture", TPAMI 2021
 (arXiv:1904.01169); Xie et al., "Aggregated Residual Transformations", CVPR 2017 (the X in
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-EXPANSION = 4  # a bottleneck's output channels over its stage's planes
+EXPANSION = 4  # output channels of a bottleneck per plane of its stage
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Architecture:
     stage_planes : tuple of int
         Planes of the four stages; a stage gives four times as many channels.
     classes : int
-        Outputs of the classifier.
+        Outputs of the classifier; 0 for a checkpoint without a classifier.
     """
 
     layers: tuple[int, int, int, int]
@@ -47,15 +47,16 @@ class Architecture:
     classes: int = 1000
 
     def split_width(self, planes: int) -> int:
-        """Channels of one split in a stage of `planes` planes."""
+        """Return the channels of one split in a stage of `planes` planes."""
         return planes * self.base_width // 64 * self.cardinality
 
     def describe(self) -> str:
-        """In the field's shorthand, say ``Res2Net50-v1b 26w-4s, 1000 classes``."""
+        """Return the usual short form, as in ``Res2Net50-v1b 26w-4s, 1000 classes``."""
         family = "Res2NeXt" if self.cardinality > 1 else "Res2Net"
         depth = 3 * sum(self.layers) + 2
         version = "-v1b" if len(self.stem) == 3 and self.average_pool_shortcut else ""
-        return f"{family}{depth}{version} {self.base_width}w-{self.scale}s, {self.classes} classes"
+        classes = f"{self.classes} classes" if self.classes else "no classifier"
+        return f"{family}{depth}{version} {self.base_width}w-{self.scale}s, {classes}"
 
 
 CROPS = ("centre", "square", "none")
@@ -63,18 +64,23 @@ CROPS = ("centre", "square", "none")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes the network's input of `image_size` x `image_size`.
+    """How an image becomes the network's input of `image_size` x `image_size` pixels.
 
     Attributes
     ----------
     image_size, resize_size : int
-        The network's input, and what the short side is resized to before the crop.
+        Pixels of the network's input, and of the short side before the crop.
     mean, std : tuple of float
-        RGB values in [0, 1] lose `mean` and are divided by `std`.
+        `mean` is subtracted from RGB values in [0, 1], which are then divided by `std`.
     crop : str
         ``centre``: as torchvision's Resize and CenterCrop, which round to whole pixels of
-        the resized picture. ``square``: the same part without rounding, so the exact
-        centre square where both sizes are equal. ``none``: the whole picture, stretched.
+        the resized image. ``square``: the same part without rounding, so the exact centre
+        square where both sizes are equal. ``none``: the whole image, stretched.
+
+    Raises
+    ------
+    ValueError
+        A value cannot be used.
     """
 
     image_size: int = 224
@@ -90,12 +96,12 @@ class Preprocessing:
                 "32 <= image_size <= resize_size, and image_size at most 4096"
             )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError("mean and std must have three values each, std positive ones")
+            raise ValueError("mean and std must have three values each, all of std positive")
         if self.crop not in CROPS:
             raise ValueError(f"crop {self.crop!r}: expected one of {', '.join(CROPS)}")
 
     def resized(self, image_size: int | None, no_crop: bool) -> Preprocessing:
-        """This preprocessing for another input size; the resize target keeps its ratio."""
+        """Return this preprocessing for another input size; the resize target keeps its ratio."""
         size = image_size or self.image_size
         target = round(size * self.resize_size / self.image_size)
         crop = "none" if no_crop else self.crop
@@ -104,7 +110,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class PublishedNetwork:
-    """A network as its authors published it; errors are in per cent on ImageNet-1k."""
+    """A network as its authors published it; the errors are in per cent on ImageNet-1k."""
 
     name: str
     file: str
@@ -115,93 +121,49 @@ class PublishedNetwork:
 
 
 DEFAULT_NETWORK = "res2net50_v1b_26w_4s"
-DEMO = "demo"  # the embedded checkpoint: ten CIFAR-10 classes, never a stand-in
-OFFICIAL_ADDRESS = "https://shanghuagao.oss-cn-beijing.aliyuncs.com/res2net/"
+DEMO = "demo"  # the embedded checkpoint of ten CIFAR-10 classes
+OFFICIAL_URL = "https://shanghuagao.oss-cn-beijing.aliyuncs.com/res2net/"
 LICENCE_NOTICE = (
     "the official weights come from a project under CC BY-NC-SA 4.0 (noncommercial use only)"
 )
 
 _50, _101 = (3, 4, 6, 3), (3, 4, 23, 3)
+_V1B_50 = Architecture(_50, stem=(32, 32, 64), average_pool_shortcut=True)
 
-PUBLISHED: dict[str, PublishedNetwork] = {
-    network.name: network
-    for network in (
-        PublishedNetwork(
-            "res2net50_v1b_26w_4s",
-            "res2net50_v1b_26w_4s-3cf99910.pth",
-            Architecture(_50, stem=(32, 32, 64), average_pool_shortcut=True),
-            25_718_352,
-            19.73,
-            4.96,
-        ),
-        PublishedNetwork(
-            "res2net101_v1b_26w_4s",
-            "res2net101_v1b_26w_4s-0812c246.pth",
-            Architecture(_101, stem=(32, 32, 64), average_pool_shortcut=True),
-            45_225_920,
-            18.77,
-            4.64,
-        ),
-        PublishedNetwork(
-            "res2net50_26w_4s",
-            "res2net50_26w_4s-06e79181.pth",
-            Architecture(_50),
-            25_699_120,
-            22.01,
-            6.15,
-        ),
-        PublishedNetwork(
-            "res2net50_48w_2s",
-            "res2net50_48w_2s-afed724a.pth",
-            Architecture(_50, base_width=48, scale=2),
-            25_287_304,
-            22.68,
-            6.47,
-        ),
-        PublishedNetwork(
-            "res2net50_14w_8s",
-            "res2net50_14w_8s-6527dddc.pth",
-            Architecture(_50, base_width=14, scale=8),
-            25_059_816,
-            21.86,
-            6.14,
-        ),
-        PublishedNetwork(
-            "res2net50_26w_6s",
-            "res2net50_26w_6s-19041792.pth",
-            Architecture(_50, scale=6),
-            37_051_448,
-            21.42,
-            5.87,
-        ),
-        PublishedNetwork(
-            "res2net50_26w_8s",
-            "res2net50_26w_8s-2c7c9f12.pth",
-            Architecture(_50, scale=8),
-            48_403_776,
-            20.80,
-            5.63,
-        ),
-        PublishedNetwork(
-            "res2net101_26w_4s",
-            "res2net101_26w_4s-02a759a1.pth",
-            Architecture(_101),
-            45_206_688,
-            20.81,
-            5.57,
-        ),
-        PublishedNetwork(
-            "res2next50",
-            "res2next50_4s-6ef7e7bf.pth",
-            Architecture(_50, base_width=4, cardinality=8),
-            24_671_464,
-            21.76,
-            6.09,
-        ),
-    )
-}
+# name, file, architecture, number of parameters, top-1 error, top-5 error
+# fmt: off
+_NETWORKS = (
+    PublishedNetwork("res2net50_v1b_26w_4s", "res2net50_v1b_26w_4s-3cf99910.pth",
+                     _V1B_50, 25_718_352, 19.73, 4.96),
+    PublishedNetwork("res2net101_v1b_26w_4s", "res2net101_v1b_26w_4s-0812c246.pth",
+                     replace(_V1B_50, layers=_101), 45_225_920, 18.77, 4.64),
+    PublishedNetwork("res2net50_26w_4s", "res2net50_26w_4s-06e79181.pth",
+                     Architecture(_50), 25_699_120, 22.01, 6.15),
+    PublishedNetwork("res2net50_48w_2s", "res2net50_48w_2s-afed724a.pth",
+                     Architecture(_50, base_width=48, scale=2), 25_287_304, 22.68, 6.47),
+    PublishedNetwork("res2net50_14w_8s", "res2net50_14w_8s-6527dddc.pth",
+                     Architecture(_50, base_width=14, scale=8), 25_059_816, 21.86, 6.14),
+    PublishedNetwork("res2net50_26w_6s", "res2net50_26w_6s-19041792.pth",
+                     Architecture(_50, scale=6), 37_051_448, 21.42, 5.87),
+    PublishedNetwork("res2net50_26w_8s", "res2net50_26w_8s-2c7c9f12.pth",
+                     Architecture(_50, scale=8), 48_403_776, 20.80, 5.63),
+    PublishedNetwork("res2net101_26w_4s", "res2net101_26w_4s-02a759a1.pth",
+                     Architecture(_101), 45_206_688, 20.81, 5.57),
+    PublishedNetwork("res2next50", "res2next50_4s-6ef7e7bf.pth",
+                     Architecture(_50, base_width=4, cardinality=8), 24_671_464, 21.76, 6.09),
+)
+# fmt: on
+PUBLISHED: dict[str, PublishedNetwork] = {network.name: network for network in _NETWORKS}
 
-DECLINED = {  # published too, but with the body of a DLA, which r2n does not have
+DECLINED = {  # published too, but with a DLA body, which r2n does not support
     "res2net_dla60": "res2net_dla60_4s-d88db7f9.pth",
     "res2next_dla60": "res2next_dla60_4s-d327927b.pth",
 }
+
+
+def published(name: str | None) -> PublishedNetwork | None:
+    """Return the published network of this name; ``-`` and ``_`` count as equal.
+
+    None means the default network. A name that was not published gives None.
+    """
+    return PUBLISHED.get((DEFAULT_NETWORK if name is None else name).replace("-", "_"))

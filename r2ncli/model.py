@@ -1,7 +1,7 @@
 """The Res2Net network (Gao et al., arXiv:1904.01169), with the published key names.
 
-A bottleneck block whose 3x3 convolution is replaced by `scale` smaller ones in a
-hierarchy: each takes its own split of the channels plus what the one before it gave.
+In each bottleneck block, the 3x3 convolution is replaced by a hierarchy of smaller ones, one
+per split of the channels: each takes its split plus the output of the one before it.
 State-dict names and their order are those of the published checkpoints, and the
 top-level children stand in forward order, so that code written for the published class
 (``net.relu(net.bn1(net.conv1(x)))``, layer getters, forward hooks) works unchanged.
@@ -28,17 +28,19 @@ class Bottle2neck(nn.Module):
     Parameters
     ----------
     in_channels : int
-        Channels of the input [N, in_channels, H, W].
+        Channels of the input, float [N, in_channels, H, W].
     planes : int
-        The output is [N, 4 * planes, H / stride, W / stride].
+        The output is float [N, 4 * planes, H / stride, W / stride].
+    architecture : Architecture
+        The network's shape.
     stride, dilation : int
-        Of the 3x3 convolutions.
+        Stride and dilation of the 3x3 convolutions.
     downsample : nn.Sequential or None
-        The shortcut where the input's shape is not the output's.
+        The shortcut, where the input's shape differs from the output's.
     first : bool
-        Whether the block begins a stage. Such a block adds nothing from split to split,
-        and its last split goes through a 3x3 average pool (section 3.1 leaves this open;
-        it is so in the published networks, in layer1 too).
+        Whether the block is the first of a stage. Such a block adds nothing from split to
+        split, and its last split goes through a 3x3 average pool. (The paper's section 3.1
+        does not say so; the published networks do so, in layer1 too.)
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Bottle2neck(nn.Module):
         self.bns = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(scale - 1))
         self.conv3 = nn.Conv2d(width * scale, planes * EXPANSION, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(planes * EXPANSION)
-        self.relu = nn.ReLU()  # not in place: a hook on a batch norm keeps what it has seen
+        self.relu = nn.ReLU()  # not in place: hooks on batch norms keep their tensors
         self.downsample = downsample
         self.first = first
 
@@ -86,28 +88,28 @@ class Bottle2neck(nn.Module):
 class Res2Net(nn.Module):
     """A Res2Net classifier.
 
-    Takes RGB pictures, float [N, 3, H, W], normalised by the ImageNet mean and standard
-    deviation (`Preprocessing`), and gives logits [N, classes]. Any H and W from 32 will do.
+    Takes RGB images, float [N, 3, H, W], normalised by the ImageNet mean and standard
+    deviation (`Preprocessing`), and gives logits [N, classes]. H and W are 32 or more.
 
     Parameters
     ----------
     architecture : Architecture
-        The network's shape. Weights start as He initialisation (fan-out), classifier aside.
+        The network's shape. Convolutions start with He initialisation (fan-out).
     output_stride : int
-        How much smaller than the input layer4's output is: 32 as published, 16 or 8. Below
-        32 the last stages dilate their convolutions instead of striding. The state dict is
-        the same, so published weights load.
+        Input size over the size of layer4's output: 32 as published, 16 or 8. Below 32 the
+        last stages dilate their convolutions instead of striding. The state dict is the
+        same, so published weights can be loaded.
 
     Raises
     ------
     UsageError
-        Another `output_stride`.
+        `output_stride` has another value.
     """
 
     def __init__(self, architecture: Architecture, output_stride: int = 32) -> None:
         super().__init__()
         if output_stride not in DILATIONS:
-            raise UsageError(f"output stride {output_stride!r}: expected 32, 16 or 8")
+            raise UsageError(f"`output_stride` {output_stride!r}: expected 32, 16 or 8")
         self.architecture = architecture
         self.output_stride = output_stride
         self.conv1 = _stem(architecture.stem)
@@ -123,7 +125,7 @@ class Res2Net(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels[4], architecture.classes)
         for module in self.modules():
-            # on the meta device it would do nothing, but import torch's compiler for it
+            # on the meta device this has no effect, but imports torch's compiler
             if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
@@ -134,10 +136,10 @@ class Res2Net(nn.Module):
         return logits
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
-        """The four stages' feature maps: what detectors call [C2, C3, C4, C5].
+        """Return the four stages' feature maps: [C2, C3, C4, C5] in detectors.
 
-        Each is [N, channels, H / stride, W / stride], with strides 4, 8, 16 and 32, none of
-        them beyond `output_stride`.
+        Each is float [N, channels, H / stride, W / stride]. The strides are 4, 8, 16 and 32,
+        but at most `output_stride`.
         """
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         features = []
@@ -148,9 +150,9 @@ class Res2Net(nn.Module):
 
 
 def conv_bn_pairs(network: Res2Net) -> Iterator[tuple[str, str]]:
-    """Names of each convolution and the batch norm that alone takes its output.
+    """Yield the names of each convolution and of the batch norm that takes its output.
 
-    A compiled form of the network folds the second into the first.
+    A compiled form of the network folds the batch norm into the convolution.
     """
     if len(network.architecture.stem) == 3:
         yield from [("conv1.0", "conv1.1"), ("conv1.3", "conv1.4"), ("conv1.6", "bn1")]
@@ -168,10 +170,10 @@ def conv_bn_pairs(network: Res2Net) -> Iterator[tuple[str, str]]:
 
 
 def layer_shapes(architecture: Architecture, image_size: int) -> dict[str, tuple[int, ...]]:
-    """Shape of each layer's output for one picture, by its name in `named_modules()`.
+    """Return the shape of each layer's output for one image, by its name in `named_modules()`.
 
-    A layer is a module that gives exactly one tensor in a forward pass; a block's `relu`,
-    which runs several times, is none. Shapes are without the batch axis: (C, H, W) or (C,).
+    A layer is a module that gives exactly one tensor in a forward pass; a block's `relu`
+    runs several times and is not a layer. Shapes have no batch axis: (C, H, W) or (C,).
     """
     with torch.device("meta"):
         network = Res2Net(architecture).eval()
@@ -190,9 +192,9 @@ def layer_shapes(architecture: Architecture, image_size: int) -> dict[str, tuple
 
 
 def forward_flops(architecture: Architecture, image_size: int) -> int:
-    """Floating-point operations of one picture's forward pass: a multiply-add is two.
+    """Return the floating-point operations of one image's forward pass.
 
-    Of the convolutions and the classifier, which are all that counts.
+    Only convolutions and the classifier are counted; a multiply-add is two operations.
     """
     with torch.device("meta"):
         network = Res2Net(architecture)
@@ -205,7 +207,7 @@ def forward_flops(architecture: Architecture, image_size: int) -> int:
 
 
 def _stem(channels: tuple[int, ...]) -> nn.Module:
-    """One 7x7 convolution (v1), or three 3x3 ones (v1b); stride 2 in the first."""
+    """Build the stem: one 7x7 convolution (v1) or three 3x3 ones (v1b), the first of stride 2."""
     if len(channels) == 1:
         return nn.Conv2d(3, channels[0], 7, stride=2, padding=3, bias=False)
     first, second, third = channels
@@ -223,10 +225,10 @@ def _stem(channels: tuple[int, ...]) -> nn.Module:
 def _stage(
     architecture: Architecture, number: int, in_channels: int, dilations: tuple[int, int] = (1, 1)
 ) -> nn.Sequential:
-    """One stage's blocks, the first of which strides and changes the number of channels.
+    """Build one stage, whose first block strides and changes the number of channels.
 
-    `dilations` are the stage before's and its own. Where they differ, the stage dilates in
-    place of striding, and its first block still has the dilation of the stage before.
+    `dilations` are those of the stage before and of this one. Where they differ, the stage
+    dilates instead of striding, and its first block has the dilation of the stage before.
     """
     planes, blocks = architecture.stage_planes[number], architecture.layers[number]
     out_channels = planes * EXPANSION
@@ -253,7 +255,7 @@ def _stage(
 
 
 def _shortcut_pool(stride: int, dilation: int) -> nn.Module:
-    """The average before a shortcut's convolution, of 2x2 positions where the stage dilates."""
-    if dilation > 1:  # as timm: the zeros beyond the right and lower edges count
+    """Build the average pool before a shortcut's convolution; 2x2 where the stage dilates."""
+    if dilation > 1:  # as in timm: the zeros beyond the right and lower edges count
         return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.AvgPool2d(2, stride=1))
     return nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)

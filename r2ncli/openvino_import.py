@@ -1,7 +1,7 @@
 """Import OpenVINO without its telemetry; every other file imports it from here.
 
-Importing openvino sends a message to its makers and writes a file to the home folder. It
-does neither when its module `openvino_telemetry` cannot be imported.
+Importing openvino sends a message to its developers and writes a file to the home folder,
+unless its module `openvino_telemetry` cannot be imported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_telemetry() -> Iterator[None]:
-    """While this context is active, `openvino_telemetry` cannot be imported."""
+    """Make `openvino_telemetry` impossible to import while this context is active."""
     telemetry = "openvino_telemetry"
     if telemetry in sys.modules:
         yield

@@ -1,11 +1,11 @@
-"""The published networks among torchvision's models: importing this registers them there.
+"""Register the published networks among torchvision's models, on import.
 
     import torchvision, r2ncli.torchvision_models
 
     torchvision.models.get_model("res2net50_v1b_26w_4s", weights="DEFAULT")
 
-The weights are found, downloaded and checked as everywhere else in r2ncli. As torchvision's
-own builders do, these give the network in training mode.
+The weights are found, downloaded and checked as everywhere else in r2ncli. Like torchvision's
+own builders, these give the network in training mode.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from r2ncli.architectures import (
     LICENCE_NOTICE,
-    OFFICIAL_ADDRESS,
+    OFFICIAL_URL,
     PUBLISHED,
     Preprocessing,
     PublishedNetwork,
@@ -33,17 +33,17 @@ from r2ncli.weights.loading import load_model, published_network
 
 
 class Res2NetWeights(WeightsEnum):  # type: ignore[misc]  # torchvision is untyped
-    """The official weights of one network; `get_model_weights(name)` gives its enumeration."""
+    """The official weights of one network, as `get_model_weights(name)` returns them."""
 
     def get_state_dict(self, *_arguments: Any, **_options: Any) -> dict[str, Tensor]:
-        """The official state dict; torchvision's options of a download do not matter here."""
+        """Return the official state dict; torchvision's download options have no effect."""
         return load_model(self.meta["variant"]).state_dict()
 
 
 def _official_weights(network: PublishedNetwork) -> Weights:
     preprocessing = Preprocessing()
     return Weights(
-        url=OFFICIAL_ADDRESS + network.file,
+        url=OFFICIAL_URL + network.file,
         transforms=partial(
             ImageClassification,
             crop_size=preprocessing.image_size,
@@ -74,7 +74,7 @@ def _register(network: PublishedNetwork) -> None:
     def build(
         *,
         weights: Res2NetWeights | str | os.PathLike[str] | None = None,
-        progress: bool = True,  # torchvision's; nothing here prints
+        progress: bool = True,  # torchvision's option; nothing here prints
         num_classes: int | None = None,
         output_stride: int = 32,
     ) -> Res2Net:
@@ -88,19 +88,20 @@ def _register(network: PublishedNetwork) -> None:
         built = published_network(network.name, weights, output_stride).train()
         if num_classes not in (None, built.architecture.classes):
             raise UsageError(
-                f"num_classes {num_classes}: these weights have {built.architecture.classes} "
-                "classes; give the network another fc afterwards"
+                f"`num_classes` {num_classes}: these weights have {built.architecture.classes} "
+                "classes; replace the network's fc afterwards"
             )
         return built
 
-    build.__doc__ = f"""{network.architecture.describe()}, in training mode.
+    build.__doc__ = f"""Build {network.architecture.describe()}, in training mode.
 
     Parameters
     ----------
     weights : {official_weights.__name__}, str, path or None
-        The official ones or their name (``DEFAULT``), or a checkpoint file; None: untrained.
+        The official weights or their name (``DEFAULT``), or a checkpoint file; None gives an
+        untrained network.
     num_classes : int, optional
-        Of an untrained network; with weights it must be theirs.
+        The number of classes of an untrained network; with weights it must be theirs.
     output_stride : int
         32, 16 or 8 (see `Res2Net`).
 

@@ -1,9 +1,12 @@
-"""The records say what was published, and refuse what cannot be."""
+"""The published networks are one table, and records refuse values that cannot be used."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +15,7 @@ from r2ncli.architectures import (
     PUBLISHED,
     Architecture,
     Preprocessing,
+    published,
 )
 
 FILES_AND_ERRORS = {  # as upstream lists them: top-1 and top-5 error on ImageNet, per cent
@@ -35,7 +39,7 @@ def test_the_table_is_the_published_one():
     assert table == FILES_AND_ERRORS
 
 
-def test_the_default_is_the_one_that_the_project_is_named_for():
+def test_the_default_network_is_res2net50_v1b_26w_4s():
     assert DEFAULT_NETWORK == "res2net50_v1b_26w_4s"
     assert DEFAULT_NETWORK in PUBLISHED
 
@@ -67,7 +71,7 @@ def test_names_of_the_files_say_the_base_width_and_the_scale():
         ("res2next50", "Res2NeXt50 4w-4s, 1000 classes"),
     ],
 )
-def test_an_architecture_describes_itself_in_the_fields_shorthand(name, words):
+def test_an_architecture_describes_itself_in_the_usual_short_form(name, words):
     assert PUBLISHED[name].architecture.describe() == words
 
 
@@ -118,7 +122,7 @@ def test_the_default_preprocessing_is_imagenets():
         {"crop": "left"},
     ],
 )
-def test_a_preprocessing_that_cannot_be_is_refused(options):
+def test_an_invalid_preprocessing_is_refused(options):
     with pytest.raises(ValueError, match=next(reversed(options))):
         Preprocessing(**options)
 
@@ -132,3 +136,70 @@ def test_without_another_size_or_crop_a_preprocessing_stays_as_it_is():
     given = Preprocessing(64, 72, crop="square")
     assert given.resized(None, no_crop=False) == given
     assert given.resized(None, no_crop=True) == dataclasses.replace(given, crop="none")
+
+
+# --- a published network is one row -------------------------------------------------------
+
+WITH_ONE_MORE = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from r2ncli import architectures
+
+name = "res2net_one_more"
+architecture = architectures.Architecture((1, 1, 1, 1), base_width=8, classes=5)
+architectures.PUBLISHED[name] = architectures.PublishedNetwork(
+    name, "res2net_one_more-00000000.pth", architecture, 1, 20.0, 5.0
+)
+
+import r2ncli
+assert name in r2ncli.__all__
+assert name in dir(r2ncli)
+assert "torch" not in sys.modules
+from r2ncli import *
+assert res2net_one_more().architecture == architecture
+
+import r2ncli.hubconf
+from r2ncli.hubconf import *
+assert name in r2ncli.hubconf.__all__
+assert res2net_one_more is r2ncli.res2net_one_more is r2ncli.hubconf.res2net_one_more
+
+import torch
+folder = str(Path(r2ncli.__file__).parent)
+assert torch.hub.load(folder, name, source="local").architecture == architecture
+
+import torchvision, r2ncli.torchvision_models
+assert torchvision.models.get_model(name).architecture == architecture
+
+from r2ncli.weights.checkpoints import find_checkpoint, published_file
+from r2ncli.weights.loading import list_layers
+from r2ncli.weights.structure import variant_name
+assert published_file("res2net-one-more-00000000.pth").name == name
+assert list_layers("res2net-one-more")["fc"] == (5,)
+assert variant_name(architecture) == name
+try:
+    find_checkpoint("no such name")
+except r2ncli.CheckpointError as error:
+    assert str(error).endswith(name)
+"""
+
+
+def test_one_row_in_the_table_is_enough_for_another_published_network(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_ONE_MORE],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TORCH_HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_published_name_is_understood_with_hyphens_and_none_is_the_default():
+    assert published("res2net50-v1b-26w_4s") is PUBLISHED["res2net50_v1b_26w_4s"]
+    assert published(None) is PUBLISHED[DEFAULT_NETWORK]
+    assert published("resnet50") is published("") is published("demo") is None
+
+
+def test_a_network_without_a_classifier_is_described_so():
+    without = dataclasses.replace(PUBLISHED[DEFAULT_NETWORK].architecture, classes=0)
+    assert without.describe() == "Res2Net50-v1b 26w-4s, no classifier"

@@ -23,7 +23,8 @@ ROOMS = [
 ]
 WITH_TORCH = {
     *("model", "torchvision_models"),
-    *("weights/loading", "weights/verify", "weights/compare", "weights/convert"),
+    *("weights/structure", "weights/loading", "weights/verify"),
+    *("weights/compare", "weights/convert"),
     *("engine/devices", "engine/folding", "engine/kernels", "engine/fused"),
     *("engine/pytorch", "engine/cuda", "engine/graph"),
     "images/gpu",

@@ -1,4 +1,4 @@
-"""The network is the published one, and keeps the habits of the published class."""
+"""The network has the published outputs, names, shapes and hooks."""
 
 from __future__ import annotations
 
@@ -196,8 +196,8 @@ def test_the_first_block_of_a_dilated_stage_keeps_the_dilation_before_it(output_
     assert network.layer2[0].convs[0].stride == (2, 2)
 
 
-def test_an_output_stride_that_cannot_be_is_refused():
-    with pytest.raises(UsageError, match=r"^output stride 4: expected 32, 16 or 8$"):
+def test_an_invalid_output_stride_is_refused():
+    with pytest.raises(UsageError, match=r"^`output_stride` 4: expected 32, 16 or 8$"):
         Res2Net(TINY["v1"], output_stride=4)
 
 
@@ -337,7 +337,7 @@ def test_layer_shapes_are_those_that_hooks_see(architecture, size):
 
 
 @tiny
-def test_layers_offered_are_modules_with_one_output_a_pass(architecture):
+def test_layers_are_modules_with_one_output_per_forward_pass(architecture):
     network = untrained(architecture)
     offered = layer_shapes(architecture, 64)
     for name, module in network.named_modules():

@@ -64,20 +64,20 @@ def test_torchvisions_default_weights_are_the_official_file_checked(
         record.get_state_dict(progress=False, check_hash=True)
 
 
-def test_weights_that_there_are_not_are_refused_in_a_sentence() -> None:
+def test_unknown_weights_are_refused_with_a_sentence() -> None:
     with pytest.raises(CheckpointError, match="no such weights: 'IMAGENET1K_V7'"):
         get_model(NAME, weights="IMAGENET1K_V7")
     with pytest.raises(TypeError, match=f"expected {NAME}_Weights but received"):
         get_model(NAME, weights=get_model_weights("res2net50_26w_4s").DEFAULT)
 
 
-def test_a_number_of_classes_that_is_not_the_weights_is_refused(reference_file: Path) -> None:
-    with pytest.raises(UsageError, match=r"^num_classes 7: these weights have 1000 classes"):
+def test_another_number_of_classes_than_the_weights_have_is_refused(reference_file: Path) -> None:
+    with pytest.raises(UsageError, match=r"^`num_classes` 7: these weights have 1000 classes"):
         get_model(NAME, weights=reference_file, num_classes=7)
     assert get_model(NAME, weights=reference_file, num_classes=1000).fc.out_features == 1000
 
 
-def test_the_record_says_what_torchvisions_own_say() -> None:
+def test_the_record_has_the_fields_of_torchvisions_own() -> None:
     record = get_model_weights(NAME).DEFAULT
     assert record is get_model_weights(get_model_builder(NAME)).IMAGENET1K_V1
     assert copy.deepcopy(record) == record
@@ -91,12 +91,12 @@ def test_the_record_says_what_torchvisions_own_say() -> None:
 def test_the_records_transforms_are_our_preprocessing(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-    picture = coarse.resize((400, 300))
-    picture.save(tmp_path / "picture.png")
-    theirs = get_model_weights(NAME).DEFAULT.transforms()(picture)
+    image = coarse.resize((400, 300))
+    image.save(tmp_path / "image.png")
+    theirs = get_model_weights(NAME).DEFAULT.transforms()(image)
 
     preprocessing = Preprocessing()
-    pixels = decode((tmp_path / "picture.png").read_bytes(), preprocessing, DecodeRules())
+    pixels = decode((tmp_path / "image.png").read_bytes(), preprocessing, DecodeRules())
     ours = (pixels / 255 - preprocessing.mean) / preprocessing.std
     one_grey_level = 1.01 / 255 / min(preprocessing.std)
     assert theirs.shape == (3, 224, 224)

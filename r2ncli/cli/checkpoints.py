@@ -40,7 +40,7 @@ def verify(
     json: Json = False,
 ) -> int:
     """Verify a checkpoint without executing anything in it."""
-    from r2ncli.weights.compare import Comparison
+    from r2ncli.weights.compare import TensorComparison
     from r2ncli.weights.verify import Verification, verify_weights
 
     try:
@@ -50,7 +50,7 @@ def verify(
     except R2NError as error:
         if json:
             failed = Verification(file or "", error=str(error))
-            unlike = Comparison(file or "", against or "", error=str(error))
+            unlike = TensorComparison(file or "", against or "", error=str(error))
             print_json((failed if against is None else unlike).as_dict())
         raise
     if json:

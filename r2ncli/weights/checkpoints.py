@@ -1,18 +1,19 @@
-"""A checkpoint as a file: find it, hash it, read its labels. No torch.
+"""A checkpoint as a file: find it, hash it, read its metadata. No torch.
 
-A checkpoint is looked for in the order that CONTRACTS and the README give: the option,
-``R2N_WEIGHTS``, torch.hub's folder, the official address. Nothing here ever falls back
-from one network to another.
+A checkpoint is looked for in this order: the option, ``R2N_WEIGHTS``, torch.hub's folder,
+the official URL. Nothing here ever falls back from one network to another.
 """
 
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,27 @@ from urllib.parse import urljoin, urlsplit
 from r2ncli.architectures import (
     DEFAULT_NETWORK,
     DEMO,
-    OFFICIAL_ADDRESS,
+    OFFICIAL_URL,
     PUBLISHED,
     Preprocessing,
     PublishedNetwork,
+    published,
 )
 from r2ncli.errors import CheckpointError
-from r2ncli.weights.containers import HEADER_LIMIT, SUFFIXES, reading
+from r2ncli.weights.containers import SUFFIXES, container, reading, safetensors_header
 from r2ncli.weights.download import OnProgress, digits_in_name, download_file
+
+Weights = str | os.PathLike[str] | None  # a file, a published name or ``demo``
+
+# the metadata that decides what r2n does; any other key is a note and is kept as it is
+KEYS = ("labels", "wnids", "preprocessing")
+PREPROCESSING_KEYS = tuple(field.name for field in fields(Preprocessing))
+# keys that other programs use for the same things
+_SYNONYMS = {
+    **dict.fromkeys(("classes", "class_names", "names", "categories"), "labels"),
+    **dict.fromkeys(("synsets", "wordnet_ids"), "wnids"),
+    **dict.fromkeys(("transform", "transforms", *PREPROCESSING_KEYS), "preprocessing"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,16 +53,74 @@ class Labels:
     wnids: tuple[str, ...] | None = None
 
 
+@dataclass(frozen=True)
+class CheckpointFile:
+    """A checkpoint file that was found and checked, but whose tensors are not loaded.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    sha256 : str
+        Its SHA-256, as 64 hex digits.
+    metadata : dict
+        What the file, or the JSON file beside it, says about it (see `read_metadata`).
+    preprocessing : Preprocessing
+        How images become its network's input.
+    """
+
+    path: Path
+    sha256: str
+    metadata: dict[str, Any]
+    preprocessing: Preprocessing
+
+    def labels(self, classes: int) -> Labels | None:
+        """Return the labels of a network of `classes` classes (see `labels_of`)."""
+        return labels_of(self.metadata, classes, self.path)
+
+
+def open_checkpoint(
+    weights: Weights = None,
+    *,
+    download: bool = True,
+    on_progress: OnProgress | None = None,
+) -> CheckpointFile:
+    """Find a checkpoint, check its container and digest, and read its metadata.
+
+    Parameters
+    ----------
+    weights, download, on_progress
+        As for `find_checkpoint`.
+
+    Raises
+    ------
+    CheckpointError
+        The file is absent, is no checkpoint or not the published one, or its metadata
+        cannot be used.
+    """
+    path = find_checkpoint(weights, download=download, on_progress=on_progress)
+    container(path)
+    digest, metadata = checked_sha256(path), read_metadata(path)
+    return CheckpointFile(path, digest, metadata, preprocessing_of(metadata, path))
+
+
 # --- find ---------------------------------------------------------------------------
 
 
+def requested_weights(weights: Weights = None) -> str:
+    """Return what was asked for: `weights`, or ``$R2N_WEIGHTS``, or the default network."""
+    if weights is None:
+        weights = os.environ.get("R2N_WEIGHTS") or DEFAULT_NETWORK
+    return os.fspath(weights)
+
+
 def find_checkpoint(
-    weights: str | os.PathLike[str] | None = None,
+    weights: Weights = None,
     *,
     download: bool = True,
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """The file that `weights` means, downloaded if it must be.
+    """Return the path of the checkpoint that `weights` means; download it if necessary.
 
     Parameters
     ----------
@@ -56,23 +128,21 @@ def find_checkpoint(
         A file, a published network's name, or ``demo``. None means ``$R2N_WEIGHTS``, or
         else the default network.
     download : bool
-        Whether an official file that is nowhere on this machine may be fetched.
+        Whether an official file that is not on this machine may be downloaded.
     on_progress : callable, optional
-        Called with a `DownloadProgress` as a download goes on.
+        Called with a `DownloadProgress` during a download.
 
     Raises
     ------
     CheckpointError
-        The file is nowhere, cannot be fetched, or is not the published one.
+        The file does not exist, cannot be downloaded, or is not the published one.
     """
-    if weights is None:
-        weights = os.environ.get("R2N_WEIGHTS") or DEFAULT_NETWORK
-    wanted = os.fspath(weights)
+    wanted = requested_weights(weights)
     if wanted == DEMO:
         return Path(str(files("r2ncli").joinpath("demo.safetensors")))
-    name = wanted.replace("-", "_")
-    if name in PUBLISHED:
-        return _find_published(PUBLISHED[name], download, on_progress)
+    network = published(wanted)
+    if network is not None:
+        return _find_published(network, download, on_progress)
     found = existing_file(Path(wanted)) if wanted else None
     if found is None:
         raise CheckpointError(
@@ -80,6 +150,36 @@ def find_checkpoint(
             f"'{DEMO}', or one of: {', '.join(PUBLISHED)}"
         )
     return found
+
+
+def find_on_this_machine(file: Weights) -> Path:
+    """Return the path of the checkpoint file that `file` means; never download one.
+
+    Parameters
+    ----------
+    file : str, path or None
+        A file. A name without a folder is also looked for in torch.hub's folder, and may
+        be a published name or ``demo``. None means the checkpoint that `classify` loads.
+
+    Raises
+    ------
+    CheckpointError
+        There is no such file.
+    """
+    if file is None:
+        return find_checkpoint(download=False)
+    wanted = os.fspath(file)
+    path = existing_file(Path(wanted)) if wanted else None
+    if path is not None:
+        return path
+    if os.path.dirname(wanted):
+        raise CheckpointError(f"no such file: {wanted}")
+    path = existing_file(hub_folder() / wanted) if wanted else None
+    if path is not None:
+        return path
+    if wanted == DEMO or published(wanted) is not None:
+        return find_checkpoint(wanted, download=False)
+    raise CheckpointError(f"no such file: {wanted or repr(wanted)} (nor in {hub_folder()})")
 
 
 def _find_published(
@@ -91,28 +191,28 @@ def _find_published(
         return found
     if not download:
         raise CheckpointError(f"{network.file} is not in {folder}, and nothing was downloaded")
-    base = os.environ.get("R2N_WEIGHTS_BASE_URL") or OFFICIAL_ADDRESS
+    base = os.environ.get("R2N_WEIGHTS_BASE_URL") or OFFICIAL_URL
     try:
-        address = urljoin(base if base.endswith("/") else base + "/", network.file)
-        known = urlsplit(address).scheme in ("http", "https", "ftp", "file")
+        url = urljoin(base if base.endswith("/") else base + "/", network.file)
+        known = urlsplit(url).scheme in ("http", "https", "ftp", "file")
     except ValueError:
         known = False
     if not known:
         raise CheckpointError(
-            f"R2N_WEIGHTS_BASE_URL is {base!r}: expected the address of a mirror, such as "
-            f"{OFFICIAL_ADDRESS} or file:///a/folder/"
+            f"R2N_WEIGHTS_BASE_URL is {base!r}: expected the URL of a mirror, such as "
+            f"{OFFICIAL_URL} or file:///a/folder/"
         )
-    return download_file(address, folder / network.file, on_progress)
+    return download_file(url, folder / network.file, on_progress)
 
 
 def existing_file(path: Path) -> Path | None:
-    """`path`, or its twin with hyphens or underscores exchanged; None where neither is."""
+    """Return `path`, or the file whose name differs only in ``-`` and ``_``, or None."""
     try:
         if path.exists():
             return path
-        twin = path.name.replace("-", "_")
+        alike = path.name.replace("-", "_")
         for name in sorted(os.listdir(path.parent)):
-            if name.replace("-", "_") == twin and (path.parent / name).exists():
+            if name.replace("-", "_") == alike and (path.parent / name).exists():
                 return path.parent / name
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -122,14 +222,14 @@ def existing_file(path: Path) -> Path | None:
 
 
 def hub_folder() -> Path:
-    """torch.hub's checkpoints folder, by torch.hub's own rule."""
+    """Return torch.hub's checkpoints folder, by torch.hub's own rule."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("TORCH_HOME") or os.path.join(cache, "torch")
     return Path(os.path.expanduser(home), "hub", "checkpoints")
 
 
 def published_file(name: str) -> PublishedNetwork | None:
-    """The published network whose file is called `name`, hyphens or underscores alike."""
+    """Return the published network whose file has this name; ``-`` and ``_`` count as equal."""
     plain = name.replace("-", "_")
     for network in PUBLISHED.values():
         if network.file.replace("-", "_") == plain:
@@ -137,23 +237,38 @@ def published_file(name: str) -> PublishedNetwork | None:
     return None
 
 
+def named_variant(path: Path) -> str | None:
+    """Return the published network that a file is named after, whatever its hash prefix is."""
+    stem = re.sub(r"[-_][0-9a-f]{8,64}$", "", path.stem).replace("-", "_")
+    for network in PUBLISHED.values():
+        if stem in (network.name, network.file.rpartition("-")[0]):
+            return network.name
+    return None
+
+
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, as 64 hex digits."""
+    """Return the SHA-256 of a file, as 64 hex digits."""
     with reading(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checked_sha256(path: Path) -> str:
-    """The SHA-256 of a checkpoint; a file that bears a published name must be that file."""
+    """Return the SHA-256 of a checkpoint; check it where the file has a published name.
+
+    Raises
+    ------
+    CheckpointError
+        The file has a published name, and its SHA-256 does not start as the published one.
+    """
     digest = sha256(path)
     network = published_file(path.name)
     if network is not None:
-        digits = digits_in_name(network.file) or ""
-        if not digest.startswith(digits):
+        prefix = digits_in_name(network.file) or ""
+        if not digest.startswith(prefix):
             raise CheckpointError(
-                f"{path}: not the published file. Its SHA-256 starts {digest[:8]}, the name says "
-                f"{digits}: a broken or altered download. Delete it, or give a file of your own "
-                "another name"
+                f"{path}: not the published file: expected a SHA-256 that starts with {prefix}, "
+                f"as the name says, got {digest[:8]}…. The download is corrupted or the file was "
+                "altered: move it away and download it again. If it is your own, rename it"
             )
     return digest
 
@@ -162,28 +277,62 @@ def checked_sha256(path: Path) -> str:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: `labels`, `wnids`, `preprocessing`, and more.
+    """Return what a checkpoint says about itself: `labels`, `wnids`, `preprocessing`, and more.
 
-    In a .safetensors file it stands in the header, as JSON under the key ``r2n``; otherwise
-    in a JSON file beside it (``mine.pth`` and ``mine.pth.json``, or ``mine.json``). A
-    checkpoint that says nothing gives an empty dict.
+    In a safetensors file, whatever its name is, the metadata is JSON in the header under the
+    key ``r2n``. Otherwise it is a JSON file beside the checkpoint: for ``mine.pth`` this is
+    ``mine.pth.json`` or ``mine.json``. A checkpoint without metadata gives an empty dict.
+
+    Raises
+    ------
+    CheckpointError
+        The metadata is not a JSON object, or has a key that is likely a mistake for one of
+        r2n's.
     """
-    if path.suffix == ".safetensors":
-        with reading(path) as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = _json_object(path, file.read(length)) if length < HEADER_LIMIT else {}
-        metadata = header.get("__metadata__", {})
+    header = safetensors_header(path)
+    if header is not None:
+        try:
+            metadata = _json_object(path, header).get("__metadata__", {})
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{path}: corrupted, the header of the safetensors file is not JSON"
+            ) from error
         if isinstance(metadata, dict) and "r2n" in metadata:
-            return _json_object(path, metadata["r2n"])
+            return _checked_keys(path, _json_object(path, metadata["r2n"]))
     for beside in (path.with_name(path.name + ".json"), path.with_suffix(".json")):
         if beside.is_file():
             with reading(beside) as file:
-                return _json_object(beside, file.read())
+                return _checked_keys(beside, _json_object(beside, file.read()))
     return {}
 
 
+def _checked_keys(source: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a key that would be ignored although it seems to be meant for r2n."""
+    for key, value in metadata.items():
+        near = difflib.get_close_matches(key.lower(), KEYS, n=1, cutoff=0.75)
+        meant = near[0] if near else _SYNONYMS.get(key)
+        note = meant in ("labels", "wnids") and not isinstance(value, list | dict)
+        if key not in KEYS and meant is not None and meant not in metadata and not note:
+            raise CheckpointError(f"{source}: unknown key {key!r} (known: {', '.join(KEYS)})")
+    preprocessing = metadata.get("preprocessing")
+    if isinstance(preprocessing, dict):
+        for key in preprocessing:
+            if key not in PREPROCESSING_KEYS:
+                raise CheckpointError(
+                    f"{source}: unknown key {key!r} in preprocessing "
+                    f"(known: {', '.join(PREPROCESSING_KEYS)})"
+                )
+    return metadata
+
+
 def labels_of(metadata: dict[str, Any], classes: int, source: Path) -> Labels | None:
-    """The labels that `metadata` gives; ImageNet's for a network of 1000 classes without any."""
+    """Return the labels in `metadata`; for 1000 classes without labels those of ImageNet.
+
+    Raises
+    ------
+    CheckpointError
+        The labels are not strings, or not one for each class.
+    """
     labels = metadata.get("labels")
     if labels is None:
         return imagenet_labels() if classes == 1000 else None
@@ -192,7 +341,7 @@ def labels_of(metadata: dict[str, Any], classes: int, source: Path) -> Labels | 
         if names is None and key == "wnids":
             continue
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise CheckpointError(f"{source}: its '{key}' are not a list of strings")
+            raise CheckpointError(f"{source}: expected '{key}' to be a list of strings")
         if len(names) != classes:
             raise CheckpointError(
                 f"{source}: {len(names)} {key} for a network of {classes} classes"
@@ -201,28 +350,43 @@ def labels_of(metadata: dict[str, Any], classes: int, source: Path) -> Labels | 
 
 
 def preprocessing_of(metadata: dict[str, Any], source: Path) -> Preprocessing:
-    """The preprocessing that `metadata` gives; ImageNet's where it gives none."""
+    """Return the preprocessing in `metadata`; that of ImageNet where there is none.
+
+    Raises
+    ------
+    CheckpointError
+        A value cannot be used.
+    """
+    given = metadata.get("preprocessing", {})
     try:
-        given: dict[str, Any] = {
-            key: tuple(float(number) for number in value) if isinstance(value, list) else value
-            for key, value in metadata.get("preprocessing", {}).items()
+        if not isinstance(given, dict):
+            raise ValueError(f"{given!r} is not an object")
+        for key in ("image_size", "resize_size"):
+            if key in given and type(given[key]) is not int:
+                raise ValueError(f"{key} {given[key]!r}: expected a whole number of pixels")
+        for key in ("mean", "std"):
+            if key in given and not _are_finite_numbers(given[key]):
+                raise ValueError(f"{key} {given[key]!r}: expected a list of three finite numbers")
+        values: dict[str, Any] = {
+            key: tuple(map(float, value)) if key in ("mean", "std") else value
+            for key, value in given.items()
         }
-        preprocessing = Preprocessing(**given)
-        for size in (preprocessing.image_size, preprocessing.resize_size):
-            if type(size) is not int:
-                raise TypeError(f"a size of {size!r} pixels")
-        if not all(math.isfinite(number) for number in preprocessing.mean + preprocessing.std):
-            raise ValueError("mean and std must be finite")
-        return preprocessing
-    except (TypeError, ValueError, AttributeError) as error:
+        return Preprocessing(**values)
+    except ValueError as error:
         raise CheckpointError(
-            f"{source}: its 'preprocessing' is unfit ({error}). Expected any of image_size, "
-            "resize_size, mean, std, crop"
+            f"{source}: invalid 'preprocessing': {error}. Known keys: "
+            f"{', '.join(PREPROCESSING_KEYS)}"
         ) from error
 
 
+def _are_finite_numbers(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(
+        type(number) in (int, float) and math.isfinite(number) for number in value
+    )
+
+
 def imagenet_labels() -> Labels:
-    """The 1000 labels and synsets of ImageNet-1k, in the order of the logits."""
+    """Return the 1000 labels and synsets of ImageNet-1k, in the order of the logits."""
     with files("r2ncli").joinpath("imagenet_classes.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return Labels(tuple(row["label"] for row in rows), tuple(row["wnid"] for row in rows))
@@ -232,7 +396,7 @@ def _json_object(source: Path, text: bytes | str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{source}: its metadata is no JSON: {error}") from error
+        raise CheckpointError(f"{source}: its metadata is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{source}: its metadata is no JSON object")
+        raise CheckpointError(f"{source}: its metadata is not a JSON object")
     return value

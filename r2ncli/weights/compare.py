@@ -1,25 +1,32 @@
-"""Two checkpoint files, tensor by tensor."""
+"""Compare two checkpoint files tensor by tensor."""
 
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from r2ncli.weights.loading import FLOATS, kind_of, load_state_dict, tensors_sha256
-from r2ncli.weights.verify import find_on_this_machine
+from r2ncli.weights.checkpoints import Weights, find_on_this_machine
+from r2ncli.weights.loading import load_state_dict, tensors_sha256
+from r2ncli.weights.structure import FLOATS, kind_of
 
 
 @dataclass(frozen=True)
 class TensorDifference:
     """One tensor that is not the same in both files.
 
-    `file` and `against` are its dtype and shape in each; `max_difference` is the largest
-    absolute difference of two values, None where shapes differ or a NaN is among them.
+    Attributes
+    ----------
+    name : str
+        Its published name.
+    file, against : str
+        Its dtype and shape in each file, as in ``float32 [7]``.
+    max_difference : float or None
+        The largest absolute difference of two values; None where the shapes differ or it
+        is not finite.
     """
 
     name: str
@@ -29,12 +36,23 @@ class TensorDifference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TensorComparison:
     """What differs between two checkpoint files, by the published names of their tensors.
 
-    `equal` counts the tensors whose dtype, shape and bytes are the same in both. The others
-    are only in one file, or in `different`: first those without a difference in numbers, then
-    the largest. `error` says why nothing could be compared.
+    Attributes
+    ----------
+    file, against : str
+        The files.
+    equal : int
+        How many tensors have the same dtype, shape and bytes in both.
+    different : tuple of TensorDifference
+        The tensors that differ: first those without a numeric difference, then the largest.
+    only_in_file, only_in_against : tuple of str
+        Names that only one of the files has.
+    tensors_sha256 : tuple of str, or None
+        The content hash of each file's tensors (`weights.loading.tensors_sha256`).
+    error : str or None
+        Why nothing could be compared.
     """
 
     file: str
@@ -48,29 +66,27 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        """Whether both hold the same tensors, bit by bit."""
+        """Whether both files hold the same tensors, bit by bit."""
         different = self.different or self.only_in_file or self.only_in_against
         return self.error is None and not different
 
     def as_dict(self) -> dict[str, Any]:
-        """As the JSON document of ``r2n verify-weights --against --json``: always these keys."""
+        """Return the JSON document of ``r2n verify-weights --against --json``; same keys always."""
         return {"schema": 1, **asdict(self), "ok": self.ok}
 
 
-def compare_weights(
-    file: str | os.PathLike[str] | None, against: str | os.PathLike[str]
-) -> Comparison:
-    """Compare the tensors of two checkpoint files, whatever their containers and naming.
+def compare_weights(file: Weights, against: Weights) -> TensorComparison:
+    """Compare the tensors of two checkpoint files, whatever their containers and names.
 
     Parameters
     ----------
-    file, against : str or path
+    file, against : str, path or None
         As `verify_weights` takes them.
 
     Raises
     ------
     CheckpointError
-        One is not there, asks to execute something, or holds no state dict.
+        A file does not exist, would execute something, or holds no state dict.
     """
     paths = find_on_this_machine(file), find_on_this_machine(against)
     ours, theirs = (load_state_dict(path) for path in paths)
@@ -81,7 +97,7 @@ def compare_weights(
         if not _same(ours[name], theirs[name])
     ]
     differences.sort(key=lambda d: -math.inf if d.max_difference is None else -d.max_difference)
-    return Comparison(
+    return TensorComparison(
         file=str(paths[0]),
         against=str(paths[1]),
         equal=len(both) - len(differences),

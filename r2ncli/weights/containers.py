@@ -1,4 +1,4 @@
-"""How a file is packed, told from its bytes: a checkpoint's container, or what else it is.
+"""Tell from a file's bytes which container a checkpoint has, or what else the file is.
 
 Nothing is unpickled or executed here, and torch is not needed.
 """
@@ -20,18 +20,18 @@ from pathlib import Path
 from r2ncli.errors import CheckpointError
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
-HEADER_LIMIT = 100_000_000  # of a safetensors header, as the format itself has it
+HEADER_LIMIT = 100_000_000  # bytes of a safetensors header, by the format's definition
 
-# what a damaged archive can raise: zipfile's own, its decompressors', and those of wrong numbers
+# what a corrupted archive can raise: errors of zipfile, of its decompressors, of wrong numbers
 ZIP_ERRORS = (
     *(zipfile.BadZipFile, zlib.error, EOFError, OSError),
     *(RuntimeError, ValueError, OverflowError, struct.error),
 )
 
 _UNPACK = "unpack it first"
-_SERVER = "what a server says in place of a file. Download it again"
+_SERVER = "probably a server's error message. Download the file again"
 
-# where in the file, which bytes, what it is then
+# offset in the file, bytes found there, what the file is then
 _SIGNATURES = (
     (0, b"\x1f\x8b", f"gzip-compressed: {_UNPACK}"),
     (0, b"BZh", f"bzip2-compressed: {_UNPACK}"),
@@ -40,12 +40,16 @@ _SIGNATURES = (
     (0, b"7z\xbc\xaf\x27\x1c", f"a 7z archive: {_UNPACK}"),
     (0, b"Rar!\x1a\x07", f"a RAR archive: {_UNPACK}"),
     (257, b"ustar", f"a tar archive, not a checkpoint: {_UNPACK}"),
-    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file, not a PyTorch checkpoint (Keras saves weights so)"),
+    (
+        0,
+        b"\x89HDF\r\n\x1a\n",
+        "an HDF5 file (of Keras?), not a PyTorch checkpoint",
+    ),
     (4, b"TFL3", "a TensorFlow Lite model, not a PyTorch checkpoint"),
     (0, b"GGUF", "a GGUF file, not a PyTorch checkpoint (llama.cpp's)"),
     (0, b"\x93NUMPY", "a NumPy array, not a checkpoint"),
-    (0, b"\x89PNG\r\n\x1a\n", "a PNG picture, not a checkpoint"),
-    (0, b"\xff\xd8\xff", "a JPEG picture, not a checkpoint"),
+    (0, b"\x89PNG\r\n\x1a\n", "a PNG image, not a checkpoint"),
+    (0, b"\xff\xd8\xff", "a JPEG image, not a checkpoint"),
     (0, b"%PDF-", "a PDF document, not a checkpoint"),
     (0, b"\x7fELF", "a program or library (ELF), not a checkpoint"),
     (0, b"MZ", "a Windows program, not a checkpoint"),
@@ -56,12 +60,12 @@ _TENSORFLOW_TABLE = bytes.fromhex("57fb808b247547db")  # at the end of a .index 
 
 
 def container(path: Path) -> str:
-    """How a checkpoint is packed: ``zip``, ``pickle`` (torch before 1.6) or ``safetensors``.
+    """Return a checkpoint's container: ``zip``, ``pickle`` (torch before 1.6) or ``safetensors``.
 
     Raises
     ------
     CheckpointError
-        The file is no checkpoint; the message says what it seems to be.
+        The file is not a checkpoint; the message says what it seems to be.
     """
     if os.path.isdir(path):
         raise CheckpointError(f"{path}: is a folder, not a checkpoint file{_inside(path)}")
@@ -85,8 +89,21 @@ def container(path: Path) -> str:
     raise CheckpointError(f"{path}: {found}")
 
 
+def safetensors_header(path: Path) -> bytes | None:
+    """Return the header of a safetensors file, told by its content; None for any other file."""
+    with reading(path) as file:
+        start = file.read(9)
+        length = int.from_bytes(start[:8], "little")
+        if start.startswith(b"PK") or start[8:] != b"{" or length >= HEADER_LIMIT:
+            return None
+        return b"{" + file.read(length - 1)
+
+
 def looks_pickled(head: bytes) -> bool:
-    """Whether bytes that start so are a pickle; of protocols 0 and 1 one that asks for a name."""
+    """Return whether a file with these first bytes is a pickle.
+
+    A pickle of protocol 0 or 1 is recognised only where it begins with an import.
+    """
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return True
     return (
@@ -95,14 +112,14 @@ def looks_pickled(head: bytes) -> bool:
 
 
 def _zip_archive(file: BufferedReader) -> str | None:
-    """What a zip archive is if it is no checkpoint."""
+    """Return what a zip archive is, or None where it is a checkpoint."""
     try:
         if not zipfile.is_zipfile(file):
-            return "truncated: a zip container without its end. Download it again"
+            return "truncated: the end of the zip container is missing. Download it again"
         with zipfile.ZipFile(file) as archive:
             paths = archive.namelist()
     except ZIP_ERRORS as error:
-        return f"damaged: a zip container that cannot be listed ({error}). Download it again"
+        return f"corrupted: the zip container cannot be listed ({error}). Download it again"
     names = {path.rpartition("/")[2] for path in paths}
     if "constants.pkl" in names:
         return "a TorchScript program, expected a state dict of tensors"
@@ -123,9 +140,9 @@ def _zip_archive(file: BufferedReader) -> str | None:
 
 
 def broken_members(path: Path) -> tuple[int, list[str]]:
-    """How many members of a zip archive carry a CRC-32, and which of them do not fit theirs.
+    """Return how many members of a zip archive have a CRC-32, and which do not match theirs.
 
-    torch can be told to write none (``set_crc32_options``); 0 stands for that.
+    A file that torch wrote without checksums (``set_crc32_options``) gives 0.
     """
     broken: list[str] = []
     count = 0
@@ -143,7 +160,7 @@ def broken_members(path: Path) -> tuple[int, list[str]]:
 
 
 def _short_safetensors(file: BufferedReader, size: int) -> str | None:
-    """What is said of a safetensors file that ends before its tensors do."""
+    """Return the error for a safetensors file that ends before its tensors do, or None."""
     file.seek(0)
     start = 8 + int.from_bytes(file.read(8), "little")
     needed = start
@@ -153,7 +170,7 @@ def _short_safetensors(file: BufferedReader, size: int) -> str | None:
             ends = [tensor["data_offsets"][1] for key, tensor in header.items() if key[:2] != "__"]
             needed = start + max(ends, default=0)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-            return None  # damaged otherwise: the library that reads it says how
+            return None  # corrupted in another way: the library that reads it says how
     if needed <= size:
         return None
     return f"truncated: {size:,} of a safetensors file's {needed:,} bytes. Download it again"
@@ -168,7 +185,7 @@ def _foreign(head: bytes, tail: bytes) -> str:
     if tail == _TENSORFLOW_TABLE:
         return "a TensorFlow checkpoint's index, not a PyTorch checkpoint"
     if not head.strip(b"\0"):
-        return "not a checkpoint: it starts with nothing but zeros, as a download that broke off"
+        return "not a checkpoint: it starts with zeros only, like an interrupted download"
     # protocol buffers: a first field of a small number, then a producer's name or a graph
     if head[0] == 8 and 3 <= head[1] <= 30 and head[2:3] in (b"\x12", b"\x3a", b"\x42"):
         return "an ONNX model, expected a PyTorch checkpoint"
@@ -189,7 +206,7 @@ def _foreign(head: bytes, tail: bytes) -> str:
         shown = "\0"
     if all(character.isprintable() or character.isspace() for character in shown):
         return f"text, not a checkpoint: it starts {' '.join(shown.split())[:40]!r}"
-    return "not a checkpoint (its first bytes are of no known kind)"
+    return "not a checkpoint (the format is unknown)"
 
 
 def _inside(folder: Path) -> str:
@@ -198,9 +215,9 @@ def _inside(folder: Path) -> str:
     except OSError:
         return ""
     if "data.pkl" in names:
-        return ", but an unpacked one: download the file again and leave it packed"
+        return ", but an unpacked one: download the file again and do not unpack it"
     inside = [name for name in names if name.endswith(SUFFIXES)]
-    return f"; in it is {inside[0]}" if inside else ""
+    return f"; it contains {inside[0]}" if inside else ""
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""A checkpoint under the names, or in the container, that another library loads.
+"""Convert a checkpoint to another library's tensor names, or to another runtime.
 
-Nothing has its final name before it was read back and gave the source's logits.
+A file gets its final name only after it was read back and gave the source's outputs.
 """
 
 from __future__ import annotations
@@ -21,57 +21,48 @@ from torch import Tensor
 from r2ncli.architectures import Architecture
 from r2ncli.errors import CheckpointError, OutputError, UsageError
 from r2ncli.model import Res2Net
-from r2ncli.weights.checkpoints import (
-    checked_sha256,
-    find_checkpoint,
-    labels_of,
-    preprocessing_of,
-    read_metadata,
-)
-from r2ncli.weights.containers import container
+from r2ncli.weights.checkpoints import CheckpointFile, Weights, open_checkpoint
 from r2ncli.weights.download import OnProgress
-from r2ncli.weights.loading import (
-    StateDict,
-    Weights,
-    build,
-    expected_shapes,
-    identify,
-    load_state_dict,
-    variant_name,
-)
+from r2ncli.weights.loading import build, load_state_dict
 from r2ncli.weights.naming import MMPRETRAIN, OFFICIAL, TIMM, names_for
+from r2ncli.weights.structure import CLASSIFIER, StateDict, expected_shapes, identify, variant_name
 
 TORCHVISION = "torchvision-backbone"
 NAMINGS = (OFFICIAL, TIMM, MMPRETRAIN, TORCHVISION)
 
-# how far the logits may be from the source's: another runtime adds in another order
+LOGITS, FEATURES = "logits", "features"  # what is compared before a file gets its name
+
+# how far the outputs may be from the source's: another runtime adds in another order
 TOLERANCES = {".pth": 0.0, ".safetensors": 0.0, ".onnx": 1e-4, ".xml": 1e-4}
 NEEDED = {
     ".onnx": ("onnx", "onnxscript", "onnxruntime"),
     ".xml": ("onnx", "onnxscript", "openvino"),  # OpenVINO reads what is exported to ONNX
 }
 
-Run = Callable[[Tensor], Tensor]  # pixels to logits, by what was written
+Run = Callable[[Tensor], Tensor]  # from pixels to the outputs that are compared
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted into what.
+    """What a conversion read, wrote and compared.
 
     Attributes
     ----------
     source, output : str
         The checkpoint that was read, and what was written.
     sha256 : str
-        The source's.
+        The SHA-256 of the source.
     variant : str
         The published network's name, or the architecture in words.
     naming : str
         One of `NAMINGS`.
     files : tuple of str
         Everything that was written, `output` last.
+    compared : str
+        ``logits``, or ``features`` (those of layer4) where the output has no classifier.
     difference : float
-        Largest difference of the logits from the source's, relative to the largest logit.
+        Largest difference of what was compared from the source's, relative to its largest
+        value.
     """
 
     source: str
@@ -80,6 +71,7 @@ class Conversion:
     output: str
     naming: str
     files: tuple[str, ...]
+    compared: str
     difference: float
 
 
@@ -91,62 +83,65 @@ def convert(
     overwrite: bool = False,
     on_download: OnProgress | None = None,
 ) -> Conversion:
-    """Write a checkpoint under another library's names, or for another runtime.
+    """Write a checkpoint with another library's tensor names, or for another runtime.
 
     Parameters
     ----------
     weights : str, path or None
-        What to convert, as everywhere: a checkpoint under any names that are understood, a
+        What to convert: a checkpoint file with the tensor names of any known library, a
         published network's name, or ``demo``.
     output : str or path
         Its suffix is the container: ``.pth``, ``.safetensors``, ``.onnx`` (dynamic batch
-        axis), or ``.xml`` for OpenVINO, which comes with a ``.bin``. A ``.pth`` gets its
-        metadata beside it (``mine.pth.json``).
+        axis), or ``.xml`` for OpenVINO, which comes with a ``.bin``. The metadata of a
+        ``.pth`` is written beside it (``mine.pth.json``).
     to : str
-        The names: ``official``, ``timm``, ``mmpretrain``, or ``torchvision-backbone``: the
-        official ones without the classifier, for detectors and segmenters.
+        The tensor names: ``official``, ``timm``, ``mmpretrain``, or
+        ``torchvision-backbone``, the official names without the classifier, for detectors
+        and segmentation networks.
     overwrite : bool
-        Whether what exists is replaced.
+        Whether existing files are replaced.
+    on_download : callable, optional
+        Called with a `DownloadProgress` during a download.
 
     Raises
     ------
     UsageError
-        The suffix or the naming is unknown, they do not go together, or a library is missing.
+        The suffix or the names are unknown, they do not go together, or a library is missing.
     CheckpointError
-        The weights are absent, altered, or no Res2Net.
+        The weights are absent, altered, or not a Res2Net.
     OutputError
-        The output exists, cannot be written, or does not give the source's logits.
+        The output exists, cannot be written, or does not give the source's outputs.
     """
     out = Path(output)
     suffix = out.suffix.lower()
     _check_options(out, suffix, to)
     _refuse_existing(out, overwrite)
 
-    path = find_checkpoint(weights, on_progress=on_download)
-    container(path)
-    digest = checked_sha256(path)
-    state_dict = load_state_dict(path)
-    architecture = identify(state_dict, path)
+    source = open_checkpoint(weights, on_progress=on_download)
+    state_dict = load_state_dict(source.path)
+    architecture = identify(state_dict, source.path)
     network = build(architecture, state_dict)
-    metadata = _metadata(path, digest, architecture.classes)
-    size = metadata["preprocessing"]["image_size"]
+    compared = FEATURES if to == TORCHVISION else LOGITS
+    size, metadata = source.preprocessing.image_size, _metadata(source, architecture.classes)
     seeded = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        logits = network(seeded)
-    if not bool(logits.isfinite().all()):
-        raise CheckpointError(f"{path}: its logits are not finite; r2n verify-weights says more")
+        outputs = _outputs(network, compared)(seeded)
+    if not bool(outputs.isfinite().all()):
+        raise CheckpointError(
+            f"{source.path}: its {compared} are not finite; r2n verify-weights shows more"
+        )
     try:
         with TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.", suffix=".partial") as folder:
             partial = Path(folder, f"converted{suffix}")
             if suffix in NEEDED:
-                run = _write_program(partial, network, size, json.dumps(metadata))
+                run = _write_program(partial, network, size, metadata)
             else:
-                run = _write_tensors(partial, state_dict, architecture, to, json.dumps(metadata))
+                run = _write_tensors(partial, state_dict, architecture, to, metadata)
             with torch.inference_mode():
-                difference = float((run(seeded) - logits).abs().max() / logits.abs().max())
+                difference = float((run(seeded) - outputs).abs().max() / outputs.abs().max())
             if not difference <= TOLERANCES[suffix]:
                 raise OutputError(
-                    f"{out}: not written: its logits differ from those of {path} by "
+                    f"{out}: not written: its {compared} differ from those of {source.path} by "
                     f"{difference:.2g} of the largest, expected at most {TOLERANCES[suffix]:g}"
                 )
             _publish(partial, out)
@@ -155,12 +150,13 @@ def convert(
             f"{out}: cannot be written: {(error.strerror or str(error)).lower()}"
         ) from error
     return Conversion(
-        source=str(path),
-        sha256=digest,
+        source=str(source.path),
+        sha256=source.sha256,
         variant=variant_name(architecture),
         output=str(out),
         naming=to,
         files=tuple(str(file) for file in _files(out)),
+        compared=compared,
         difference=difference,
     )
 
@@ -168,12 +164,12 @@ def convert(
 def _check_options(out: Path, suffix: str, to: str) -> None:
     if suffix not in TOLERANCES:
         raise UsageError(
-            f"{out}: suffix {suffix!r} is no container, expected one of {', '.join(TOLERANCES)}"
+            f"{out}: unknown suffix {suffix!r}, expected one of {', '.join(TOLERANCES)}"
         )
     if to not in NAMINGS:
-        raise UsageError(f"--to {to!r}: expected one of {', '.join(NAMINGS)}")
+        raise UsageError(f"`to` {to!r}: expected one of {', '.join(NAMINGS)}")
     if suffix in NEEDED and to != OFFICIAL:
-        raise UsageError(f"--to {to}: {suffix} has no tensor names that {to} would load")
+        raise UsageError(f'`to="{to}"`: {suffix} files have no tensor names; leave `to` out')
     missing = [name for name in NEEDED.get(suffix, ()) if find_spec(name) is None]
     if missing:
         raise UsageError(
@@ -182,7 +178,7 @@ def _check_options(out: Path, suffix: str, to: str) -> None:
 
 
 def _files(out: Path) -> tuple[Path, ...]:
-    """Everything that belongs to an output, itself last."""
+    """Return every file that belongs to an output, the output itself last."""
     beside = {
         ".pth": out.with_name(out.name + ".json"),  # where `read_metadata` looks for it
         ".xml": out.with_suffix(".bin"),
@@ -193,27 +189,33 @@ def _files(out: Path) -> tuple[Path, ...]:
 
 def _refuse_existing(out: Path, overwrite: bool) -> None:
     if not os.path.isdir(out.parent):
-        raise OutputError(f"{out}: cannot be written: there is no folder {out.parent}")
+        raise OutputError(f"{out}: cannot be written: the folder {out.parent} does not exist")
     for file in _files(out):
         if os.path.isdir(file):
-            raise OutputError(f"{file} is a folder, expected a name for a file")
+            raise OutputError(f"{file} is a folder, expected the name of a file")
         if os.path.lexists(file) and not overwrite:
-            raise OutputError(f"{file} exists. --overwrite replaces it")
+            raise OutputError(f"{file} exists. `overwrite=True` replaces it")
 
 
-def _metadata(path: Path, digest: str, classes: int) -> dict[str, Any]:
-    """What a checkpoint says of itself and what r2n takes for granted, with where it is from."""
-    found = read_metadata(path)
-    source: dict[str, Any] = {"file": path.name, "sha256": digest}
-    if "source" in found:  # itself converted
-        source["source"] = found["source"]
-    metadata = {**found, "preprocessing": asdict(preprocessing_of(found, path)), "source": source}
-    labels = labels_of(found, classes, path)
+def _metadata(file: CheckpointFile, classes: int) -> str:
+    """Return the source's metadata as JSON, completed by r2n's defaults and the source."""
+    source: dict[str, Any] = {"file": file.path.name, "sha256": file.sha256}
+    if "source" in file.metadata:  # the source was converted itself
+        source["source"] = file.metadata["source"]
+    metadata = {**file.metadata, "preprocessing": asdict(file.preprocessing), "source": source}
+    labels = file.labels(classes)
     if labels is not None:
         metadata["labels"] = labels.labels
         if labels.wnids is not None:
             metadata["wnids"] = labels.wnids
-    return metadata
+    return json.dumps(metadata)
+
+
+def _outputs(network: Res2Net, compared: str) -> Run:
+    """Return the function that gives the outputs to be compared."""
+    if compared == LOGITS:
+        return network
+    return lambda pixels: network.forward_features(pixels)[-1]
 
 
 def _write_tensors(
@@ -222,10 +224,10 @@ def _write_tensors(
     """Write the tensors as they are, in the published order, and read them back."""
     official = [name for name in expected_shapes(architecture) if name in state_dict]
     if to == TORCHVISION:
-        names = {name: name for name in official if not name.startswith("fc.")}
+        names = {name: name for name in official if name not in CLASSIFIER}
     else:
         names = names_for(to, official)
-    # clones: torch would save the whole storage of which a tensor is a part
+    # cloned, because torch saves the whole storage that a tensor is a part of
     tensors = {
         new: state_dict[name].clone(memory_format=torch.contiguous_format)
         for name, new in names.items()
@@ -239,12 +241,15 @@ def _write_tensors(
         torch.save(tensors, buffer)
         path.write_bytes(buffer.getbuffer())
         _files(path)[0].write_text(metadata + "\n", encoding="utf-8")
-    classifier = {name: state_dict[name] for name in official if name.startswith("fc.")}
-    return build(architecture, classifier | load_state_dict(path))
+    written = load_state_dict(path)
+    if to == TORCHVISION:  # features do not depend on the classifier that a network needs
+        written |= {name: state_dict[name] for name in CLASSIFIER}
+        return _outputs(build(architecture, written), FEATURES)
+    return build(architecture, written)
 
 
 def _write_program(path: Path, network: Res2Net, size: int, metadata: str) -> Run:
-    """Write the network as a program of another runtime, and load it there."""
+    """Write the network for another runtime, and load it there."""
     onnx = path.with_suffix(".onnx")
     program = torch.onnx.export(
         network,
@@ -255,9 +260,9 @@ def _write_program(path: Path, network: Res2Net, size: int, metadata: str) -> Ru
         dynamic_shapes=({0: "batch"},),
         verbose=False,
     )
-    assert program is not None  # so with dynamo
+    assert program is not None  # true with dynamo
     for node in program.model.graph:
-        node.metadata_props.clear()  # it names the files of this machine
+        node.metadata_props.clear()  # it has the paths of this machine
     program.model.metadata_props["r2n"] = metadata
     program.save(onnx)
     if path.suffix == ".onnx":

@@ -1,8 +1,7 @@
-"""A checkpoint as tensors: load it safely, unwrap it, identify it, build the network.
+"""A checkpoint as tensors: load it safely, unwrap it, build the network.
 
-A pickle's opcodes are looked at before anything is loaded, and every load is
-``weights_only=True``: nothing in a file is executed. What a network is, is
-read from its tensors and never from its file's name.
+A pickle's opcodes are checked before anything is loaded, and every load is
+``weights_only=True``: nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -14,53 +13,56 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from r2ncli.architectures import (
-    DEMO,
-    EXPANSION,
-    PUBLISHED,
-    Architecture,
-    Preprocessing,
-    PublishedNetwork,
-)
+from r2ncli.architectures import DEMO, PUBLISHED, Architecture, Preprocessing, published
 from r2ncli.errors import CheckpointError
-from r2ncli.model import Res2Net
+from r2ncli.model import Res2Net, layer_shapes
 from r2ncli.weights.checkpoints import (
+    CheckpointFile,
     Labels,
-    checked_sha256,
-    find_checkpoint,
-    labels_of,
+    Weights,
+    open_checkpoint,
     preprocessing_of,
     read_metadata,
+    requested_weights,
 )
 from r2ncli.weights.containers import container
 from r2ncli.weights.download import OnProgress
 from r2ncli.weights.naming import read_naming
 from r2ncli.weights.pickles import check_pickles
-from r2ncli.weights.recognition import seems_to_be
-
-StateDict = dict[str, Tensor]
-Weights = str | os.PathLike[str] | None
+from r2ncli.weights.structure import COUNTER, StateDict, identify, kind_of, variant_name
 
 WRAPPERS = (
     *("state_dict", "model", "model_state_dict", "net", "network", "module", "weights", "params"),
-    *("state_dict_ema", "model_ema"),  # where an average of the weights is all there is
+    *("state_dict_ema", "model_ema"),  # files that hold only an average of the weights
 )
-COUNTER = "num_batches_tracked"  # absent from old checkpoints, and without any effect
-FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint, loaded: its network and what its file says of it.
+    """A checkpoint, loaded: its network and what its file says about it.
 
-    `variant` is the published network's name, ``demo``, or the architecture in words.
+    Attributes
+    ----------
+    path : Path
+        The file.
+    sha256 : str
+        Its SHA-256, as 64 hex digits.
+    variant : str
+        The published network's name, ``demo``, or the architecture in words.
+    network : Res2Net
+        In eval mode, float32, on the CPU.
+    labels : Labels or None
+        What the logits stand for, where that is known.
+    preprocessing : Preprocessing
+        How images become the network's input.
     """
 
     path: Path
@@ -78,47 +80,60 @@ def load_checkpoint(
     on_progress: OnProgress | None = None,
     output_stride: int = 32,
 ) -> Checkpoint:
-    """Find, check and load what `weights` means (see `find_checkpoint` and `Res2Net`).
+    """Find, check and load the checkpoint that `weights` means.
+
+    Parameters
+    ----------
+    weights, download, on_progress
+        As for `find_checkpoint`.
+    output_stride : int
+        32, 16 or 8 (see `Res2Net`).
 
     Raises
     ------
     CheckpointError
-        The checkpoint is absent, altered, or no Res2Net.
+        The checkpoint is absent, altered, or not a Res2Net.
     """
-    path = find_checkpoint(weights, download=download, on_progress=on_progress)
-    container(path)
-    return load_file(path, checked_sha256(path), output_stride)
+    found = open_checkpoint(weights, download=download, on_progress=on_progress)
+    return load(found, output_stride)
 
 
-def load_file(path: Path, digest: str, output_stride: int = 32) -> Checkpoint:
-    """Load the checkpoint `path`, whose SHA-256 is `digest`.
+def load(file: CheckpointFile, output_stride: int = 32) -> Checkpoint:
+    """Load the tensors of a checkpoint file and build its network.
 
     Raises
     ------
     CheckpointError
-        It is no Res2Net.
+        It is not a Res2Net.
     """
-    state_dict = load_state_dict(path)
-    architecture = identify(state_dict, path)
-    metadata = read_metadata(path)
+    state_dict = load_state_dict(file.path)
+    architecture = identify(state_dict, file.path)
+    # a file may call itself demo; only its tensors can make it a published network
+    demo = file.metadata.get("variant") == DEMO
     return Checkpoint(
-        path=path,
-        sha256=digest,
-        # a file may call itself demo; only its tensors can make it a published network
-        variant=DEMO if metadata.get("variant") == DEMO else variant_name(architecture),
+        path=file.path,
+        sha256=file.sha256,
+        variant=DEMO if demo else variant_name(architecture),
         network=build(architecture, state_dict, output_stride),
-        labels=labels_of(metadata, architecture.classes, path),
-        preprocessing=preprocessing_of(metadata, path),
+        labels=file.labels(architecture.classes),
+        preprocessing=file.preprocessing,
     )
 
 
+def load_file(path: Path, digest: str, output_stride: int = 32) -> Checkpoint:
+    """Load the checkpoint `path`, whose SHA-256 is `digest` (see `load`)."""
+    metadata = read_metadata(path)
+    file = CheckpointFile(path, digest, metadata, preprocessing_of(metadata, path))
+    return load(file, output_stride)
+
+
 def load_model(path_or_name: str | os.PathLike[str], *, output_stride: int = 32) -> Res2Net:
-    """The plain network of a checkpoint: in eval mode, float32, on the CPU.
+    """Load a checkpoint's network: in eval mode, float32, on the CPU.
 
     Parameters
     ----------
     path_or_name : str or path
-        A checkpoint file, a published network's name (downloaded if it must be), or
+        A checkpoint file, a published network's name (downloaded if necessary), or
         ``demo``.
     output_stride : int
         32, 16 or 8 (see `Res2Net`).
@@ -132,18 +147,18 @@ def load_model(path_or_name: str | os.PathLike[str], *, output_stride: int = 32)
     Raises
     ------
     CheckpointError
-        The checkpoint is absent, altered, or no Res2Net.
+        The checkpoint is absent, altered, or not a Res2Net.
     """
     return load_checkpoint(path_or_name, output_stride=output_stride).network
 
 
 def load_state_dict(path: Path) -> StateDict:
-    """The tensors of a checkpoint file by the published names, whatever library's it has.
+    """Return the tensors of a checkpoint file by the published names, whatever names it uses.
 
     Raises
     ------
     CheckpointError
-        The file cannot be read, asks to execute something, or holds no state dict.
+        The file cannot be read, would execute something, or holds no state dict.
     """
     tensors = load_tensors(path)
     official = read_naming(tensors).official
@@ -151,7 +166,9 @@ def load_state_dict(path: Path) -> StateDict:
 
 
 def load_tensors(path: Path) -> StateDict:
-    """The tensors of a checkpoint file by the names they have there, out of their wrapper.
+    """Return the tensors of a checkpoint file by the names they have in the file.
+
+    A wrapper around them (``{"state_dict": …}`` and the like) is removed.
 
     Raises
     ------
@@ -159,7 +176,7 @@ def load_tensors(path: Path) -> StateDict:
         As `load_state_dict`.
     """
     loaded = _load(path)
-    for _ in WRAPPERS:  # one around the other; no further, for a dict can hold itself
+    for _ in WRAPPERS:  # they can be nested; a limit, because a dict can hold itself
         if isinstance(loaded, Mapping):
             inner = (loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), Mapping))
             loaded = next(inner, loaded)
@@ -175,12 +192,11 @@ def load_tensors(path: Path) -> StateDict:
 
 
 def tensors_sha256(state_dict: StateDict) -> str:
-    """A SHA-256 over the tensors alone: the same however and wherever they are packed.
+    """Return a SHA-256 of the tensors only: the same in every container and file order.
 
-    It takes in the tensors in the order of their names' UTF-8 bytes (containers keep
-    different orders): of each a JSON line ``["name", "dtype", [shape]]``, then its values'
-    bytes, little-endian, in C order. Sparse tensors count as dense ones; of one without
-    values (meta) the line alone counts.
+    It covers the tensors in the order of their names' UTF-8 bytes: of each a JSON line
+    ``["name", "dtype", [shape]]``, then the bytes of its values, little-endian, in C order.
+    Sparse tensors count as dense ones; a tensor without values (meta) adds only its line.
     """
     digest = hashlib.sha256()
     for name in sorted(state_dict, key=lambda name: name.encode("utf-8", "surrogatepass")):
@@ -194,168 +210,8 @@ def tensors_sha256(state_dict: StateDict) -> str:
     return digest.hexdigest()
 
 
-def identify(state_dict: StateDict, source: Path) -> Architecture:
-    """The architecture whose names and shapes `state_dict` has.
-
-    Raises
-    ------
-    CheckpointError
-        The tensors are not a Res2Net's; the message names what differs.
-    """
-    architecture = guess_architecture(state_dict)
-    if architecture is None:
-        other = seems_to_be(shapes_of(state_dict))
-        found = f"names such as {', '.join(list(state_dict)[:3]) or 'none'}"
-        raise CheckpointError(
-            f"{source}: these tensors are no Res2Net's ({f'but {other}' if other else found})"
-        )
-    differences = compare(architecture, state_dict)
-    if differences:
-        raise CheckpointError(
-            f"{source}: looks like {architecture.describe()}, but {differences.describe()}"
-        )
-    return architecture
-
-
-def guess_architecture(state_dict: StateDict) -> Architecture | None:
-    """The architecture that a few shapes suggest; None where they are no Res2Net's."""
-    if any(0 in tensor.shape for tensor in state_dict.values()):
-        return None
-    try:
-        layers: list[int] = []
-        planes: list[int] = []
-        widths: list[int] = []
-        for stage in range(1, 5):
-            blocks = {
-                int(match[1])
-                for name in state_dict
-                if (match := re.match(rf"layer{stage}\.(\d+)\.", name))
-            }
-            layers.append(len(blocks))
-            planes.append(state_dict[f"layer{stage}.0.conv3.weight"].shape[0] // EXPANSION)
-            widths.append(state_dict[f"layer{stage}.0.bns.0.weight"].shape[0])
-        splits = sum(bool(re.match(r"layer1\.0\.convs\.\d+\.weight", name)) for name in state_dict)
-        first = state_dict["layer1.0.convs.0.weight"]
-        cardinality = first.shape[0] // first.shape[1]
-        # the smallest whole base width whose rounded-down splits are these widths
-        base_width = max(
-            -(-width // cardinality * 64 // plane)
-            for width, plane in zip(widths, planes, strict=True)
-        )
-        deep = "conv1.6.weight" in state_dict
-        stem = ("conv1.0.weight", "conv1.3.weight", "conv1.6.weight") if deep else ("conv1.weight",)
-        return Architecture(
-            layers=(layers[0], layers[1], layers[2], layers[3]),
-            base_width=base_width,
-            scale=splits + 1,
-            cardinality=cardinality,
-            stem=tuple(state_dict[name].shape[0] for name in stem),
-            # a first stage may need no shortcut, the strided ones always do
-            average_pool_shortcut="layer2.0.downsample.2.weight" in state_dict,
-            stage_planes=(planes[0], planes[1], planes[2], planes[3]),
-            # where there is no classifier, what differs is then said
-            classes=state_dict["fc.weight"].shape[0] if "fc.weight" in state_dict else 1000,
-        )
-    except (KeyError, IndexError, ZeroDivisionError, ValueError):
-        return None
-
-
-@dataclass(frozen=True)
-class Differences:
-    """What differs between a state dict and an architecture's; false where nothing does.
-
-    `shapes` holds a name, the shape found and the one expected; `kinds` a name and what the
-    tensor is instead of plain floats.
-    """
-
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    shapes: tuple[tuple[str, list[int], list[int]], ...]
-    kinds: tuple[tuple[str, str], ...]
-
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.shapes or self.kinds)
-
-    def describe(self) -> str:
-        """One phrase, naming the first of each kind."""
-        differences = {
-            "missing": list(self.missing),
-            "unexpected": list(self.unexpected),
-            "of another shape": [f"{n}: {found}, not {wanted}" for n, found, wanted in self.shapes],
-            "not of plain floats": [f"{name}: {kind}" for name, kind in self.kinds],
-        }
-        return ", ".join(
-            f"{len(names)} tensors are {how} ({names[0]}, …)"
-            if len(names) > 1
-            else f"1 tensor is {how} ({names[0]})"
-            for how, names in differences.items()
-            if names
-        )
-
-
-def compare(architecture: Architecture, state_dict: StateDict) -> Differences:
-    """What differs between a state dict's names and shapes and an architecture's."""
-    expected = expected_shapes(architecture)
-    return Differences(
-        missing=tuple(n for n in expected if n not in state_dict and not n.endswith(COUNTER)),
-        unexpected=tuple(n for n in state_dict if n not in expected),
-        shapes=tuple(
-            (name, list(tensor.shape), list(expected[name]))
-            for name, tensor in state_dict.items()
-            if name in expected and tuple(tensor.shape) != expected[name]
-        ),
-        kinds=tuple(
-            (name, kind)
-            for name, tensor in state_dict.items()
-            if (kind := kind_of(tensor)) not in FLOATS
-            and not (name.endswith(COUNTER) and kind in ("int64", "int32"))
-        ),
-    )
-
-
-def shapes_of(state_dict: StateDict) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-
-
-def kind_of(tensor: Tensor) -> str:
-    """Its dtype, after what else is unusual in it: ``sparse_coo float32``, ``meta int8``."""
-    kind = str(tensor.dtype).removeprefix("torch.")
-    if tensor.layout != torch.strided:
-        kind = f"{str(tensor.layout).removeprefix('torch.')} {kind}"
-    return f"meta {kind}" if tensor.is_meta else kind
-
-
-def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of an architecture's state dict, in the published order."""
-    with torch.device("meta"):
-        network = Res2Net(architecture)
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-
-
-def nearest_published(state_dict: StateDict) -> tuple[PublishedNetwork, int] | None:
-    """The published network most of whose tensors these are, and how many; at least half."""
-    found = shapes_of(state_dict)
-    if not any(".convs." in name for name in found):
-        return None
-    best: tuple[PublishedNetwork, int] | None = None
-    for network in PUBLISHED.values():
-        expected = expected_shapes(network.architecture)
-        count = sum(found.get(name) == shape for name, shape in expected.items())
-        if 2 * count >= len(expected) and (best is None or count > best[1]):
-            best = network, count
-    return best
-
-
-def variant_name(architecture: Architecture) -> str:
-    """The published network's name, or the architecture in words."""
-    for network in PUBLISHED.values():
-        if network.architecture == architecture:
-            return network.name
-    return architecture.describe()
-
-
 def build(architecture: Architecture, state_dict: StateDict, output_stride: int = 32) -> Res2Net:
-    """The network with these weights: in eval mode, float32, on the CPU."""
+    """Build the network with these weights: in eval mode, float32, on the CPU."""
     with torch.device("meta"):
         network = Res2Net(architecture, output_stride)
     weights = {name: torch.tensor(0) for name in network.state_dict() if name.endswith(COUNTER)}
@@ -371,39 +227,80 @@ def _load(path: Path) -> object:
     check_pickles(path, kind)
     try:
         if kind == "safetensors":
-            from safetensors.torch import load
+            from safetensors.torch import load as read_bytes
 
-            # by its bytes, for a name may be no UTF-8; sorted, for its order changes by run
-            return dict(sorted(load(path.read_bytes()).items()))
+            # from bytes: the path may not be UTF-8; sorted: the library's order changes by run
+            return dict(sorted(read_bytes(path.read_bytes()).items()))
         with (
-            open(path, "rb") as file,  # by a path torch minds suffixes
+            open(path, "rb") as file,  # with a path, torch looks at its suffix
             warnings.catch_warnings(),
             torch.serialization.safe_globals([argparse.Namespace]),
         ):
-            warnings.simplefilter("ignore")  # torch's, on what it then refuses
+            warnings.simplefilter("ignore")  # torch warns about what it then refuses
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, nothing of it was executed: {_refusal(str(error))}"
+            f"{path}: refused, nothing in it was executed: {_refusal(str(error))}"
         ) from error
     except EOFError as error:
         raise CheckpointError(f"{path}: truncated: it ends too early. Download it again") from error
-    except Exception as error:  # a damaged container fails in many ways, none of them ours
+    except Exception as error:  # a corrupted container fails in many ways
         first_sentence = re.split(r"\. |\n", str(error))[0] or type(error).__name__
-        raise CheckpointError(f"{path}: damaged, cannot be loaded: {first_sentence}") from error
+        raise CheckpointError(f"{path}: corrupted, cannot be loaded: {first_sentence}") from error
 
 
 def _refusal(message: str) -> str:
-    """What torch's safe loader would not have, from its long message."""
+    """Return the reason in the long message of torch's safe loader."""
     reason = message.partition("WeightsUnpickler error:")[2] or message
     return f"torch cannot read its pickle safely ({reason.strip().partition(chr(10))[0]})"
 
 
-# --- the published networks, by name --------------------------------------------------
+# --- the published networks ----------------------------------------------------------
+
+
+def list_layers(
+    weights: Weights = None,
+    image_size: int | None = None,
+    *,
+    on_progress: OnProgress | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """Return the output shape of each layer for one image, by the layer's name.
+
+    A published network needs no checkpoint for it: nothing is downloaded.
+
+    Parameters
+    ----------
+    weights, on_progress
+        As for `find_checkpoint`.
+    image_size : int, optional
+        Height and width of the network's input in pixels; None means the checkpoint's own.
+
+    Raises
+    ------
+    CheckpointError
+        The checkpoint is absent or not a Res2Net.
+    """
+    network = published(requested_weights(weights))
+    if network is not None:
+        architecture, preprocessing = network.architecture, Preprocessing()
+    else:
+        checkpoint = load_checkpoint(weights, on_progress=on_progress)
+        architecture = checkpoint.network.architecture
+        preprocessing = checkpoint.preprocessing
+    return layer_shapes(architecture, image_size or preprocessing.image_size)
 
 
 def published_network(name: str, weights: Weights = None, output_stride: int = 32) -> Res2Net:
-    """The published network `name` in eval mode: with these weights, or untrained (None).
+    """Build the published network `name` in eval mode.
+
+    Parameters
+    ----------
+    name : str
+        A key of `PUBLISHED`.
+    weights : str, path or None
+        A checkpoint file or a published name; None gives an untrained network.
+    output_stride : int
+        32, 16 or 8 (see `Res2Net`).
 
     Raises
     ------
@@ -420,46 +317,28 @@ def published_network(name: str, weights: Weights = None, output_stride: int = 3
     return checkpoint.network
 
 
-def res2net50_v1b_26w_4s(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
-    """Res2Net50-v1b 26w-4s, 1000 classes."""
-    return published_network("res2net50_v1b_26w_4s", weights, output_stride)
+@cache  # a function that is asked for twice is the same one, so it can be pickled
+def builder(name: str) -> Callable[..., Res2Net]:
+    """Return the function ``r2ncli.NAME`` that builds the published network `name`."""
 
+    def build_published(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
+        return published_network(name, weights, output_stride)
 
-def res2net101_v1b_26w_4s(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
-    """Res2Net101-v1b 26w-4s, 1000 classes."""
-    return published_network("res2net101_v1b_26w_4s", weights, output_stride)
+    build_published.__name__ = build_published.__qualname__ = name
+    build_published.__module__ = "r2ncli"
+    build_published.__doc__ = f"""Build {PUBLISHED[name].architecture.describe()}, in eval mode.
 
+    Parameters
+    ----------
+    weights : str, path or None
+        A checkpoint file or ``"{name}"``, the official weights; None gives an untrained
+        network.
+    output_stride : int
+        32, 16 or 8 (see `Res2Net`).
 
-def res2net50_26w_4s(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
-    """Res2Net50 26w-4s, 1000 classes."""
-    return published_network("res2net50_26w_4s", weights, output_stride)
-
-
-def res2net50_48w_2s(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
-    """Res2Net50 48w-2s, 1000 classes."""
-    return published_network("res2net50_48w_2s", weights, output_stride)
-
-
-def res2net50_14w_8s(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
-    """Res2Net50 14w-8s, 1000 classes."""
-    return published_network("res2net50_14w_8s", weights, output_stride)
-
-
-def res2net50_26w_6s(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
-    """Res2Net50 26w-6s, 1000 classes."""
-    return published_network("res2net50_26w_6s", weights, output_stride)
-
-
-def res2net50_26w_8s(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
-    """Res2Net50 26w-8s, 1000 classes."""
-    return published_network("res2net50_26w_8s", weights, output_stride)
-
-
-def res2net101_26w_4s(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
-    """Res2Net101 26w-4s, 1000 classes."""
-    return published_network("res2net101_26w_4s", weights, output_stride)
-
-
-def res2next50(weights: Weights = None, *, output_stride: int = 32) -> Res2Net:
-    """Res2NeXt50 4w-4s, 1000 classes."""
-    return published_network("res2next50", weights, output_stride)
+    Raises
+    ------
+    CheckpointError
+        The weights are absent, or another network's (another class count is fine).
+    """
+    return build_published

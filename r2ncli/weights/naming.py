@@ -1,7 +1,7 @@
-"""How libraries name the tensors of a Res2Net: pure functions on names, no torch.
+"""Translate between libraries' names for the tensors of a Res2Net, without torch.
 
-timm has the published names. mmpretrain and mmdetection differ in two places: a deep stem
-is called `stem`, and a network is split in ``backbone.`` and, in mmpretrain, ``head.``.
+timm uses the published names. mmpretrain and mmdetection differ in two ways: a deep stem is
+called `stem`, and names start with ``backbone.`` or, in mmpretrain, ``head.``.
 (Read from mmpretrain 1.2.0 and mmdetection 3.3.0.)
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-MARK = "layer1.0.conv1.weight"  # every Res2Net has it under every library: it tells the prefix
+MARK = "layer1.0.conv1.weight"  # in every Res2Net of every library: what is before it is the prefix
 
 OFFICIAL, TIMM, MMPRETRAIN, MMDETECTION = "official", "timm", "mmpretrain", "mmdetection"
 LIBRARIES = (OFFICIAL, TIMM, MMPRETRAIN, MMDETECTION)
@@ -25,7 +25,7 @@ _BACKBONE, _CLASSIFIER = "backbone.", "head."
 
 @dataclass(frozen=True)
 class Naming:
-    """Under which names a state dict has a Res2Net.
+    """The names under which a state dict holds a Res2Net.
 
     Attributes
     ----------
@@ -34,8 +34,8 @@ class Naming:
     prefix : str
         What stands before the names of the backbone: ``module.``, ``backbone.`` or nothing.
     official : dict
-        From each name to the published one. What is no part of a Res2Net loses the prefix
-        and stays as it is.
+        From each name to the published one. A name that is no part of a Res2Net only loses
+        the prefix.
     """
 
     library: str
@@ -44,17 +44,17 @@ class Naming:
 
 
 def read_naming(names: Iterable[str]) -> Naming:
-    """Tell the naming from the names themselves.
+    """Find out which library's names these are.
 
     Parameters
     ----------
     names : iterable of str
-        Those of a whole state dict; of one that is no Res2Net's they stay as they are.
+        Those of a whole state dict. They stay as they are where it is not a Res2Net's.
 
     Returns
     -------
     Naming
-        No two names become the same one: one whose new name is taken keeps its own.
+        No two names become the same: a name whose new form is taken stays as it is.
     """
     found = tuple(names)
     marks = [name for name in found if name == MARK or name.endswith("." + MARK)]
@@ -83,20 +83,19 @@ def read_naming(names: Iterable[str]) -> Naming:
 
 
 def names_for(library: str, official: Iterable[str]) -> dict[str, str]:
-    """From each published name of a network to the one under which `library` loads it.
+    """Return `library`'s name for each published name of a network.
 
     Parameters
     ----------
     library : str
-        One of `LIBRARIES`. In mmdetection, which has no classifiers, ``fc`` gets
-        mmpretrain's name.
+        One of `LIBRARIES`. mmdetection has no classifiers: ``fc`` gets mmpretrain's name.
     official : iterable of str
-        The names of a whole state dict: whether its stem is deep decides over ``bn1``.
+        The names of a whole state dict: the name of ``bn1`` depends on the stem.
 
     Returns
     -------
     dict
-        In the order given; `read_naming` of its values leads back.
+        In the order given; `read_naming` of its values gives the published names.
     """
     if library not in LIBRARIES:
         raise ValueError(f"library {library!r}: expected one of {', '.join(LIBRARIES)}")

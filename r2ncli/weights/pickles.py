@@ -1,8 +1,8 @@
-"""What a pickle asks for, told by its opcodes: it is read here, and never executed.
+"""Read which names a pickle would import from its opcodes, without executing it.
 
-A pickle is a small program. All it can call is what it asks for by name (a "global"), so
-the names decide: a state dict needs the few in `ALLOWED`, and any other is refused. torch's
-own safe loader comes after this look, not in place of it.
+A pickle is a small program. It can call only what it imports by name (a "global"), so the
+names decide: a state dict needs the few in `ALLOWED`, and any other is refused. torch's own
+safe loader runs after this check, not instead of it.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ ALLOWED = frozenset(
     [
         "collections.OrderedDict",
         "collections.Counter",  # a scheduler's milestones
-        "argparse.Namespace",  # a training script's options: it holds values and does nothing
+        "argparse.Namespace",  # a training script's options: it only holds values
         "builtins.set",
-        "_codecs.encode",  # bytes, in protocol 2
+        "_codecs.encode",  # how protocol 2 stores bytes
         "torch.Size",
         "torch.device",
         "torch.Tensor",
@@ -58,8 +58,8 @@ ALLOWED = frozenset(
     ]
 )
 
-# what honest files ask for beyond a state dict, and what to do then
-_HONEST = (
+# what harmless files import beyond a state dict, and why
+_HINTS = (
     ("torch.nn.modules.", "it holds a whole network, not its state dict"),
     ("torch.storage._load_from_bytes", "it was written by pickle, not by torch.save"),
     ("torch.jit.", "it holds a TorchScript program"),
@@ -73,7 +73,7 @@ _HONEST = (
     ("fastai.", "it holds a learner of fastai"),
     ("sklearn.", "it holds an estimator of scikit-learn"),
 )
-_SAVE_AGAIN = "where you trust it, save its state dict alone"
+_SAVE_AGAIN = "if you trust it, save only its state dict"
 
 _MAGIC = b"\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # torch's, before zip
 _LEGACY_PICKLES = 5  # magic number, version, system, the object, its storages' keys
@@ -86,30 +86,34 @@ _MALFORMED = (ValueError, IndexError, KeyError, EOFError, TypeError, OverflowErr
 
 @dataclass(frozen=True)
 class Requests:
-    """The names that one pickle asks for, in order, each once; `broken` says why it ended."""
+    """The names that one pickle would import, in order, each once.
+
+    `broken` says why the pickle could not be read to its end.
+    """
 
     names: tuple[str, ...]
     broken: str | None = None
 
     @property
     def refused(self) -> tuple[str, ...]:
+        """The names that no state dict needs."""
         return tuple(name for name in self.names if name not in ALLOWED)
 
 
 def check_pickles(path: Path, container: str) -> tuple[str, ...]:
-    """Look at every pickle of a checkpoint, and give the names that they ask for.
+    """Check every pickle of a checkpoint, and return the names that they would import.
 
     Parameters
     ----------
     path : Path
         The checkpoint.
     container : str
-        ``zip``, ``pickle`` or ``safetensors``, which has none.
+        ``zip``, ``pickle`` or ``safetensors``, which contains no pickle.
 
     Raises
     ------
     CheckpointError
-        One asks for what a state dict never needs, or cannot be read.
+        A pickle would import what a state dict never needs, or cannot be read.
     """
     names: dict[str, None] = {}
     refused: dict[str, None] = {}
@@ -120,47 +124,47 @@ def check_pickles(path: Path, container: str) -> tuple[str, ...]:
         if found.broken is not None:
             broken.append(found.broken + where)
     if refused:
-        raise CheckpointError(f"{path}: refused, nothing of it was executed: {_sentence(refused)}")
+        raise CheckpointError(f"{path}: refused, nothing in it was executed: {_sentence(refused)}")
     if _ENDS_EARLY in broken:
         raise CheckpointError(f"{path}: truncated: {_ENDS_EARLY}. Download it again")
     if broken:
         raise CheckpointError(
-            f"{path}: refused, nothing of it was executed: its pickle cannot be read ({broken[0]})"
+            f"{path}: refused, nothing in it was executed: its pickle cannot be read ({broken[0]})"
         )
     return tuple(names)
 
 
 def _sentence(refused: dict[str, None]) -> str:
     def hint(name: str) -> str | None:
-        return next((why for start, why in _HONEST if name.startswith(start)), None)
+        return next((why for start, why in _HINTS if name.startswith(start)), None)
 
-    names = sorted(refused, key=lambda name: hint(name) is not None)  # the strange ones first
+    names = sorted(refused, key=lambda name: hint(name) is not None)  # names without a hint first
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    sentence = f"it asks for {', '.join(names[:3])}{more}, which a state dict never needs"
+    sentence = f"it would import {', '.join(names[:3])}{more}, which a state dict never needs"
     hints = [why for name in names if (why := hint(name)) is not None]
     return f"{sentence}; {hints[0]}: {_SAVE_AGAIN}" if hints else sentence
 
 
 def _pickles(path: Path, container: str) -> Iterator[tuple[str, Requests]]:
-    """Each pickle of a file, after words on where it is if it is not the checkpoint's own."""
+    """Yield each pickle of a file, after where it is where that is not the checkpoint's own."""
     with reading(path) as file:
         if container == "zip":
             yield from _zipped(path, file)
         elif container == "pickle":
-            # mapped, for a string may claim any length: memory for it is never set aside
+            # mapped, because a string may claim any length: no memory is reserved for it
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 legacy = content[2:14] == _MAGIC
                 for _ in range(_LEGACY_PICKLES if legacy else 1):
                     found = requests(cast(IO[bytes], content))
                     yield "", found
                     if found.broken is not None or found.refused:
-                        return  # where the next one begins is unknown, or no longer matters
+                        return  # the next one cannot be found, or no longer matters
             if not legacy:
                 raise CheckpointError(f"{path}: a pickle, but not one that torch.save writes")
 
 
 def _zipped(path: Path, file: BufferedReader) -> Iterator[tuple[str, Requests]]:
-    """Those of a zip archive: whatever a member is called, its bytes say whether it is one."""
+    """Yield the pickles of a zip archive, told by the bytes of its members, not their names."""
     try:
         with zipfile.ZipFile(file) as archive:
             for member in archive.infolist():
@@ -174,22 +178,22 @@ def _zipped(path: Path, file: BufferedReader) -> Iterator[tuple[str, Requests]]:
                     found = Requests((), f"it has {member.file_size:,} bytes" if named else None)
                 else:
                     found = requests(io.BytesIO(_member(archive, member, _LIMIT)))
-                # bytes of a tensor can start like a pickle, but do not go on like one
+                # a tensor's bytes can start like a pickle, but do not continue like one
                 if named or found.broken is None or found.refused:
                     yield where, found
     except ZIP_ERRORS as error:
-        raise CheckpointError(f"{path}: damaged, cannot be loaded: {error}") from error
+        raise CheckpointError(f"{path}: corrupted, cannot be loaded: {error}") from error
 
 
 def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, size: int) -> bytes:
-    """The first bytes of a member, whatever its CRC says: torch need not have written one."""
+    """Return the first bytes of a member without a CRC check: torch may have written none."""
     with archive.open(member) as content:
         content._expected_crc = None  # type: ignore[attr-defined]
         return content.read(size)
 
 
 def requests(stream: IO[bytes]) -> Requests:
-    """Every name that the pickle at `stream` asks for; it ends behind the pickle."""
+    """Return every name that the pickle at `stream` would import; leave `stream` behind it."""
     names: dict[str, None] = {}
     try:
         for name in _globals(stream):
@@ -202,10 +206,10 @@ def requests(stream: IO[bytes]) -> Requests:
 
 
 def _globals(stream: IO[bytes]) -> Iterator[str]:
-    """Walk through the opcodes with a stack of nothing but strings and marks.
+    """Yield the imported names, by a walk over the opcodes with a stack of strings and marks.
 
-    The strings are what STACK_GLOBAL takes its name from, whether they come from the
-    stack or out of the memo; anything else on the stack is None.
+    STACK_GLOBAL takes its name from strings on the stack, which may come from the memo;
+    anything else on the stack is None.
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
@@ -246,6 +250,6 @@ def _globals(stream: IO[bytes]) -> Iterator[str]:
 
 
 def _full_name(module: str, name: str) -> str:
-    """By Python 3's names: protocol 2, which torch writes, still has Python 2's."""
+    """Return a name as Python 3 has it: protocol 2, which torch writes, has Python 2's names."""
     module, name = NAME_MAPPING.get((module, name), (module, name))
     return f"{IMPORT_MAPPING.get(module, module)}.{name}"

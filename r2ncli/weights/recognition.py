@@ -1,6 +1,6 @@
-"""Which network a state dict seems to be, by a few telling names; what differs, block by block.
+"""Tell which other network a state dict seems to be, from the names of a few tensors.
 
-Names and shapes are enough: nothing here imports torch.
+Only names and shapes are used: nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 Shapes = Mapping[str, Sequence[int]]
 
-# the first telling name that a state dict has, under whatever prefix, decides
-_TELLING = (
+# the first of these names that a state dict has, with any prefix, decides
+_SIGNATURES = (
     (r"layer1\.0\.conv2\.fc1\.weight", "a ResNeSt"),
     (r"layer1\.0\.se\.(fc1|conv_reduce)\.weight|layer1\.0\.se_module\.fc1\.weight", "an SE-ResNet"),
     (r"level2\.tree1\.conv2\.weight", "a DLA"),
@@ -42,7 +42,7 @@ _TELLING = (
     (r"encoder\.layer\.0\.attention\.self\.query\.weight", "a BERT-like language model"),
     (r"model\.diffusion_model\..*", "a Stable Diffusion model"),
 )
-_DEPTHS = {  # blocks of the four stages, and whether they are bottlenecks
+_DEPTHS = {  # by the blocks of the four stages, and whether they are bottlenecks
     ((2, 2, 2, 2), False): 18,
     ((3, 4, 6, 3), False): 34,
     ((3, 4, 6, 3), True): 50,
@@ -52,7 +52,7 @@ _DEPTHS = {  # blocks of the four stages, and whether they are bottlenecks
 
 
 def published_dla(shapes: Shapes) -> str | None:
-    """The published Res2Net with DLA's body that these tensors are, if they are one."""
+    """Return the name of the published Res2Net with a DLA body that these tensors are, or None."""
     for name, shape in shapes.items():
         if name.endswith("level2.tree1.convs.0.weight") and len(shape) == 4:
             return "res2net_dla60" if shape[0] == shape[1] else "res2next_dla60"
@@ -60,12 +60,12 @@ def published_dla(shapes: Shapes) -> str | None:
 
 
 def seems_to_be(shapes: Shapes) -> str | None:
-    """What network other than a Res2Net these tensors seem to be; None where nothing tells."""
+    """Return which network other than a Res2Net these tensors seem to be; None if unknown."""
     dla = published_dla(shapes)
     if dla is not None:
-        return f"{dla}, a published network whose DLA body r2n does not have"
-    for telling, network in _TELLING:
-        if any(re.search(rf"(^|\.)({telling})$", name) for name in shapes):
+        return f"{dla}, a published network whose DLA body r2n does not support"
+    for signature, network in _SIGNATURES:
+        if any(re.search(rf"(^|\.)({signature})$", name) for name in shapes):
             return network
     return _resnet(shapes)
 
@@ -93,10 +93,9 @@ def _resnet(shapes: Shapes) -> str | None:
 
 
 def by_block(names: Iterable[str], most: int = 6) -> str:
-    """Names grouped by the block they are in: ``layer3.5 (32), neck (16), fc.bias``.
+    """Return names grouped by block: ``layer3.5 (32), neck (16), fc.bias``.
 
-    Where there are more than `most` groups, whole stages are counted, and of more than
-    `most` of those the first ones are shown.
+    With more than `most` blocks, names are grouped by stage; at most `most` groups are shown.
     """
     found = list(names)
     for pattern in (r"layer\d\.\d+|[^.]+", r"[^.]+"):

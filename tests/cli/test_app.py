@@ -494,7 +494,7 @@ def test_verify_weights_names_the_reason_and_exits_4(r2n, tmp_path, tiny_weights
     altered = tmp_path / "tiny-00000000.safetensors"
     altered.write_bytes(tiny_weights.read_bytes())
     ended = r2n("verify-weights", altered, check=4)
-    assert "digits in the name: SHA-256 " in ended.stderr
+    assert "hash prefix: SHA-256 " in ended.stderr
     document = json.loads(r2n("verify-weights", altered, "--json", check=4).stdout)
     assert document["ok"] is False
 

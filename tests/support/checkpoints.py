@@ -12,7 +12,7 @@ import torch
 
 from r2ncli.architectures import Architecture
 from r2ncli.errors import CheckpointError
-from r2ncli.weights.loading import expected_shapes
+from r2ncli.weights.structure import expected_shapes
 
 
 def error_of(call: Callable[..., object], *arguments: Any, **options: Any) -> str:

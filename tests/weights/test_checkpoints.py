@@ -1,4 +1,4 @@
-"""A checkpoint as a file: found, told apart, read about."""
+"""A checkpoint file is found and checked, and its metadata is read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from r2ncli.weights.checkpoints import (
     find_checkpoint,
     hub_folder,
     labels_of,
+    open_checkpoint,
     preprocessing_of,
     published_file,
     read_metadata,
@@ -62,7 +66,7 @@ def test_the_option_comes_before_the_environment(
     assert find_checkpoint() == hub / FILE
 
 
-def test_an_empty_option_is_no_wish_for_the_default(hub: Path, no_download: None) -> None:
+def test_an_empty_option_does_not_mean_the_default(hub: Path, no_download: None) -> None:
     (hub / FILE).touch()
     assert "no such weights: ''" in error_of(find_checkpoint, "")
 
@@ -80,7 +84,7 @@ def test_a_published_name_is_its_official_file_or_the_copy_with_hyphens(
     assert find_checkpoint(name) == official
 
 
-def test_a_file_of_ones_own_is_found_with_hyphens_or_underscores(tmp_path: Path) -> None:
+def test_an_own_file_is_found_with_hyphens_or_underscores(tmp_path: Path) -> None:
     (tmp_path / "my-net_v2.pth").touch()
     for name in ("my-net_v2.pth", "my_net_v2.pth", "my-net-v2.pth"):
         assert find_checkpoint(tmp_path / name) == tmp_path / "my-net_v2.pth"
@@ -101,7 +105,7 @@ def test_an_unknown_name_lists_what_there_is(no_download: None) -> None:
     assert all(word in text for word in ("'demo'", ".pth", ".safetensors", *PUBLISHED))
 
 
-def test_other_weights_never_stand_in(tmp_path: Path, hub: Path, no_download: None) -> None:
+def test_other_weights_are_never_used_instead(tmp_path: Path, hub: Path, no_download: None) -> None:
     (hub / FILE).touch()
     (tmp_path / "a.pth").touch()
     error_of(find_checkpoint, tmp_path / "b.pth")
@@ -119,12 +123,12 @@ def test_a_link_to_nothing_is_not_there(hub: Path) -> None:
     assert existing_file(hub / FILE.replace("_", "-")) is None
 
 
-def test_a_name_too_long_for_the_system_is_an_error_of_the_checkpoint() -> None:
+def test_a_name_too_long_for_the_system_is_a_checkpoint_error() -> None:
     assert "cannot be read: File name too long" in error_of(find_checkpoint, "x" * 5000)
     assert "no such weights" in error_of(find_checkpoint, "a\0b")
 
 
-def test_what_may_not_be_looked_at_is_an_error_of_the_checkpoint(
+def test_a_file_that_may_not_be_read_is_a_checkpoint_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = os.stat
@@ -163,13 +167,13 @@ def test_the_folder_is_torch_hubs(
     assert str(hub_folder()) == os.path.join(get_dir(), "checkpoints")
 
 
-def test_a_user_without_a_home_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_folder_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_HOME")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for an unknown user id
     assert hub_folder().name == "checkpoints"
 
 
-# --- digits, names, SHA-256 ---------------------------------------------------------------
+# --- hash prefixes, names, SHA-256 ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -195,11 +199,11 @@ def test_a_user_without_a_home_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> Non
         ("", None),
     ],
 )
-def test_the_digits_in_a_name(name: str, digits: str | None) -> None:
+def test_the_hash_prefix_in_a_name(name: str, digits: str | None) -> None:
     assert digits_in_name(name) == digits
 
 
-def test_every_published_file_carries_eight_digits() -> None:
+def test_the_name_of_every_published_file_has_eight_digits_of_its_hash() -> None:
     for network in PUBLISHED.values():
         assert re.fullmatch(r"[0-9a-f]{8}", digits_in_name(network.file) or "")
         assert published_file(network.file) == network
@@ -213,12 +217,12 @@ def test_a_file_under_a_published_name_must_be_the_published_one(tmp_path: Path)
         path.write_bytes(b"other weights")
         digest = hashlib.sha256(b"other weights").hexdigest()
         text = error_of(checked_sha256, path)
-        assert f"starts {digest[:8]}, the name says 3cf99910" in text
+        assert f"starts with 3cf99910, as the name says, got {digest[:8]}…" in text
     (tmp_path / "mine-00000000.pth").write_bytes(b"other weights")
     assert checked_sha256(tmp_path / "mine-00000000.pth") == digest
 
 
-# --- what a file says of itself -----------------------------------------------------------
+# --- metadata -----------------------------------------------------------
 
 
 def safetensors(metadata: dict[str, str] | None = None) -> bytes:
@@ -244,7 +248,7 @@ def test_metadata_is_in_a_json_file_beside(tmp_path: Path, beside: str) -> None:
     assert read_metadata(tmp_path / "net.pth") == {"labels": ["é"]}
 
 
-def test_what_a_safetensors_file_says_itself_comes_before_a_file_beside(tmp_path: Path) -> None:
+def test_the_header_of_a_safetensors_file_comes_before_a_json_file_beside(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(safetensors({"r2n": '{"labels": ["own"]}'}))
     (tmp_path / "x.json").write_text('{"labels": ["of something else"]}')
@@ -254,6 +258,8 @@ def test_what_a_safetensors_file_says_itself_comes_before_a_file_beside(tmp_path
 
 
 def test_the_json_file_with_the_whole_name_comes_first(tmp_path: Path) -> None:
+    for name in ("net.pth", "net.pt"):
+        (tmp_path / name).touch()
     (tmp_path / "net.pth.json").write_text('{"labels": ["whole"]}')
     (tmp_path / "net.json").write_text('{"labels": ["stem"]}')
     assert read_metadata(tmp_path / "net.pth") == {"labels": ["whole"]}
@@ -261,23 +267,24 @@ def test_the_json_file_with_the_whole_name_comes_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "null", "{", "\x00", '{"a": 1} x', "[" * 100_000])
-def test_metadata_that_is_no_json_object_is_an_error(tmp_path: Path, text: str) -> None:
+def test_metadata_that_is_not_a_json_object_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "net.pth").touch()
     (tmp_path / "net.json").write_text(text)
-    assert f"{tmp_path}/net.json: its metadata is no JSON" in error_of(
+    assert f"{tmp_path}/net.json: its metadata is not" in error_of(
         read_metadata, tmp_path / "net.pth"
     )
     path = tmp_path / "a.safetensors"
     path.write_bytes(safetensors({"r2n": text}))
-    assert f"{path}: its metadata is no JSON" in error_of(read_metadata, path)
+    assert f"{path}: its metadata is not" in error_of(read_metadata, path)
 
 
-def test_metadata_that_is_no_text_or_is_cut_is_an_error(tmp_path: Path) -> None:
+def test_metadata_that_is_not_text_or_is_truncated_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     header = json.dumps({"__metadata__": {"r2n": 5}}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header)
-    assert "no JSON" in error_of(read_metadata, path)
+    assert "not JSON" in error_of(read_metadata, path)
     path.write_bytes(len(header).to_bytes(8, "little") + header[:-5])
-    assert "no JSON" in error_of(read_metadata, path)
+    assert "not JSON" in error_of(read_metadata, path)
     path.write_bytes(b"\xff" * 8)
     assert read_metadata(path) == {}
 
@@ -285,14 +292,84 @@ def test_metadata_that_is_no_text_or_is_cut_is_an_error(tmp_path: Path) -> None:
 def test_metadata_that_cannot_be_read_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "net.pth").touch()
     (tmp_path / "net.json").touch()
 
-    def refusing(path: Path, *_: object, **__: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", path)
+    def refusing(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.suffix == ".json":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return open(path, *arguments, **options)
 
     monkeypatch.setattr(containers, "open", refusing, raising=False)
     text = error_of(read_metadata, tmp_path / "net.pth")
     assert text == f"{tmp_path}/net.json: cannot be read: Permission denied"
+
+
+@pytest.mark.parametrize("name", ["net.pth", "net.pt", "net", "net.SAFETENSORS", "net.bin"])
+def test_a_safetensors_file_has_its_metadata_whatever_its_name_is(
+    tmp_path: Path, name: str
+) -> None:
+    told = {"labels": ["own"], "preprocessing": {"image_size": 64, "resize_size": 64}}
+    path = tmp_path / name
+    path.write_bytes(safetensors({"r2n": json.dumps(told)}))
+    assert read_metadata(path) == told
+    assert open_checkpoint(path).preprocessing == Preprocessing(64, 64)
+
+
+def test_a_pickle_named_safetensors_has_its_metadata_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(pickle.dumps({"a": 1}, protocol=2))
+    (tmp_path / "net.safetensors.json").write_text('{"labels": ["beside"]}')
+    assert read_metadata(path) == {"labels": ["beside"]}
+
+
+@pytest.mark.parametrize(
+    "key", ["preprocesing", "Preprocessing", "label", "classes", "class_names", "synsets", "mean"]
+)
+@pytest.mark.parametrize("place", ["own.pth.json", "own.json", "the header"])
+def test_a_key_that_would_be_ignored_by_mistake_is_an_error(
+    tmp_path: Path, place: str, key: str
+) -> None:
+    path = source = tmp_path / "own.pth"
+    path.touch()
+    if place == "the header":
+        path.write_bytes(safetensors({"r2n": json.dumps({key: ["a"]})}))
+    else:
+        source = tmp_path / place
+        source.write_text(json.dumps({key: ["a"]}))
+    text = error_of(read_metadata, path)
+    assert text == f"{source}: unknown key {key!r} (known: labels, wnids, preprocessing)"
+
+
+def test_an_unknown_key_of_the_preprocessing_is_an_error_with_those_known(tmp_path: Path) -> None:
+    (tmp_path / "own.pth").touch()
+    (tmp_path / "own.pth.json").write_text('{"preprocessing": {"imagesize": 64}}')
+    assert error_of(read_metadata, tmp_path / "own.pth") == (
+        f"{tmp_path}/own.pth.json: unknown key 'imagesize' in preprocessing "
+        "(known: image_size, resize_size, mean, std, crop)"
+    )
+
+
+def test_notes_of_other_programs_are_kept(tmp_path: Path) -> None:
+    told = {"recipe": "ten epochs", "accuracy": 0.9, "source": {}, "variant": "x", "epoch": 3}
+    told |= {"labels": ["a"], "classes": 1}  # there is no mistake where labels are given
+    (tmp_path / "own.pth").touch()
+    (tmp_path / "own.pth.json").write_text(json.dumps(told))
+    assert read_metadata(tmp_path / "own.pth") == told
+    (tmp_path / "own.pth.json").write_text('{"classes": 10, "epochs": 5}')
+    assert read_metadata(tmp_path / "own.pth") == {"classes": 10, "epochs": 5}
+
+
+def test_a_checkpoint_is_opened_with_its_digest_labels_and_preprocessing_without_torch() -> None:
+    program = (
+        "import sys; from r2ncli.weights.checkpoints import open_checkpoint as open_it;"
+        "file = open_it('demo'); print(file.path.name, len(file.sha256), file.labels(10).labels[0],"
+        "file.preprocessing.image_size, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["demo.safetensors", "64", "airplane", "64", "False"]
 
 
 def test_labels_must_fit_the_network() -> None:
@@ -308,7 +385,7 @@ def test_labels_must_fit_the_network() -> None:
     )
     assert "1 wnids for" in error_of(labels_of, {"labels": ["a", "b"], "wnids": ["n"]}, 2, HERE)
     for wrong in ("ab", ["a", 1], {"a": "b"}, 2):
-        assert "not a list of strings" in error_of(labels_of, {"labels": wrong}, 2, HERE)
+        assert "to be a list of strings" in error_of(labels_of, {"labels": wrong}, 2, HERE)
 
 
 def test_a_network_of_1000_classes_has_imagenets_labels_unless_it_has_its_own() -> None:
@@ -356,10 +433,11 @@ def test_preprocessing_is_imagenets_unless_a_checkpoint_has_its_own() -> None:
         {"std": [None, 1, 1]},
         {"crop": "centered"},
         {"crop": ["none"]},
-        {"size": 224},
     ],
 )
-def test_preprocessing_that_cannot_be_is_an_error(wrong: object) -> None:
+def test_invalid_preprocessing_is_an_error(wrong: object) -> None:
     text = error_of(preprocessing_of, {"preprocessing": wrong}, HERE)
-    assert text.startswith("x.pth: its 'preprocessing' is unfit (")
-    assert "Expected any of image_size, resize_size, mean, std, crop" in text
+    known = "image_size, resize_size, mean, std, crop"
+    assert text.startswith("x.pth: invalid 'preprocessing': ")
+    assert text.endswith(f". Known keys: {known}")
+    assert "object" not in text or "is not an object" in text  # not a message of Python's

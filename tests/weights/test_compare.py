@@ -1,4 +1,4 @@
-"""Two checkpoint files are compared by what their tensors hold, not by how they are packed."""
+"""Two checkpoint files are compared by their tensors, not by their containers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from support.checkpoints import saved
 from typer.testing import CliRunner
 
 from r2ncli.cli.app import app
-from r2ncli.errors import CheckpointError
-from r2ncli.weights.compare import compare_weights
+from r2ncli.errors import CheckpointError, UsageError
 from r2ncli.weights.naming import names_for
+from r2ncli.weights.verify import verify_weights
 
 KEYS = [
     *("schema", "file", "against", "equal", "different", "only_in_file", "only_in_against"),
@@ -31,7 +31,7 @@ def other(state_dict, tmp_path):
 def test_the_same_tensors_are_equal_in_any_container_and_naming(state_dict, other, tmp_path):
     renamed = names_for("mmpretrain", state_dict)
     path = saved({"state_dict": {renamed[n]: t for n, t in state_dict.items()}}, tmp_path / "a.pth")
-    comparison = compare_weights(path, other)
+    comparison = verify_weights(path, against=other)
     assert comparison.ok
     assert comparison.equal == len(state_dict)
     assert len(set(comparison.tensors_sha256)) == 1
@@ -41,7 +41,7 @@ def test_the_same_tensors_are_equal_in_any_container_and_naming(state_dict, othe
 def test_differences_have_their_size_and_the_largest_comes_first(state_dict, other, tmp_path):
     state_dict["bn1.bias"][3] += 0.25
     state_dict["fc.bias"][0] -= 2
-    comparison = compare_weights(saved(state_dict, tmp_path / "a.pth"), other)
+    comparison = verify_weights(saved(state_dict, tmp_path / "a.pth"), against=other)
     assert not comparison.ok
     assert comparison.equal == len(state_dict) - 2
     assert [tensor.name for tensor in comparison.different] == ["fc.bias", "bn1.bias"]
@@ -54,7 +54,7 @@ def test_other_shapes_and_nan_differ_without_a_size(state_dict, other, tmp_path)
     state_dict["fc.bias"] = torch.zeros(3)
     state_dict["bn1.bias"][0] = torch.nan
     state_dict["bn1.weight"] += 1
-    comparison = compare_weights(saved(state_dict, tmp_path / "a.pth"), other)
+    comparison = verify_weights(saved(state_dict, tmp_path / "a.pth"), against=other)
     found = {tensor.name: tensor for tensor in comparison.different}
     assert list(found) == ["bn1.bias", "fc.bias", "bn1.weight"]
     assert (found["fc.bias"].file, found["fc.bias"].against) == ("float32 [3]", "float32 [7]")
@@ -64,43 +64,43 @@ def test_other_shapes_and_nan_differ_without_a_size(state_dict, other, tmp_path)
 
 def test_half_precision_differs_by_what_it_rounds(state_dict, other, tmp_path):
     half = {n: t.half() if t.is_floating_point() else t for n, t in state_dict.items()}
-    comparison = compare_weights(saved(half, tmp_path / "half.pth"), other)
+    comparison = verify_weights(saved(half, tmp_path / "half.pth"), against=other)
     floats = sum(tensor.is_floating_point() for tensor in state_dict.values())
     assert len(comparison.different) == floats
     assert 0 < comparison.different[0].max_difference < 1e-2
     assert comparison.different[0].file.startswith("float16 [")
 
 
-def test_a_zeros_sign_is_a_difference_of_nothing(state_dict, tmp_path):
+def test_the_sign_of_zero_is_a_difference_of_size_0(state_dict, tmp_path):
     paths = [
         saved(state_dict | {"fc.bias": sign * torch.zeros(7)}, tmp_path / f"{sign}.pth")
         for sign in (1, -1)
     ]
-    (tensor,) = compare_weights(*paths).different
+    (tensor,) = verify_weights(paths[0], against=paths[1]).different
     assert (tensor.name, tensor.max_difference) == ("fc.bias", 0)
 
 
 def test_a_nan_that_is_the_same_in_both_is_equal(state_dict, tmp_path):
     state_dict["fc.bias"][0] = torch.nan
     path = saved(state_dict, tmp_path / "a.pth")
-    assert compare_weights(path, path).ok
+    assert verify_weights(path, against=path).ok
 
 
-def test_what_only_one_has_is_named(state_dict, other, tmp_path):
+def test_tensors_of_only_one_file_are_named(state_dict, other, tmp_path):
     del state_dict["fc.bias"]
     state_dict["aux.weight"] = torch.zeros(1)
-    comparison = compare_weights(saved(state_dict, tmp_path / "a.pth"), other)
+    comparison = verify_weights(saved(state_dict, tmp_path / "a.pth"), against=other)
     assert comparison.only_in_file == ("aux.weight",)
     assert comparison.only_in_against == ("fc.bias",)
     assert not comparison.ok
 
 
-def test_files_that_are_not_there_or_no_checkpoints_are_errors(other, tmp_path):
+def test_missing_files_and_files_that_are_not_checkpoints_are_errors(other, tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
-        compare_weights(other, tmp_path / "absent.pth")
+        verify_weights(other, against=tmp_path / "absent.pth")
     (tmp_path / "empty.pth").touch()
     with pytest.raises(CheckpointError, match="empty"):
-        compare_weights(tmp_path / "empty.pth", other)
+        verify_weights(tmp_path / "empty.pth", against=other)
 
 
 # --- the command ----------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_the_command_ends_with_0_for_equal_and_4_for_different(state_dict, other
     assert "not the same tensors as" in errors
 
 
-def test_the_document_has_its_schema_errors_too(state_dict, other, tmp_path):
+def test_the_json_document_has_its_schema_also_for_errors(state_dict, other, tmp_path):
     state_dict["bn1.bias"] += 1
     path = saved(state_dict, tmp_path / "a.pth")
     code, out, _ = run(path, "--against", other, "--json")
@@ -144,7 +144,9 @@ def test_the_document_has_its_schema_errors_too(state_dict, other, tmp_path):
     assert document["error"] in errors
 
 
-def test_a_pinned_digest_does_not_go_with_a_comparison(other):
+def test_an_expected_sha256_does_not_go_with_a_comparison(other):
     code, _, errors = run(other, "--against", other, "--sha256", "0" * 64)
     assert code == 2
-    assert "--sha256 is for the checks of one file" in errors
+    assert "is for the checks of one file" in errors
+    with pytest.raises(UsageError, match="`sha256` is for the checks of one file"):
+        verify_weights(other, against=other, sha256="0" * 64)

@@ -1,4 +1,4 @@
-"""How a file is packed is told from its bytes, and what is no checkpoint by what it is."""
+"""A container is recognised by its bytes, and other kinds of files are named."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_containers_are_told_by_their_content(tmp_path: Path, content: bytes, ki
         (b"\x80", "not a checkpoint"),
     ],
 )
-def test_what_is_no_checkpoint_says_what_it_seems_to_be(
+def test_the_error_for_another_kind_of_file_says_what_it_is(
     tmp_path: Path, content: bytes, reason: str
 ) -> None:
     path = tmp_path / "a.pth"
@@ -82,21 +82,21 @@ def test_a_folder_or_a_missing_file_is_no_checkpoint(tmp_path: Path) -> None:
 def test_a_folder_says_what_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "b.pth").touch()
     (tmp_path / "a.txt").touch()
-    assert error_of(container, tmp_path).endswith(
-        "is a folder, not a checkpoint file; in it is b.pth"
-    )
+    assert error_of(container, tmp_path).endswith("is a folder, not a checkpoint file; it contains b.pth")
     (tmp_path / "data.pkl").touch()
     assert "an unpacked one: download the file again" in error_of(container, tmp_path)
 
 
-def test_a_pipe_is_no_file_and_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pth")
     assert error_of(container, tmp_path / "pipe.pth").endswith("is no regular file")
     with pytest.raises(CheckpointError, match="no regular file"), reading(Path("/dev/null")):
         pass
 
 
-def test_a_pickle_of_an_old_protocol_is_told_where_it_asks_first(tmp_path: Path) -> None:
+def test_a_pickle_of_an_old_protocol_is_recognised_by_its_first_import(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "a.pth"
     for content in (b"cposix\nsystem\n(S'true'\ntR.", b"(cposix\nsystem\nS'true'\no."):
         path.write_bytes(content)
@@ -105,7 +105,7 @@ def test_a_pickle_of_an_old_protocol_is_told_where_it_asks_first(tmp_path: Path)
     assert "text, not a checkpoint: it starts \"(S'true' iposix" in error_of(container, path)
 
 
-def test_a_safetensors_file_that_lacks_its_end_is_truncated(tmp_path: Path) -> None:
+def test_a_safetensors_file_without_its_end_is_truncated(tmp_path: Path) -> None:
     header = {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
     whole = safetensors(header, bytes(16))
     path = tmp_path / "a.safetensors"
@@ -128,7 +128,7 @@ def test_a_safetensors_file_that_lacks_its_end_is_truncated(tmp_path: Path) -> N
         (["photo.jpg"], "a zip archive, but not one that torch.save writes"),
     ],
 )
-def test_a_zip_archive_of_something_else_is_told_by_its_members(
+def test_another_zip_archive_is_recognised_by_its_members(
     tmp_path: Path, names: list[str], reason: str
 ) -> None:
     path = tmp_path / "a.pth"
@@ -136,15 +136,15 @@ def test_a_zip_archive_of_something_else_is_told_by_its_members(
     assert reason in error_of(container, path)
 
 
-def test_a_zip_archive_whose_list_is_damaged_is_damaged(tmp_path: Path) -> None:
+def test_a_zip_archive_with_a_corrupted_directory_is_corrupted(tmp_path: Path) -> None:
     whole = bytearray(zipped())
     whole[whole.index(b"PK\x01\x02")] ^= 1
     path = tmp_path / "a.pth"
     path.write_bytes(whole)
-    assert "damaged: a zip container that cannot be listed" in error_of(container, path)
+    assert "corrupted: the zip container cannot be listed" in error_of(container, path)
 
 
-def test_members_that_do_not_fit_their_checksum_are_named(tmp_path: Path) -> None:
+def test_members_that_do_not_match_their_checksum_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     path.write_bytes(zipped("a/data.pkl", "a/data/0"))
     assert broken_members(path) == (2, [])
@@ -154,7 +154,7 @@ def test_members_that_do_not_fit_their_checksum_are_named(tmp_path: Path) -> Non
     assert broken_members(path) == (2, ["a/data/0"])
 
 
-def test_an_archive_without_checksums_has_none_that_could_break(tmp_path: Path) -> None:
+def test_an_archive_without_checksums_has_none_to_check(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     content = bytearray(zipped("a/data.pkl"))
     for start in (14, content.index(b"PK\x01\x02") + 16):
@@ -172,7 +172,7 @@ def test_an_archive_without_checksums_has_none_that_could_break(tmp_path: Path) 
         (b"PK\x03\x04", 30, 0xFF),  # another name in its place
     ],
 )
-def test_a_member_that_cannot_be_read_is_broken_and_no_bug(
+def test_a_member_that_cannot_be_read_counts_as_corrupted(
     tmp_path: Path, mark: bytes, offset: int, byte: int
 ) -> None:
     content = bytearray(zipped("a/data.pkl"))

@@ -100,7 +100,11 @@ def test_a_backbone_has_the_official_names_without_a_classifier(
     official = reference_network(TINY_ARCHITECTURE).state_dict()
     assert list(backbone) == [name for name in official if not name.startswith("fc.")]
     assert done.naming == "torchvision-backbone"
-    with pytest.raises(CheckpointError, match="2 tensors are missing"):  # there is no way back
+    assert (done.compared, done.difference) == ("features", 0)
+    assert convert(tiny_weights, tmp_path / "whole.pth").compared == "logits"
+    with pytest.raises(
+        CheckpointError, match="no classifier, but 2 tensors are missing"
+    ):  # there is no way back
         convert(tmp_path / "backbone.pth", tmp_path / "back.pth")
 
 
@@ -138,7 +142,7 @@ def test_labels_preprocessing_and_the_sources_digest_are_kept(
     assert again["source"]["source"] == metadata["source"]
 
 
-def test_what_else_a_checkpoint_says_is_kept(tiny_weights: Path, tmp_path: Path) -> None:
+def test_other_metadata_is_kept(tiny_weights: Path, tmp_path: Path) -> None:
     told = {"recipe": "ten epochs", "labels": list("abcdef"), "wnids": list("ghijkl")}
     save_file(load_file(tiny_weights), tmp_path / "in.safetensors", {"r2n": json.dumps(told)})
     convert(tmp_path / "in.safetensors", tmp_path / "out.pth")
@@ -158,12 +162,12 @@ def test_a_converted_checkpoint_classifies_as_before(
 
 
 @pytest.mark.parametrize("name", ["out.pth", "out.pth.json", "out.safetensors"])
-def test_what_exists_is_replaced_only_when_told(
+def test_existing_files_are_replaced_only_with_overwrite(
     name: str, tiny_weights: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / name.removesuffix(".json")
     (tmp_path / name).write_text("precious")
-    with pytest.raises(OutputError, match=rf"{name} exists\. --overwrite replaces it"):
+    with pytest.raises(OutputError, match=rf"{name} exists\. `overwrite=True` replaces it"):
         convert(tiny_weights, output)
     assert (tmp_path / name).read_text() == "precious"
     convert(tiny_weights, output, overwrite=True)
@@ -181,15 +185,30 @@ def test_a_checkpoint_can_be_converted_over_itself(tiny_weights: Path, tmp_path:
 def test_what_does_not_give_the_same_logits_is_not_kept(
     tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def damaged(path: Path) -> dict[str, torch.Tensor]:
+    def corrupted(path: Path) -> dict[str, torch.Tensor]:
         state_dict = load_state_dict(path)
         if path.name == "converted.pth":
             state_dict["fc.bias"][0] += 0.1
         return state_dict
 
-    monkeypatch.setattr(r2ncli.weights.convert, "load_state_dict", damaged)
+    monkeypatch.setattr(r2ncli.weights.convert, "load_state_dict", corrupted)
     with pytest.raises(OutputError, match=r"not written: its logits differ from those of .* by "):
         convert(tiny_weights, tmp_path / "out.pth")
+    assert left_over(tmp_path) == []
+
+
+def test_a_backbone_that_does_not_give_the_same_features_is_not_kept(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def corrupted(path: Path) -> dict[str, torch.Tensor]:
+        state_dict = load_state_dict(path)
+        if path.name == "converted.pth":
+            state_dict["layer4.0.bn3.bias"][0] += 0.1
+        return state_dict
+
+    monkeypatch.setattr(r2ncli.weights.convert, "load_state_dict", corrupted)
+    with pytest.raises(OutputError, match=r"not written: its features differ from those of .* by "):
+        convert(tiny_weights, tmp_path / "out.pth", to="torchvision-backbone")
     assert left_over(tmp_path) == []
 
 
@@ -205,7 +224,7 @@ def test_an_interrupted_conversion_leaves_nothing(
     assert left_over(tmp_path) == []
 
 
-def test_the_file_gets_its_name_after_what_belongs_to_it(
+def test_the_file_gets_its_name_after_its_companion(
     tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(tiny_weights, tmp_path / "out.pth")
@@ -222,15 +241,15 @@ def test_the_file_gets_its_name_after_what_belongs_to_it(
     assert left_over(tmp_path) == ["out.pth.json"]  # never an old file with new metadata
 
 
-# --- what cannot be -----------------------------------------------------------------------
+# --- invalid options -----------------------------------------------------------------------
 
 
-def test_what_cannot_be_asked_for_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+def test_invalid_options_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     for output, options, complaint in [
-        ("out.zip", {}, "suffix '.zip' is no container, expected one of .pth, .safetensors, "),
-        ("out", {}, "suffix '' is no container"),
-        ("out.pth", {"to": "keras"}, f"--to 'keras': expected one of {', '.join(NAMINGS)}"),
-        ("out.onnx", {"to": "timm"}, "--to timm: .onnx has no tensor names"),
+        ("out.zip", {}, "unknown suffix '.zip', expected one of .pth, .safetensors, "),
+        ("out", {}, "unknown suffix ''"),
+        ("out.pth", {"to": "keras"}, f"`to` 'keras': expected one of {', '.join(NAMINGS)}"),
+        ("out.onnx", {"to": "timm"}, '`to="timm"`: .onnx files have no tensor names'),
     ]:
         with pytest.raises(UsageError) as caught:
             convert("absent.pth", tmp_path / output, **options)
@@ -251,10 +270,10 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
     assert str(caught.value).endswith("pip install 'r2ncli[onnx]'")
 
 
-def test_a_folder_that_is_not_there_or_in_the_way_is_said(
+def test_a_missing_folder_or_a_folder_of_the_outputs_name_is_an_error(
     tiny_weights: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(OutputError, match="there is no folder"):
+    with pytest.raises(OutputError, match=r"the folder .* does not exist"):
         convert(tiny_weights, tmp_path / "absent" / "out.pth")
     (tmp_path / "out.pth").mkdir()
     with pytest.raises(OutputError, match="is a folder"):
@@ -284,12 +303,12 @@ def test_the_command_says_what_it_wrote(tiny_weights: Path, tmp_path: Path) -> N
     assert "mmpretrain names, the same logits bit by bit -> " in done.stderr
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 6
-    assert "--overwrite" in again.stderr
+    assert "overwrite" in again.stderr
     quiet = CliRunner().invoke(app, [*arguments, "--overwrite", "--quiet"])
     assert (quiet.exit_code, quiet.output) == (0, "")
 
 
-def test_the_command_refuses_an_unknown_container_as_a_wrong_use(tmp_path: Path) -> None:
+def test_an_unknown_container_is_a_usage_error_of_the_command(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["convert", "demo", str(tmp_path / "x.h5")]).exit_code == 2
 
 
@@ -320,8 +339,8 @@ def test_onnx_takes_any_batch_and_keeps_the_metadata(tiny_weights: Path, tmp_pat
 
 
 @pytest.mark.interop
-def test_openvino_gets_a_pair_of_files_and_tells_nobody(tiny_weights: Path, tmp_path: Path) -> None:
-    needs("onnx", "onnxscript", "openvino")
+def test_openvino_gets_two_files_and_sends_no_telemetry(tiny_weights: Path, tmp_path: Path) -> None:
+    needs("onnxscript", "openvino")
     sys.modules.pop("openvino_telemetry.main", None)
     convert(tiny_weights, tmp_path / "out.xml")
     assert left_over(tmp_path) == ["out.bin", "out.xml"]

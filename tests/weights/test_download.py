@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from support.checkpoints import error_of
 
-from r2ncli.architectures import DEFAULT_NETWORK, OFFICIAL_ADDRESS, PUBLISHED
+from r2ncli.architectures import DEFAULT_NETWORK, OFFICIAL_URL, PUBLISHED
 from r2ncli.weights import checkpoints, download
 from r2ncli.weights.checkpoints import find_checkpoint
 from r2ncli.weights.download import DownloadProgress, download_file
@@ -186,14 +186,14 @@ def test_without_a_mirror_the_official_address_is_asked(
     asked: list[tuple[object, ...]] = []
     monkeypatch.setattr(checkpoints, "download_file", lambda *arguments: asked.append(arguments))
     find_checkpoint()
-    assert asked == [(OFFICIAL_ADDRESS + FILE, hub / FILE, None)]
+    assert asked == [(OFFICIAL_URL + FILE, hub / FILE, None)]
 
 
 @pytest.mark.parametrize("base", ["/mnt/mirror", "mirror.example.org/x", "http://[::1", "s3://x/y"])
 def test_a_mirror_that_is_no_address_says_so(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("R2N_WEIGHTS_BASE_URL", base)
     text = error_of(find_checkpoint)
-    assert text.startswith(f"R2N_WEIGHTS_BASE_URL is {base!r}: expected the address of a mirror")
+    assert text.startswith(f"R2N_WEIGHTS_BASE_URL is {base!r}: expected the URL of a mirror")
 
 
 def test_a_mirror_may_be_a_folder(

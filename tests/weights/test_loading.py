@@ -1,8 +1,9 @@
-"""A checkpoint is loaded safely, told by its tensors, and refused with a reason."""
+"""A checkpoint is loaded safely, identified by its tensors, and refused with a reason."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -23,17 +24,21 @@ import r2ncli
 from r2ncli.architectures import DEMO, PUBLISHED, Architecture, Preprocessing
 from r2ncli.errors import CheckpointError
 from r2ncli.model import Res2Net
-from r2ncli.weights.checkpoints import imagenet_labels
+from r2ncli.weights.checkpoints import imagenet_labels, open_checkpoint
 from r2ncli.weights.loading import (
-    expected_shapes,
-    guess_architecture,
-    identify,
+    list_layers,
+    load,
     load_checkpoint,
     load_model,
     published_network,
-    variant_name,
 )
 from r2ncli.weights.naming import names_for
+from r2ncli.weights.structure import (
+    expected_shapes,
+    guess_architecture,
+    identify,
+    variant_name,
+)
 
 BIRDS = ["auk", "booby", "crow", "dove", "emu", "finch", "gull"]
 
@@ -87,7 +92,7 @@ def test_a_state_dict_in_the_format_before_zip_loads(state_dict, tmp_path):
     assert same_weights(load_model(path), state_dict)
 
 
-def test_a_container_is_told_by_its_bytes_not_by_its_suffix(state_dict, tmp_path):
+def test_a_container_is_recognised_by_its_bytes_not_by_its_suffix(state_dict, tmp_path):
     save_file(state_dict, tmp_path / "really_safetensors.pth")
     saved(state_dict, tmp_path / "really_zip.safetensors")
     for path in tmp_path.glob("really_*"):
@@ -108,14 +113,14 @@ WRAPPINGS = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS)
-def test_wrappers_are_taken_off(wrap, state_dict, tmp_path):
+def test_wrappers_are_removed(wrap, state_dict, tmp_path):
     path = saved(wrap(state_dict), tmp_path / "wrapped.pth")
     assert same_weights(load_model(path), state_dict)
 
 
 @pytest.mark.parametrize("wrap", [None, "state_dict"])
 @pytest.mark.parametrize("prefix", ["module.", "model.", "backbone.", "_orig_mod.module.", "0."])
-def test_prefixes_are_taken_off(prefix, wrap, state_dict, tmp_path):
+def test_prefixes_are_removed(prefix, wrap, state_dict, tmp_path):
     prefixed = {prefix + name: tensor for name, tensor in state_dict.items()}
     path = saved({wrap: prefixed} if wrap else prefixed, tmp_path / "prefixed.pth")
     assert same_weights(load_model(path), state_dict)
@@ -202,7 +207,7 @@ def test_tensors_that_are_no_plain_floats_are_refused(kind, state_dict, tmp_path
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_published_network_is_told_from_its_tensors(name):
+def test_every_published_network_is_identified_by_its_tensors(name):
     architecture = guess_architecture(hollow(PUBLISHED[name].architecture))
     assert architecture == PUBLISHED[name].architecture
     assert variant_name(architecture) == name
@@ -218,7 +223,7 @@ def test_every_published_network_is_told_from_its_tensors(name):
         Architecture((1, 1, 1, 1), 61, 2, stage_planes=(3, 5, 7, 9)),
     ],
 )
-def test_odd_networks_are_told_from_their_tensors(architecture, tmp_path):
+def test_unusual_networks_are_identified_by_their_tensors(architecture, tmp_path):
     weights = hollow(architecture)
     found = identify(weights, tmp_path)
     assert expected_shapes(found) == expected_shapes(architecture)
@@ -233,14 +238,16 @@ def test_a_file_under_another_variants_name_is_known_by_its_tensors(tmp_path):
     assert checkpoint.network.architecture == PUBLISHED["res2net50_26w_4s"].architecture
 
 
-def test_a_file_that_bears_a_published_name_must_be_that_file(state_dict, tmp_path):
+def test_a_file_with_a_published_name_must_be_that_file(state_dict, tmp_path):
     path = saved(state_dict, tmp_path / PUBLISHED["res2net50_v1b_26w_4s"].file)
     digits = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    with pytest.raises(CheckpointError, match=f"starts {digits}, the name says 3cf99910"):
+    with pytest.raises(
+        CheckpointError, match=f"starts with 3cf99910, as the name says, got {digits}"
+    ):
         load_model(path)
 
 
-def test_a_checkpoint_says_what_it_was(state_dict, tmp_path):
+def test_a_loaded_checkpoint_has_its_path_digest_and_variant(state_dict, tmp_path):
     path = saved(state_dict, tmp_path / "mine.pth")
     checkpoint = load_checkpoint(str(path))
     assert checkpoint.path == path
@@ -291,7 +298,7 @@ def test_a_wrong_shape_is_named_with_the_expected_one(state_dict, tmp_path):
     assert reason.endswith(f"shape (layer2.0.conv1.weight: [2, 3, 1, 1], not {expected})")
 
 
-def test_all_kinds_of_differences_are_said_at_once(state_dict, tmp_path):
+def test_all_kinds_of_mismatches_are_named_at_once(state_dict, tmp_path):
     del state_dict["bn1.bias"]
     state_dict["aux"] = torch.zeros(1)
     state_dict["bn1.weight"] = torch.zeros(2)
@@ -309,8 +316,10 @@ def test_all_kinds_of_differences_are_said_at_once(state_dict, tmp_path):
     ],
     ids=["other names", "one name", "no classes", "only scalars"],
 )
-def test_tensors_of_something_else_are_no_res2nets(weights, tmp_path):
-    assert "these tensors are no Res2Net's" in refusal(saved(weights, tmp_path / "other.pth"))
+def test_tensors_of_other_networks_are_refused(weights, tmp_path):
+    assert "expected the tensors of a Res2Net, found" in refusal(
+        saved(weights, tmp_path / "other.pth")
+    )
 
 
 # --- labels and preprocessing of its own ----------------------------------------------
@@ -318,7 +327,7 @@ def test_tensors_of_something_else_are_no_res2nets(weights, tmp_path):
 
 @pytest.fixture
 def bird(tmp_path):
-    """A picture that is already of the network's size, and its pixels."""
+    """An image of the network's input size, and its pixels."""
     pixels = np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "bird.png")
     return tmp_path / "bird.png", pixels
@@ -386,14 +395,14 @@ def test_a_thousand_classes_without_labels_are_imagenets(tmp_path):
     [
         ({"labels": BIRDS[:6]}, "6 labels for a network of 7 classes"),
         ({"labels": BIRDS, "wnids": ["n1"]}, "1 wnids for a network of 7 classes"),
-        ({"labels": "birds"}, "'labels' are not a list of strings"),
-        ({"labels": [1, 2, 3, 4, 5, 6, 7]}, "'labels' are not a list of strings"),
-        ({"preprocessing": {"image_size": 7}}, "'preprocessing' is unfit"),
-        ({"preprocessing": {"sise": 64}}, "'preprocessing' is unfit"),
-        (["auk"], "its metadata is no JSON object"),
+        ({"labels": "birds"}, "expected 'labels' to be a list of strings"),
+        ({"labels": [1, 2, 3, 4, 5, 6, 7]}, "expected 'labels' to be a list of strings"),
+        ({"preprocessing": {"image_size": 7}}, "invalid 'preprocessing'"),
+        ({"preprocessing": {"sise": 64}}, "unknown key 'sise' in preprocessing"),
+        (["auk"], "its metadata is not a JSON object"),
     ],
 )
-def test_what_a_checkpoint_says_of_itself_must_fit(said, reason, state_dict, tmp_path):
+def test_metadata_must_fit_the_network(said, reason, state_dict, tmp_path):
     path = tmp_path / "mine.safetensors"
     save_file(state_dict, path, {"r2n": json.dumps(said)})
     with pytest.raises(CheckpointError, match=reason) as caught:
@@ -414,7 +423,7 @@ def test_what_a_checkpoint_says_of_itself_must_fit(said, reason, state_dict, tmp
     ],
     ids=["system call", "code", "library"],
 )
-def test_a_file_that_asks_to_run_something_is_refused_by_name_and_nothing_has_run(
+def test_a_file_that_would_run_something_is_refused_by_name_and_nothing_has_run(
     container, function, arguments, name, state_dict, tmp_path
 ):
     mark = tmp_path / "mark"
@@ -423,7 +432,8 @@ def test_a_file_that_asks_to_run_something_is_refused_by_name_and_nothing_has_ru
     path = saved(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
     assert zipfile.is_zipfile(path) == zipped
     assert refusal(path) == (
-        f"refused, nothing of it was executed: it asks for {name}, which a state dict never needs"
+        f"refused, nothing in it was executed: it would import {name}, which a state dict never "
+        "needs"
     )
     assert not mark.exists()
 
@@ -432,13 +442,11 @@ def test_a_file_that_asks_to_run_something_is_refused_by_name_and_nothing_has_ru
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_a_bare_pickle_that_asks_to_run_something_is_refused_and_nothing_has_run(
-    protocol, tmp_path
-):
+def test_a_bare_pickle_that_would_run_something_is_refused_and_nothing_has_run(protocol, tmp_path):
     mark = tmp_path / "mark"
     path = tmp_path / "evil.pth"
     path.write_bytes(pickle.dumps(Payload(os.mkdir, str(mark)), protocol))
-    assert refusal(path).startswith("refused, nothing of it was executed: ")
+    assert refusal(path).startswith("refused, nothing in it was executed: ")
     assert not mark.exists()
 
     pickle.loads(path.read_bytes())
@@ -447,10 +455,10 @@ def test_a_bare_pickle_that_asks_to_run_something_is_refused_and_nothing_has_run
 
 def test_a_whole_pickled_network_is_refused_by_the_name_of_its_class(network, tmp_path):
     reason = refusal(saved(network, tmp_path / "whole.pth"))
-    assert "it asks for r2ncli.model.Res2Net, " in reason
+    assert "it would import r2ncli.model.Res2Net, " in reason
     assert reason.endswith(
-        "which a state dict never needs; it holds a whole network, not its state dict: where you "
-        "trust it, save its state dict alone"
+        "which a state dict never needs; it holds a whole network, not its state dict: if you "
+        "trust it, save only its state dict"
     )
 
 
@@ -471,13 +479,13 @@ NO_CHECKPOINTS = {
     "empty": (b"", "empty"),
     "a web page": (b"\n<!DOCTYPE html><html>Not found</html>", "a web page (HTML)"),
     "random bytes": (NOISE, "not a checkpoint"),
-    "random bytes that start as a pickle": (b"\x80\x02" + NOISE, "refused, nothing of it was exec"),
-    "random bytes that start as a zip": (b"PK\x03\x04" + NOISE, "truncated: a zip"),
-    "half a zip container": (torch_bytes(hollow(TINY["v1"]))[:4096], "truncated: a zip"),
+    "random bytes that start as a pickle": (b"\x80\x02" + NOISE, "refused, nothing in it was exec"),
+    "random bytes that start as a zip": (b"PK\x03\x04" + NOISE, "truncated: the end"),
+    "half a zip container": (torch_bytes(hollow(TINY["v1"]))[:4096], "truncated: the end"),
     "a picture in a zip": (zipped("photo.jpg"), "a zip archive, but not one that torch.save"),
     "TorchScript": (zipped("a/data.pkl", "a/constants.pkl"), "a TorchScript program"),
     "a hollow zip container": (zipped("a/data.pkl", "a/version"), "truncated"),
-    "a broken safetensors": (b"\x10\0\0\0\0\0\0\0{" + NOISE, "damaged"),
+    "a broken safetensors": (b"\x10\0\0\0\0\0\0\0{" + NOISE, "corrupted"),
     "a list": (torch_bytes([torch.zeros(1)]), "holds a list, expected a state dict"),
     "a tensor": (torch_bytes(torch.zeros(1)), "holds a Tensor, expected a state dict"),
     "no tensors": (torch_bytes({"a": 1, "b": "x"}), "holds no state dict (its keys: 'a', 'b')"),
@@ -487,7 +495,7 @@ NO_CHECKPOINTS = {
 
 
 @pytest.mark.parametrize(("content", "reason"), NO_CHECKPOINTS.values(), ids=NO_CHECKPOINTS)
-def test_what_is_no_checkpoint_is_refused_for_what_it_is(content, reason, tmp_path):
+def test_a_file_that_is_not_a_checkpoint_is_refused_with_what_it_is(content, reason, tmp_path):
     path = tmp_path / "download.pth"
     path.write_bytes(content)
     assert refusal(path).startswith(reason)
@@ -495,7 +503,7 @@ def test_what_is_no_checkpoint_is_refused_for_what_it_is(content, reason, tmp_pa
 
 @pytest.mark.parametrize("part", [0.0001, 0.01, 0.5, 0.9, 0.9999])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_a_file_cut_off_anywhere_is_refused(kind, part, state_dict, tmp_path):
+def test_a_truncated_file_is_refused(kind, part, state_dict, tmp_path):
     path = tmp_path / "cut.pth"
     if kind == "safetensors":
         save_file(state_dict, path)
@@ -503,14 +511,14 @@ def test_a_file_cut_off_anywhere_is_refused(kind, part, state_dict, tmp_path):
         saved(state_dict, path, _use_new_zipfile_serialization=kind == "zip")
     whole = path.read_bytes()
     path.write_bytes(whole[: max(1, int(part * len(whole)))])
-    assert refusal(path).startswith(("truncated", "damaged", "not a checkpoint"))
+    assert refusal(path).startswith(("truncated", "corrupted", "not a checkpoint"))
 
 
 def test_a_folder_is_no_checkpoint(tmp_path):
     assert refusal(tmp_path) == "is a folder, not a checkpoint file"
 
 
-def test_weights_that_are_nowhere_are_refused_with_what_there_could_be():
+def test_missing_weights_are_refused_with_a_list_of_known_ones():
     with pytest.raises(CheckpointError, match=r"no such weights: 'mine.pth'.*res2next50$"):
         load_model("mine.pth")
 
@@ -557,6 +565,34 @@ def test_every_published_network_has_a_function_that_builds_it_untrained(name):
     assert not network.training
     assert PUBLISHED[name].architecture.describe() in build.__doc__
     assert name in r2ncli.__all__
+
+
+def test_the_function_of_a_published_network_is_an_ordinary_one():
+    build = r2ncli.res2next50
+    assert (build.__module__, build.__qualname__) == ("r2ncli", "res2next50")
+    assert list(inspect.signature(build).parameters) == ["weights", "output_stride"]
+    assert pickle.loads(pickle.dumps(build)) is build is r2ncli.res2next50
+
+
+def test_the_layers_of_a_published_network_are_listed_without_its_checkpoint(monkeypatch):
+    monkeypatch.setattr("r2ncli.weights.checkpoints.download_file", None)  # nothing is fetched
+    shapes = list_layers("res2net50-v1b-26w-4s")
+    assert shapes["layer4"] == (2048, 7, 7)
+    assert list_layers() == shapes
+    assert list_layers(image_size=64)["layer4"] == (2048, 2, 2)
+    monkeypatch.setenv("R2N_WEIGHTS", "demo")
+    assert list_layers()["layer4"] == (512, 2, 2)  # of 64 pixels, as the checkpoint says
+
+
+def test_a_checkpoint_file_is_loaded_as_it_was_opened(state_dict, tmp_path):
+    told = {"labels": BIRDS, "preprocessing": {"image_size": 64, "resize_size": 64}}
+    path = tmp_path / "mine.pth"  # not the suffix of its container
+    save_file(state_dict, path, {"r2n": json.dumps(told)})
+    file = open_checkpoint(path)
+    checkpoint = load(file)
+    assert (checkpoint.path, checkpoint.sha256) == (file.path, file.sha256)
+    assert checkpoint.labels.labels == file.labels(7).labels == tuple(BIRDS)
+    assert checkpoint.preprocessing == file.preprocessing == Preprocessing(64, 64)
 
 
 def test_a_published_network_takes_its_own_weights(tmp_path):

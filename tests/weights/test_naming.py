@@ -1,4 +1,4 @@
-"""Names of other libraries lead to the published ones and back."""
+"""Names of other libraries are translated to the published ones and back."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 from support.reference_weights import TINY, published_record
 
 from r2ncli.architectures import PUBLISHED
-from r2ncli.weights.loading import expected_shapes
 from r2ncli.weights.naming import LIBRARIES, names_for, read_naming
+from r2ncli.weights.structure import expected_shapes
 
 ARCHITECTURES = {name: known.architecture for name, known in PUBLISHED.items()} | TINY
 V1, V1B = "res2net50_26w_4s", "res2net50_v1b_26w_4s"
@@ -19,7 +19,7 @@ def published_names(variant):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("network", ARCHITECTURES)
-def test_every_name_leads_there_and_back(library, network):
+def test_every_name_is_translated_there_and_back(library, network):
     official = list(expected_shapes(ARCHITECTURES[network]))
     there = names_for(library, official)
     assert list(there) == official
@@ -29,7 +29,7 @@ def test_every_name_leads_there_and_back(library, network):
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "a.b.", "_orig_mod.module."])
 @pytest.mark.parametrize("library", ["official", "mmpretrain", "mmdetection"])
-def test_a_prefix_around_everything_is_told_and_taken_off(prefix, library):
+def test_a_prefix_around_everything_is_recognised_and_removed(prefix, library):
     official = published_names(V1B)
     naming = read_naming(prefix + name for name in names_for(library, official).values())
     assert naming.library == library

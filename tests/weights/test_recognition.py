@@ -1,4 +1,4 @@
-"""A network is recognised by a few names, and differences are told block by block."""
+"""Another network is recognised by a few names, and names are grouped by block."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 import torchvision
 
 from r2ncli.architectures import PUBLISHED
-from r2ncli.weights.loading import expected_shapes
 from r2ncli.weights.recognition import by_block, published_dla, seems_to_be
+from r2ncli.weights.structure import expected_shapes
 
 TORCHVISION = {
     "resnet18": "a ResNet-18, as torchvision's and timm's are",
@@ -34,8 +34,8 @@ TIMM = {
     "seresnet50": "an SE-ResNet",
     "resnest50d": "a ResNeSt",
     "dla60": "a DLA",
-    "dla60_res2net": "res2net_dla60, a published network whose DLA body r2n does not have",
-    "dla60_res2next": "res2next_dla60, a published network whose DLA body r2n does not have",
+    "dla60_res2net": "res2net_dla60, a published network whose DLA body r2n does not support",
+    "dla60_res2next": "res2next_dla60, a published network whose DLA body r2n does not support",
     "vit_tiny_patch16_224": "a vision transformer, timm's",
     "convnext_tiny": "a ConvNeXt, timm's",
     "swin_tiny_patch4_window7_224": "a Swin transformer",
@@ -74,7 +74,7 @@ def test_a_res2net_seems_to_be_nothing_else(name):
 @pytest.mark.parametrize(
     ("width", "name"), [((28, 28), "res2net_dla60"), ((32, 4), "res2next_dla60")]
 )
-def test_the_published_networks_with_dlas_body_are_told_by_their_splits(width, name):
+def test_the_published_networks_with_a_dla_body_are_recognised_by_their_splits(width, name):
     shapes = {"base_layer.0.weight": (16, 3, 7, 7), "level2.tree1.convs.0.weight": (*width, 3, 3)}
     assert published_dla(shapes) == name
 
