@@ -51,7 +51,7 @@ from support.reference_weights import TINY, reference_network, relative_error
 
 import r2ncli
 from r2ncli.architectures import DEFAULT_NETWORK, PUBLISHED, Preprocessing
-from r2ncli.engine import Engine, Pixels, cores, cpu_model
+from r2ncli.engine.base import Engine, Pixels, cores, cpu_model
 from r2ncli.engine.devices import DTYPES, exact_settings
 from r2ncli.engine.folding import FoldedNetwork
 from r2ncli.engine.fused import FusedNetwork

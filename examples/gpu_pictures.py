@@ -32,7 +32,7 @@ from support.reference_weights import TINY, reference_network
 from torch import Tensor
 
 from r2ncli.architectures import Preprocessing
-from r2ncli.engine import Engine, EngineDescription, Outputs, Pixels, cores
+from r2ncli.engine.base import Engine, EngineDescription, Outputs, Pixels, cores
 from r2ncli.pipeline import run
 from r2ncli.sources.walk import file_input
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from r2ncli import __version__
 from r2ncli.architectures import DEFAULT_NETWORK, PUBLISHED, Architecture, Preprocessing
-from r2ncli.engine import EngineDescription
+from r2ncli.engine.base import EngineDescription
 from r2ncli.errors import ImageError, UsageError
 from r2ncli.images.decode import decode
 from r2ncli.options import PathLike, RunOptions

@@ -203,7 +203,7 @@ def run_record(opened: Run, packages: Sequence[str] = ()) -> Record:
     """
     task, options, predictor = opened.task, opened.options, opened.predictor
     description = predictor.engine.description
-    if predictor.card_decoder is not None:
+    if predictor.gpu_decoder is not None:
         packages = (*packages, "torchcodec")
     record: dict[str, Any] = {
         "schema": SCHEMA,

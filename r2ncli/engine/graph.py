@@ -1,9 +1,9 @@
-"""A torch network as an OpenVINO graph: uint8 pixels in, the wanted outputs out.
+"""Convert a torch network to an OpenVINO graph from uint8 pixels to the wanted outputs.
 
-The network's own forward pass runs once, on nodes of the graph in place of tensors: torch
-hands each function that is called with one to `GraphTensor`. So `model.py` stays the one
-description of the network, any module's output can be taken by a hook, and what no wanted
-output needs is not in the graph.
+The network's own forward pass runs once with nodes of the graph instead of tensors: torch
+passes each function that is called with one to `GraphTensor`. So `model.py` stays the only
+description of the network, a hook can take any module's output, and the graph has only what
+the wanted outputs need.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def to_graph(
     preprocessing: Preprocessing,
     batch_size: int,
 ) -> Model:
-    """The graph of `network` for batches of one size.
+    """Convert `network` to a graph for batches of one size.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def to_graph(
     preprocessing : Preprocessing
         Gives the mean, the standard deviation and the size.
     batch_size : int
-        Pictures in every batch.
+        Images in every batch.
 
     Returns
     -------
@@ -78,10 +78,10 @@ def to_graph(
 
 
 def folded(network: Res2Net) -> Res2Net:
-    """A copy of `network` (in eval mode) with every batch norm in the convolution before it.
+    """Return a copy of `network` (in eval mode) with batch norms folded into convolutions.
 
-    OpenVINO does so by itself when it compiles; what changes a graph before that, as
-    quantisation does, sees the convolutions that will run, with their biases.
+    OpenVINO folds them when it compiles a graph. Quantisation comes before that, and needs
+    the convolutions that will run, with their biases.
     """
     network = copy.deepcopy(network)
     for convolution, norm in conv_bn_pairs(network):
