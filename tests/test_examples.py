@@ -42,7 +42,7 @@ def neighbours(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of pictures whose class is their colour: 24 to train with and 6 to test."""
+    """A folder of images whose class is their colour: 24 to train with and 6 to test."""
     folder = tmp_path_factory.mktemp("colours")
     random = np.random.default_rng(0)
     for split, count in (("train", 8), ("test", 2)):
@@ -203,7 +203,7 @@ def test_files_that_end_the_process_are_named_and_the_rest_tried(
 # --- nearest_neighbours -----------------------------------------------------------------
 
 
-def test_the_nearest_neighbour_of_a_picture_is_its_copy(
+def test_the_nearest_neighbour_of_an_image_is_its_copy(
     neighbours: ModuleType,
     pictures: Path,
     tiny_weights: Path,
@@ -244,7 +244,7 @@ def test_neighbours_found_in_small_pieces_are_those_of_the_whole(
         np.testing.assert_allclose([s for s, _ in nearest], similarities[expected], rtol=1e-5)
 
 
-def test_without_a_query_the_first_pictures_with_features_are_asked_for(
+def test_without_a_query_the_first_images_with_features_are_asked_for(
     neighbours: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failed = np.arange(10) == 1
@@ -323,7 +323,7 @@ def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.slow
-def test_every_section_of_the_check_of_a_card_runs_on_a_cpu_as_far_as_it_can(
+def test_every_section_of_the_check_of_a_gpu_runs_on_a_cpu_as_far_as_it_can(
     gpu_check: ModuleType, tmp_path: Path
 ) -> None:
     output, photos = tmp_path / "check.json", str(EXAMPLES / "photos")

@@ -1,4 +1,4 @@
-"""The CUDA engine, on CPU devices as far as they go, and on cards where there are any."""
+"""The CUDA engine: most tests run it on CPU devices, some need a GPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ GIB = 2**30
 
 
 class LittleMemory(FoldedNetwork):
-    """A real network that fails as torch does beyond `holds` pictures."""
+    """A real network that fails as torch does beyond `holds` images."""
 
     holds = 1000
 
@@ -74,7 +74,7 @@ def test_calls_of_many_threads_get_their_own_rows(devices):
             assert np.array_equal(outputs[name], rows)
 
 
-def test_a_slot_that_is_used_again_leaves_the_callers_outputs_alone():
+def test_reusing_a_slot_does_not_change_outputs_given_earlier():
     run = cuda_engine(outputs=["fc", "layer1"])
     pixels = noise(3)
     first = run(pixels)
@@ -86,7 +86,7 @@ def test_a_slot_that_is_used_again_leaves_the_callers_outputs_alone():
     assert np.array_equal(pixels, noise(3))
 
 
-def test_a_busy_card_holds_no_other_up():
+def test_a_busy_gpu_does_not_delay_the_others():
     run = cuda_engine(devices=[CPU, CPU])
     busy, go_on = threading.Event(), threading.Event()
 
@@ -104,7 +104,7 @@ def test_a_busy_card_holds_no_other_up():
         assert np.array_equal(held.result()["fc"], free["fc"])
 
 
-def test_the_first_batches_are_spread_over_the_cards():
+def test_the_first_batches_are_spread_over_the_gpus():
     run = cuda_engine(devices=[CPU, CPU])
     slots = [run._idle.get() for _ in range(run.description.streams)]
     assert [slot.card for slot in slots] == run._cards * SLOTS
@@ -128,7 +128,7 @@ def test_a_batch_that_memory_cannot_hold_is_an_error_that_says_so():
         cuda_engine().empty_batch(10**9)
 
 
-def test_what_decides_a_cards_values_is_ours_for_a_while():
+def test_settings_that_change_a_gpus_values_are_set_for_a_call_and_put_back():
     backends = torch.backends
     places = (
         (backends.cudnn, "benchmark", True, False),
@@ -156,14 +156,14 @@ def test_what_decides_a_cards_values_is_ours_for_a_while():
 # --- what runs ----------------------------------------------------------------------------
 
 
-def test_fused_kernels_are_for_cards_alone():
+def test_fused_kernels_run_on_gpus_only():
     network = reference_network(TINY["v1"])
     for dtype in (torch.float32, torch.bfloat16):
         form = quickest_form(network, ["fc"], "avg", SMALL, CPU, dtype)
         assert form == (FoldedNetwork, None)
 
 
-def test_slower_kernels_are_told_with_their_reason(pictures, tiny_weights, monkeypatch):
+def test_slower_kernels_are_a_warning_with_the_reason(pictures, tiny_weights, monkeypatch):
     monkeypatch.setattr(pytorch, "TorchEngine", partial(CudaEngine, devices=[CPU]))
     reason = "cannot be built (no C compiler)"
     monkeypatch.setattr(cuda, "quickest_form", lambda *_: (FoldedNetwork, reason))
@@ -174,7 +174,7 @@ def test_slower_kernels_are_told_with_their_reason(pictures, tiny_weights, monke
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_kernels_that_round_otherwise_are_right_and_others_wrong(dtype):
+def test_kernels_may_round_differently_but_not_give_other_values(dtype):
     random = torch.Generator().manual_seed(0)
     values = torch.randn((2, 1000), generator=random)
     rounded = values.to(dtype).float()
@@ -185,7 +185,7 @@ def test_kernels_that_round_otherwise_are_right_and_others_wrong(dtype):
     assert not any(cuda._alike(wrong, values, dtype) for wrong in (shifted, damaged, -values))
 
 
-def test_the_cards_are_named_by_their_numbers():
+def test_the_gpus_are_named_by_their_numbers():
     cards = [torch.device(f"cuda:{card}") for card in (0, 2, 3)]
     assert cuda._names(cards[:1]) == "cuda:0"
     assert cuda._names(cards) == "cuda:0,2,3"
@@ -195,7 +195,7 @@ def test_the_cards_are_named_by_their_numbers():
     ("capability", "able"),
     [((9, 0), ["bf16", "fp16", "fp32"]), ((7, 5), ["fp16", "fp32"]), ((6, 1), ["fp32", "fp16"])],
 )
-def test_a_cards_precision_is_the_fastest_that_it_does(capability, able, monkeypatch):
+def test_a_gpus_precision_is_the_fastest_that_it_does(capability, able, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _card: capability)
     card = torch.device("cuda:0")
     assert find_precision("auto", card) == able[0]
@@ -222,7 +222,7 @@ def test_a_cards_precision_is_the_fastest_that_it_does(capability, able, monkeyp
         ("NVIDIA H200", 140, 224, 2**40, 1),
     ],
 )
-def test_the_batch_size_is_the_cards_and_the_pictures(model, gib, side, output_bytes, expected):
+def test_the_batch_size_follows_from_gpu_and_image_size(model, gib, side, output_bytes, expected):
     assert suitable_batch_size(model, int(gib * GIB), side, output_bytes) == expected
 
 
@@ -232,7 +232,7 @@ def test_the_batch_size_is_the_cards_and_the_pictures(model, gib, side, output_b
 @pytest.mark.parametrize(
     ("batch_size", "holds", "executed"), [(8, 8, None), (8, 7, 4), (8, 3, 2), (7, 3, 3), (5, 1, 1)]
 )
-def test_a_batch_that_a_card_cannot_hold_is_computed_in_halves(memory, batch_size, holds, executed):
+def test_a_batch_that_a_gpu_cannot_hold_is_computed_in_halves(memory, batch_size, holds, executed):
     network, pixels = reference_network(TINY["v1b"]), noise(batch_size)
     expected = cuda_engine(network, ["fc", "layer3"], batch_size=batch_size)(pixels)
     memory.holds = holds
@@ -258,7 +258,7 @@ def test_memory_that_runs_out_in_the_middle_loses_no_row(memory):
         assert relative_error(ours, rows) < 1e-5
 
 
-def test_memory_for_not_even_one_picture_is_an_error_that_names_the_device(memory):
+def test_memory_for_not_even_one_image_is_an_error_that_names_the_device(memory):
     run = cuda_engine(batch_size=4)
     memory.holds = 0
     for _ in range(SLOTS + 1):  # no call waits for a slot that is not given back
@@ -270,7 +270,7 @@ def test_memory_for_not_even_one_picture_is_an_error_that_names_the_device(memor
     assert np.isfinite(run(noise(4))["fc"]).all()
 
 
-def test_what_a_broken_off_call_left_is_not_kept(memory):
+def test_outputs_of_a_call_that_failed_are_not_kept(memory):
     run = cuda_engine(outputs=["layer1", "fc"], batch_size=2)
     network = run._cards[0]._network
 
@@ -285,7 +285,7 @@ def test_what_a_broken_off_call_left_is_not_kept(memory):
     assert vars(network._captured) == {}
 
 
-def test_another_failure_halves_nothing():
+def test_only_too_little_memory_halves_a_batch():
     run = cuda_engine(batch_size=4)
     for failure, kind, words in (
         (torch.AcceleratorError("unplugged"), DeviceError, r"^cpu:0 \(.*\) failed: unplugged"),
@@ -430,53 +430,53 @@ def test_a_run_goes_on_with_another_number_of_devices(
     assert out.read_bytes() == whole.read_bytes()
 
 
-# --- cards --------------------------------------------------------------------------------
+# --- GPUs --------------------------------------------------------------------------------
 
-needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA card")
-needs_cards = pytest.mark.skipif(
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+needs_two_gpus = pytest.mark.skipif(
     not torch.cuda.is_available() or len(find_devices("cuda")) < 2,
-    reason="there are no two CUDA cards of a model",
+    reason="there are no two GPUs of one model",
 )
 
 
-def card_engine(network=None, outputs=("fc",), pool="none", name="auto", **options):
-    """An engine in float32, of cards."""
+def gpu_engine(network=None, outputs=("fc",), pool="none", name="auto", **options):
+    """An engine in float32, of GPUs."""
     return cuda_engine(network, outputs, pool, **{"devices": find_devices(name)} | options)
 
 
 @pytest.mark.cuda
-@needs_card
+@needs_gpu
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 3e-3), ("bf16", 1e-2)]
 )
-def test_a_card_gives_the_plain_networks_logits(precision, tolerance):
+def test_a_gpu_gives_the_plain_networks_logits(precision, tolerance):
     if precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("this card has no bfloat16")
+        pytest.skip("this GPU has no bfloat16")
     network, pixels = reference_network("res2net50_v1b_26w_4s"), noise(2, 224)
     with torch.no_grad():
         expected = network(normalised(pixels, FULL))
-    run = card_engine(network, batch_size=2, preprocessing=FULL, precision=precision)
+    run = gpu_engine(network, batch_size=2, preprocessing=FULL, precision=precision)
     assert run.description.precision == precision
     assert relative_error(run(pixels)["fc"], expected) < tolerance
 
 
 @pytest.mark.cuda
-@needs_card
+@needs_gpu
 @pytest.mark.parametrize("architecture", TINY.values(), ids=TINY)
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_card_gives_every_layer(architecture, pool):
+def test_a_gpu_gives_every_layer(architecture, pool):
     network, pixels = reference_network(architecture), noise(3)
     expected = plain_outputs(network, normalised(pixels))
-    outputs = card_engine(network, list(expected), pool)(pixels)
+    outputs = gpu_engine(network, list(expected), pool)(pixels)
     assert list(outputs) == list(expected)
     for layer, array in outputs.items():
         assert relative_error(array, pooled(expected[layer], pool)) < 1e-4, layer
 
 
 @pytest.mark.cuda
-@needs_card
+@needs_gpu
 def test_a_replay_gives_what_the_network_gives_without_a_graph():
-    run = card_engine(reference_network(TINY["v1b"]), ["fc", "layer2"], batch_size=8)
+    run = gpu_engine(reference_network(TINY["v1b"]), ["fc", "layer2"], batch_size=8)
     (card,) = run._cards
     assert isinstance(card._graph, torch.cuda.CUDAGraph)
     pixels = noise(8)
@@ -488,10 +488,10 @@ def test_a_replay_gives_what_the_network_gives_without_a_graph():
 
 
 @pytest.mark.cuda
-@needs_card
+@needs_gpu
 @pytest.mark.parametrize("from_pinned", [True, False], ids=["pinned", "pageable"])
-def test_batches_that_overlap_on_a_card_do_not_mix(from_pinned):
-    run = card_engine(reference_network(TINY["v1b"]), ["fc", "layer1"], name="cuda", batch_size=64)
+def test_batches_that_overlap_on_a_gpu_do_not_mix(from_pinned):
+    run = gpu_engine(reference_network(TINY["v1b"]), ["fc", "layer1"], name="cuda", batch_size=64)
     batches = [noise(64, seed=seed) for seed in range(8)]
     expected = [run(pixels) for pixels in batches]
 
@@ -509,16 +509,16 @@ def test_batches_that_overlap_on_a_card_do_not_mix(from_pinned):
 
 
 @pytest.mark.cuda
-@needs_card
-def test_a_batchs_memory_is_pinned_where_a_card_reads_it():
-    run = card_engine()
+@needs_gpu
+def test_a_batchs_memory_is_pinned_where_a_gpu_reads_it():
+    run = gpu_engine()
     assert torch.from_numpy(run.empty_batch(64)).is_pinned()
     assert all(pinned.is_pinned() for pinned in run._idle.get().pinned.values())
 
 
 @pytest.mark.cuda
-@needs_card
-def test_other_threads_may_use_a_card_while_a_graph_is_captured():
+@needs_gpu
+def test_other_threads_may_use_a_gpu_while_a_graph_is_captured():
     stop, rounds = threading.Event(), []
 
     def work():
@@ -528,7 +528,7 @@ def test_other_threads_may_use_a_card_while_a_graph_is_captured():
 
     with ThreadPoolExecutor(1) as thread:
         working = thread.submit(work)
-        outputs = [card_engine()(noise(3))["fc"] for _ in range(5)]
+        outputs = [gpu_engine()(noise(3))["fc"] for _ in range(5)]
         stop.set()
         working.result()
     assert rounds
@@ -536,36 +536,36 @@ def test_other_threads_may_use_a_card_while_a_graph_is_captured():
 
 
 @pytest.mark.cuda
-@needs_card
+@needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_engine_built_again_gives_the_same_bytes(precision):
     network, pixels = reference_network("res2net50_v1b_26w_4s"), noise(8, 224)
     options = {"batch_size": 8, "preprocessing": FULL, "precision": precision}
-    first, second = (card_engine(network, **options)(pixels)["fc"] for _ in range(2))
+    first, second = (gpu_engine(network, **options)(pixels)["fc"] for _ in range(2))
     assert np.array_equal(first, second)
 
 
 @pytest.mark.cuda
-@needs_card
-def test_a_card_leaves_torchs_global_state_as_it_was():
+@needs_gpu
+def test_a_gpu_leaves_torchs_global_state_as_it_was():
     before = global_state(), torch.cuda.current_device(), torch.cuda.current_stream()
-    card_engine(name="cuda")(noise(3))
+    gpu_engine(name="cuda")(noise(3))
     after = global_state(), torch.cuda.current_device(), torch.cuda.current_stream()
     assert after == before
 
 
 @pytest.mark.cuda
-@needs_card
-def test_a_card_with_little_memory_computes_in_halves():
+@needs_gpu
+def test_a_gpu_with_little_memory_computes_in_halves():
     network, pixels = reference_network("res2net50_v1b_26w_4s"), noise(256, 224)
     options = {"batch_size": 256, "preprocessing": FULL, "precision": "fp16"}
-    expected = card_engine(network, **options)(pixels)["fc"]
+    expected = gpu_engine(network, **options)(pixels)["fc"]
     gc.collect()
     torch.cuda.empty_cache()
     memory = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(0.5 * GIB / memory, 0)
     try:
-        run = card_engine(network, **options)
+        run = gpu_engine(network, **options)
         assert run.description.executed_batch_size < 256
         assert relative_error(run(pixels)["fc"], expected) < 3e-3
     finally:
@@ -573,10 +573,10 @@ def test_a_card_with_little_memory_computes_in_halves():
 
 
 @pytest.mark.cuda
-@needs_cards
-def test_several_cards_give_the_same_rows():
+@needs_two_gpus
+def test_several_gpus_give_the_same_rows():
     network = reference_network(TINY["v1b"])
-    run, alone = card_engine(network, name="cuda"), card_engine(network, name="cuda:0")
+    run, alone = gpu_engine(network, name="cuda"), gpu_engine(network, name="cuda:0")
     assert run.description.device_kind == alone.description.device_kind == "cuda"
     assert run.description.device_model == alone.description.device_model
     batches = [noise(3, seed=seed) for seed in range(24)]
@@ -587,8 +587,8 @@ def test_several_cards_give_the_same_rows():
 
 
 @pytest.mark.cuda
-@needs_card
-def test_bench_measures_all_cards_together(pictures, tiny_weights):
+@needs_gpu
+def test_bench_measures_all_gpus_together(pictures, tiny_weights):
     report = bench(
         [pictures], weights=tiny_weights, device="cuda", precisions=["fp32"], batch_sizes=[2],
         seconds=0.02,
@@ -598,10 +598,10 @@ def test_bench_measures_all_cards_together(pictures, tiny_weights):
 
 
 @pytest.mark.cuda
-@needs_card
+@needs_gpu
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_card_from_ampere_on_runs_the_fused_kernels(precision):
+def test_a_gpu_from_ampere_on_runs_the_fused_kernels(precision):
     if torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("this card is older")
-    run = card_engine(reference_network("res2net50_v1b_26w_4s"), precision=precision)
+        pytest.skip("this GPU is older")
+    run = gpu_engine(reference_network("res2net50_v1b_26w_4s"), precision=precision)
     assert "triton" in run.description.library

@@ -21,27 +21,27 @@ def test_an_unknown_device_is_refused_with_those_there_are(name):
     assert caught.value.exit_code == 5
 
 
-def test_a_number_that_is_no_decimal_is_an_unknown_device():
+def test_a_device_number_must_be_in_decimal_digits():
     with pytest.raises(DeviceError, match="no device 'cuda:²'"):
         find_devices("cuda:²")
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:99"])
-def test_a_card_where_there_is_none_is_refused(name, monkeypatch):
+def test_a_gpu_where_there_is_none_is_refused(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError, match=f"{name}'.* sees 0 CUDA cards. There are: cpu$"):
         find_devices(name)
     assert find_devices("auto") == (torch.device("cpu"),)
 
 
-def test_a_card_beyond_the_last_is_refused_with_those_there_are(monkeypatch):
+def test_a_gpu_beyond_the_last_is_refused_with_those_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(DeviceError, match=r"sees 2 CUDA cards\. There are: cpu, cuda:0, cuda:1$"):
         find_devices("cuda:99")
 
 
-def test_auto_is_one_card_and_cuda_is_all_of_the_first_ones_model(monkeypatch):
+def test_auto_is_one_gpu_and_cuda_is_all_of_the_first_ones_model(monkeypatch):
     models = ["NVIDIA H200", "NVIDIA T4", "NVIDIA H200"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
@@ -92,7 +92,7 @@ def test_auto_is_openvino_on_a_cpu_and_torch_where_it_is_not_installed(monkeypat
         find_backend("openvino", "cpu")
 
 
-def test_auto_is_torch_where_there_is_a_card(monkeypatch):
+def test_auto_is_torch_where_there_is_a_gpu(monkeypatch):
     monkeypatch.setattr(engine, "cuda_cards", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -102,13 +102,13 @@ def test_auto_is_torch_where_there_is_a_card(monkeypatch):
     assert find_backend("auto", "auto") == "openvino"  # torch was built without CUDA
 
 
-def test_openvino_on_a_card_is_refused():
+def test_openvino_on_a_gpu_is_refused():
     with pytest.raises(UsageError, match="'openvino' runs on the CPU, not on 'cuda'"):
         find_backend("openvino", "cuda")
 
 
 class Driver:
-    """A driver that answers with `status`, and sees two cards."""
+    """A driver that answers with `status`, and sees two GPUs."""
 
     def __init__(self, status):
         self.status = status
@@ -122,12 +122,12 @@ class Driver:
 
 
 @pytest.mark.parametrize(("status", "cards"), [(0, 2), (100, 0)])
-def test_cards_are_counted_by_the_driver(status, cards, monkeypatch):
+def test_gpus_are_counted_by_the_driver(status, cards, monkeypatch):
     monkeypatch.setattr(engine.ctypes, "CDLL", lambda _name: Driver(status))
     assert engine.cuda_cards() == cards
 
 
-def test_without_a_driver_there_are_no_cards(monkeypatch):
+def test_without_a_driver_there_are_no_gpus(monkeypatch):
     def no_such_library(name):
         raise OSError(name)
 

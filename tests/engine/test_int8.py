@@ -1,4 +1,4 @@
-"""int8 is made of the user's pictures, once, near fp32, and only where it was asked for."""
+"""int8 is calibrated with the user's images, once, is near fp32, and runs only on request."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_folding_batch_norms_changes_a_copy_and_not_what_it_computes():
 
 
 @pytest.mark.slow
-def test_the_same_pictures_give_the_same_network():
+def test_the_same_images_give_the_same_network():
     network, pixels = reference_network(TINY["v1b"]), noise(12)
     first, second = (
         [
@@ -138,7 +138,7 @@ def test_what_nncf_says_of_a_failure_is_a_device_error():
 
 
 @pytest.mark.parametrize("count", [0, 1, 299, 300, 301, 600, 601, 1_000, 5_000, 12_345])
-def test_a_sample_is_spread_evenly_over_all_pictures(count):
+def test_a_sample_is_spread_evenly_over_all_images(count):
     taken = spread(iter(range(count)), MOST_PICTURES)
     assert len(taken) == min(count, MOST_PICTURES)
     assert taken == sorted(set(taken))
@@ -147,7 +147,7 @@ def test_a_sample_is_spread_evenly_over_all_pictures(count):
     assert len(taken) == 0 or gaps.max() <= 3 * count / len(taken)
 
 
-def test_a_sample_is_known_by_its_pictures_and_not_by_their_names(pictures, tmp_path):
+def test_a_sample_is_known_by_its_images_and_not_by_their_names(pictures, tmp_path):
     first = choose_sample(pictures, RULES, 2, ignore)
     pictures.rename(tmp_path / "elsewhere")
     assert choose_sample([tmp_path / "elsewhere"], RULES, 1, ignore).sha256 == first.sha256
@@ -164,7 +164,7 @@ def test_a_sample_may_be_an_archive(pictures, tmp_path):
     assert decoded(zipped, SIZE, RULES, 2, ignore).shape == (20, 32, 32, 3)
 
 
-def test_pictures_that_fail_are_left_out_with_a_sentence(pictures):
+def test_images_that_fail_are_left_out_with_a_sentence(pictures):
     (pictures / "00007.jpg").write_bytes(b"no picture")
     (pictures / "00008.jpg").write_bytes(b"")
     said = []
@@ -183,7 +183,7 @@ def test_a_sample_that_changes_between_two_looks_is_refused(pictures):
         decoded(sample, SIZE, RULES, 2, ignore)
 
 
-def test_without_a_usable_picture_there_is_no_calibration(tmp_path, tiny_weights):
+def test_without_a_usable_image_there_is_no_calibration(tmp_path, tiny_weights):
     options = {"weights": tiny_weights, "precision": "int8"}
     with pytest.raises(InputNotFoundError, match=r"no picture that can be used$"):
         open_classifier(5, calibration=tmp_path, **options)

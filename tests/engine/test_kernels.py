@@ -102,11 +102,11 @@ def test_a_pointwise_convolution_reads_its_sources_where_they_lie(depths, channe
 
 
 # the interpreter multiplies the bits of bfloat16 as if they were integers
-on_card = pytest.mark.skipif(DEVICE.type == "cpu", reason="there is no CUDA card")
+on_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="there is no GPU")
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.cuda, on_card])]
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=[pytest.mark.cuda, on_gpu])]
 )
 def test_half_precision_is_summed_in_float32_and_rounded_once(dtype):
     x, weight = normal(1, 8, 16, 640).to(dtype), normal(640, 32).to(dtype)
@@ -163,7 +163,7 @@ print(json.dumps([
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 120])
-def test_every_kernel_compiles_for_cards_within_their_shared_memory(capability, tmp_path):
+def test_every_kernel_compiles_for_gpus_within_their_shared_memory(capability, tmp_path):
     environment = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, str(capability)],
@@ -173,4 +173,4 @@ def test_every_kernel_compiles_for_cards_within_their_shared_memory(capability, 
         check=True,
     )
     kilobytes = [number / 1024 for number in json.loads(done.stdout)]
-    assert 0 < max(kilobytes) <= 99  # what the smallest of these cards give a program
+    assert 0 < max(kilobytes) <= 99  # what the smallest of these GPUs give a program

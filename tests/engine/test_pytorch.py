@@ -24,14 +24,14 @@ from r2ncli.engine.pytorch import TorchEngine
 from r2ncli.errors import DeviceError, UsageError
 
 
-def test_another_size_than_the_preprocessings_is_the_batchs_own():
+def test_a_batch_may_have_another_size_than_the_preprocessing():
     network, pixels = reference_network(TINY["v1b"]), noise(3, 57)
     expected = plain_outputs(network, normalised(pixels))
     outputs = torch_engine(network, ["layer4", "fc"])(pixels)
     assert all(relative_error(outputs[name], expected[name]) < 1e-5 for name in outputs)
 
 
-# --- no trace -------------------------------------------------------------------------
+# --- nothing is left changed ------------------------------------------------------------
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_a_stream_is_one_thread_and_other_threads_keep_what_they_had(three_threa
         assert another.submit(torch.get_num_threads).result() == 3
 
 
-def test_an_engine_that_cannot_be_is_refused_before_it_is_built():
+def test_an_unknown_precision_is_refused_before_the_network_is_built():
     network = reference_network(TINY["v1"])
     with pytest.raises(UsageError, match="fp16"):
         torch_engine(network, precision="fp16")

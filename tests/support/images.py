@@ -38,7 +38,7 @@ def picture(width: int = SIDE, height: int = SIDE, mode: str = "RGB") -> Image.I
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     content = io.BytesIO()
-    image.copy().save(content, kind, **options)  # a copy: saving leaves traces in a picture
+    image.copy().save(content, kind, **options)  # a copy: saving leaves traces in an image
     return content.getvalue()
 
 
@@ -64,7 +64,7 @@ def run_length_bmp() -> bytes:
 
 
 def files_of_every_format() -> dict[str, bytes]:
-    """A small picture in every format and layout that is read and can be made here."""
+    """A small image in every format and layout that is read and can be made here."""
     rgb, rgba, grey, palette = (picture(24, 20, mode) for mode in ("RGB", "RGBA", "L", "P"))
     deep = Image.fromarray(pattern(24, 20)[..., 0].astype(np.uint16) * 257)
     cmyk = rgb.convert("CMYK")

@@ -82,7 +82,7 @@ def reference_tensor(name: str, shape: Iterable[int]) -> Tensor:
 
 
 def reference_input() -> Tensor:
-    """Two pictures' worth of normalised noise, float32 [2, 3, 224, 224]."""
+    """Two images' worth of normalised noise, float32 [2, 3, 224, 224]."""
     noise = np.random.default_rng(2019).standard_normal((2, 3, 224, 224))
     return torch.from_numpy(noise.astype(np.float32))
 
