@@ -27,6 +27,8 @@ RUNS, ALL = (CLASSIFY, EXTRACT), (CLASSIFY, EXTRACT, BENCH)
 DECODES = (AUTO, "exact", "gpu")
 DTYPES = ("float32", "float16")
 ON_ERROR = ("continue", "fail")
+BENCH_PRECISIONS = (AUTO, "fp32")
+BENCH_SECONDS = 3.0
 
 PathLike = str | os.PathLike[str]
 
