@@ -261,7 +261,7 @@ def test_memory_for_not_even_one_image_is_an_error_that_names_the_device(memory)
     run = cuda_engine(batch_size=4)
     memory.holds = 0
     for _ in range(SLOTS + 1):  # no call waits for a slot that is not given back
-        with pytest.raises(DeviceError, match=r"^cpu:0 \(.*\): out of memory at batch size 4\. "):
+        with pytest.raises(DeviceError, match=r"^cpu:0 \(.*\): out of memory at batch size 4; "):
             run(noise(4))
     with pytest.raises(DeviceError, match=r"^cpu:0 \(.*\): out of memory .* `batch_size`"):
         cuda_engine(batch_size=4)
