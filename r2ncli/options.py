@@ -169,7 +169,7 @@ class RunOptions:
     )
     backend: str = _option(
         "auto",
-        "Execute the network with this library; auto is the first that runs on the device.",
+        "Execute the network with this library; auto is the first one that runs on the device.",
         NETWORK,
         commands=ALL,
         choices=(AUTO, *(backend.name for backend in BACKENDS)),

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from r2ncli.architectures import Preprocessing
 from r2ncli.engine import CUDA, Backend, choose_backend, choose_precision
-from r2ncli.engine.base import Engine, Setup, cores
+from r2ncli.engine.base import Calibration, Engine, Setup, cores
 from r2ncli.errors import UsageError
 from r2ncli.images.decode import DecodeRules
 from r2ncli.options import NO_LISTENERS, Listeners, RunOptions
 from r2ncli.weights.checkpoints import CheckpointFile, Labels, open_checkpoint
 
 if TYPE_CHECKING:
-    from r2ncli.engine.quantization import Calibration, Sample
+    from r2ncli.engine.quantization import Sample
     from r2ncli.images.gpu import CardDecoder as GpuDecoder
     from r2ncli.weights.loading import Checkpoint
 
@@ -179,8 +179,6 @@ def _opened(
         devices=devices,
         precision=precision,
         batch_size=options.batch_size,
-        rules=options.decode_rules(),
-        workers=_workers(options),
         sample=sample,
         on_warning=listeners.on_warning,
         on_quantising=listeners.on_quantising,
@@ -189,8 +187,8 @@ def _opened(
     return Predictor(
         engine=ready.engine,
         preprocessing=setup.preprocessing,
-        rules=setup.rules,
-        workers=setup.workers,
+        rules=options.decode_rules(),
+        workers=_workers(options),
         checkpoint=checkpoint.path,
         sha256=checkpoint.sha256,
         variant=ready.variant,
@@ -199,17 +197,17 @@ def _opened(
         pool=setup.pool,
         shapes=ready.shapes,
         calibration=ready.calibration,
-        gpu_decoder=_gpu_decoder(setup) if options.decode == GPU else None,
+        gpu_decoder=_gpu_decoder(setup, options) if options.decode == GPU else None,
     )
 
 
-def _gpu_decoder(setup: Setup) -> GpuDecoder:
+def _gpu_decoder(setup: Setup, options: RunOptions) -> GpuDecoder:
     import torch
 
     from r2ncli.images.gpu import CardDecoder as GpuDecoder
 
     gpus = [torch.device(name) for name in setup.devices]
-    return GpuDecoder(gpus, setup.preprocessing, setup.rules)
+    return GpuDecoder(gpus, setup.preprocessing, options.decode_rules())
 
 
 def _workers(options: RunOptions) -> int:

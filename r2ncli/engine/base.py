@@ -22,8 +22,7 @@ from r2ncli.architectures import Architecture, Preprocessing
 from r2ncli.errors import DeviceError, UsageError
 
 if TYPE_CHECKING:
-    from r2ncli.engine.quantization import Calibration, Sample
-    from r2ncli.images.decode import DecodeRules
+    from r2ncli.engine.quantization import Sample
     from r2ncli.weights.loading import Checkpoint
 
 Pixels = npt.NDArray[np.uint8]
@@ -136,8 +135,6 @@ class Setup:
         One of the backend's precisions for these devices.
     batch_size : int or None
         Images in a batch; None means a size that suits the device.
-    rules, workers
-        How the images of `sample` are decoded, and with how many threads.
     sample : Sample or None
         The images that int8 is calibrated with.
     on_warning, on_quantising : callable
@@ -152,8 +149,6 @@ class Setup:
     devices: tuple[str, ...]
     precision: str
     batch_size: int | None
-    rules: DecodeRules
-    workers: int
     sample: Sample | None
     on_warning: Callable[[str], None]
     on_quantising: Callable[[int], None]
@@ -180,22 +175,16 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class ReadyNetwork:
-    """A network that is ready to run, and what is known of it.
+class Calibration:
+    """The part of the run record about a sample: its digest, and how many images were usable."""
 
-    Attributes
-    ----------
-    engine : Engine
-        Executes it.
-    variant : str
-        The checkpoint's variant.
-    classes : int
-        The number of its classes.
-    shapes : dict
-        The shape of one image's output by layer.
-    calibration : Calibration or None
-        What int8 was calibrated with.
-    """
+    sha256: str
+    images: int
+
+
+@dataclass(frozen=True)
+class ReadyNetwork:
+    """A network that is ready to run, and what is known of it (see `Predictor`)."""
 
     engine: Engine
     variant: str

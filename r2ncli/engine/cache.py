@@ -49,7 +49,7 @@ def cache_folder() -> Path:
 
 
 def loaded_entry(
-    settings: Mapping[str, Any],
+    settings: Mapping[str, Any] | None,
     make: Callable[[], Entry],
     load: Callable[[Entry], T],
     on_warning: Callable[[str], None],
@@ -58,16 +58,17 @@ def loaded_entry(
 
     The entry is read from the cache; on a cache miss it is made and written to the cache. An
     entry that `load` refuses with an `R2NError` counts as a cache miss; an error of a new
-    entry is raised.
+    entry is raised. If `settings` is None, the cache is not used.
     """
-    entry = read_entry(settings)
+    entry = None if settings is None else read_entry(settings)
     if entry is not None:
         with suppress(R2NError):
             return entry, load(entry)
     entry = make()
     loaded = load(entry)
     try:
-        write_entry(settings, entry)
+        if settings is not None:
+            write_entry(settings, entry)
     except OSError as error:
         on_warning(
             f"the compiled network cannot be cached in {cache_folder()}: {error.strerror}; "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import cast
 
 import torch
@@ -102,17 +102,7 @@ def pooled(full: Tensor, pool: str) -> Tensor:
 
 def rewritten(network: Res2Net, outputs: Sequence[str]) -> Res2Net:
     """Return a copy of `network` for inference; the modules named `outputs` give the same."""
-    fast = copy.deepcopy(network)
-    wanted = {_maker(network, name) for name in outputs}
-    for conv, bn in conv_bn_pairs(network):
-        if conv in wanted:
-            continue  # its own output is wanted, so it stays unfolded
-        unfolded = (
-            cast(nn.Conv2d, fast.get_submodule(conv)),
-            cast(nn.BatchNorm2d, fast.get_submodule(bn)),
-        )
-        fast.set_submodule(conv, fuse_conv_bn_eval(*unfolded))
-        fast.set_submodule(bn, nn.Identity())
+    fast = folded(network, {_maker(network, name) for name in outputs})
     for module in fast.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = True
@@ -121,6 +111,21 @@ def rewritten(network: Res2Net, outputs: Sequence[str]) -> Res2Net:
     for name in children[deepest + 1 :]:
         fast.set_submodule(name, nn.Identity())
     return fast
+
+
+def folded(network: Res2Net, unfolded: Collection[str] = ()) -> Res2Net:
+    """Return a copy of `network` (in eval mode) with batch norms folded into convolutions.
+
+    The convolutions named in `unfolded`, whose own outputs are wanted, stay as they are.
+    """
+    network = copy.deepcopy(network)
+    for convolution, norm in conv_bn_pairs(network):
+        if convolution not in unfolded:
+            conv = cast(nn.Conv2d, network.get_submodule(convolution))
+            bn = cast(nn.BatchNorm2d, network.get_submodule(norm))
+            network.set_submodule(convolution, fuse_conv_bn_eval(conv, bn))
+            network.set_submodule(norm, nn.Identity())
+    return network
 
 
 def _maker(network: Res2Net, name: str) -> str:

@@ -8,18 +8,16 @@ the wanted outputs need.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812, as the field calls it
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from r2ncli.architectures import Preprocessing
-from r2ncli.model import Res2Net, conv_bn_pairs
+from r2ncli.model import Res2Net
 from r2ncli.openvino_import import Model, Node, Output
 from r2ncli.openvino_import import opset15 as ops
 
@@ -75,21 +73,6 @@ def to_graph(
         result.set_friendly_name(name)
         results.append(result)
     return Model(results, [pixels], "Res2Net")
-
-
-def folded(network: Res2Net) -> Res2Net:
-    """Return a copy of `network` (in eval mode) with batch norms folded into convolutions.
-
-    OpenVINO folds them when it compiles a graph. Quantisation comes before that, and needs
-    the convolutions that will run, with their biases.
-    """
-    network = copy.deepcopy(network)
-    for convolution, norm in conv_bn_pairs(network):
-        conv = cast(nn.Conv2d, network.get_submodule(convolution))
-        bn = cast(nn.BatchNorm2d, network.get_submodule(norm))
-        network.set_submodule(convolution, fuse_conv_bn_eval(conv, bn))
-        network.set_submodule(norm, nn.Identity())
-    return network
 
 
 def _pooled(output: Output, pool: str) -> Output:

@@ -8,7 +8,7 @@ checkpoint's tensors are loaded.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from r2ncli.engine import INT8
 from r2ncli.engine.base import (
+    Calibration,
     EngineDescription,
     Outputs,
     Pixels,
@@ -62,8 +63,7 @@ def open_network(setup: Setup) -> ReadyNetwork:
         if setup.sample is not None:
             from r2ncli.engine.quantization import decoded
 
-            sample = setup.sample, setup.preprocessing, setup.rules, setup.workers
-            pixels = decoded(*sample, setup.on_warning)
+            pixels = decoded(setup.sample, setup.preprocessing, setup.on_warning)
             setup.on_quantising(len(pixels))
         checkpoint = setup.load()
         facts = {
@@ -77,28 +77,23 @@ def open_network(setup: Setup) -> ReadyNetwork:
     def load(entry: Entry) -> OpenVinoEngine:
         return OpenVinoEngine(entry.graph, setup.layers, setup.precision)
 
+    settings = _cache_settings(setup, batch_size)
+    entry, engine = loaded_entry(settings, make, load, setup.on_warning)
+    facts, sample = entry.facts, setup.sample
+    shapes = {layer: tuple(shape) for layer, shape in facts["shapes"].items()}
+    calibration = None if sample is None else Calibration(sample.sha256, facts["images"])
+    return ReadyNetwork(engine, facts["variant"], facts["classes"], shapes, calibration)
+
+
+def _cache_settings(setup: Setup, batch_size: int) -> dict[str, Any] | None:
+    """Return everything that determines the compiled network; None if it is not cached."""
     if setup.identity is None:
-        entry = make()
-        engine = load(entry)
-    else:
-        settings = _cache_settings(setup, setup.identity, batch_size)
-        entry, engine = loaded_entry(settings, make, load, setup.on_warning)
-    calibration = None
-    if setup.sample is not None:
-        from r2ncli.engine.quantization import Calibration
-
-        calibration = Calibration(setup.sample.sha256, entry.facts["images"])
-    shapes = {layer: tuple(shape) for layer, shape in entry.facts["shapes"].items()}
-    return ReadyNetwork(engine, entry.facts["variant"], entry.facts["classes"], shapes, calibration)
-
-
-def _cache_settings(setup: Setup, identity: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-    """Return everything that determines the compiled network."""
+        return None
     settings = {
         "library": library(),
         "processor": cpu_model(),
         "instructions": cpu_flags(),
-        **identity,
+        **setup.identity,
         "layers": setup.layers,
         "pool": setup.pool,
         "preprocessing": asdict(setup.preprocessing),
@@ -112,7 +107,7 @@ def _cache_settings(setup: Setup, identity: Mapping[str, Any], batch_size: int) 
             "calibration": setup.sample.sha256,
             "quantizer": quantizer(),
             "decoder": version("pillow"),
-            "rules": asdict(setup.rules),
+            "rules": asdict(setup.sample.rules),
         }
     return settings
 
@@ -121,7 +116,8 @@ def _compiled_network(
     network: Res2Net, setup: Setup, batch_size: int, calibration: Pixels | None
 ) -> Bytes:
     """Return the compiled graph of `network`, quantised to int8 if there are images for it."""
-    from r2ncli.engine.graph import folded, to_graph
+    from r2ncli.engine.folding import folded
+    from r2ncli.engine.graph import to_graph
 
     wanted = setup.layers, setup.pool, setup.preprocessing
     if calibration is None:
@@ -129,6 +125,7 @@ def _compiled_network(
     else:
         from r2ncli.engine.quantization import quantized
 
+        # OpenVINO would fold batch norms later; NNCF needs the convolutions that will run
         graph = quantized(to_graph(folded(network), *wanted, 1), calibration)
         graph.reshape([batch_size, *calibration.shape[1:]])
     return compiled(graph, setup.precision)

@@ -37,19 +37,16 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """The part of the run record about a sample: its digest, and how many images were usable."""
-
-    sha256: str
-    images: int
-
-
-@dataclass(frozen=True)
 class Sample:
-    """At most `MOST_IMAGES` inputs, and the SHA-256 of the digests of their bytes, in order."""
+    """At most `MOST_IMAGES` inputs, and the SHA-256 of the digests of their bytes, in order.
+
+    `rules` and the number of threads (`workers`) are for reading and decoding them.
+    """
 
     inputs: tuple[Input, ...]
     sha256: str
+    rules: DecodeRules
+    workers: int
 
 
 def choose_sample(
@@ -81,22 +78,18 @@ def choose_sample(
     sha256, read, errors = _each(inputs, rules.max_bytes, workers, lambda _content: None)
     if not read:
         raise _none_usable([os.fspath(path) for path in given], errors)
-    return Sample(tuple(inputs), sha256)
+    return Sample(tuple(inputs), sha256, rules, workers)
 
 
-def decoded(
-    sample: Sample, preprocessing: Preprocessing, rules: DecodeRules, workers: int, warn: Warn
-) -> Pixels:
+def decoded(sample: Sample, preprocessing: Preprocessing, warn: Warn) -> Pixels:
     """Decode the images of `sample` into the network's input; leave out those that fail.
 
     Parameters
     ----------
     sample : Sample
         What `choose_sample` gave.
-    preprocessing, rules
+    preprocessing : Preprocessing
         As for `decode`.
-    workers : int
-        Number of threads that decode.
     warn : callable
         Takes a sentence about the images that fail.
 
@@ -112,9 +105,9 @@ def decoded(
     """
     sha256, pixels, errors = _each(
         sample.inputs,
-        rules.max_bytes,
-        workers,
-        lambda content: decode(content, preprocessing, rules),
+        sample.rules.max_bytes,
+        sample.workers,
+        lambda content: decode(content, preprocessing, sample.rules),
     )
     if sha256 != sample.sha256:
         raise InputNotFoundError("`calibration`: the images changed while they were read")

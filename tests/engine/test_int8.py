@@ -18,7 +18,8 @@ from support.reference_weights import TINY, reference_network, relative_error
 import r2ncli
 from r2ncli.architectures import Preprocessing
 from r2ncli.engine import quantization
-from r2ncli.engine.graph import folded, to_graph
+from r2ncli.engine.folding import folded
+from r2ncli.engine.graph import to_graph
 from r2ncli.engine.openvino import OpenVinoEngine, compiled
 from r2ncli.engine.quantization import MOST_IMAGES, choose_sample, decoded, quantized, spread
 from r2ncli.errors import DeviceError, InputNotFoundError, OutputError, UsageError
@@ -167,7 +168,7 @@ def test_a_sample_may_be_an_archive(pictures, tmp_path):
             archive.write(path, path.name)
     zipped = choose_sample(str(tmp_path / "all.zip"), RULES, 2, ignore)
     assert zipped.sha256 == choose_sample(pictures, RULES, 2, ignore).sha256
-    assert decoded(zipped, SIZE, RULES, 2, ignore).shape == (20, 32, 32, 3)
+    assert decoded(zipped, SIZE, ignore).shape == (20, 32, 32, 3)
 
 
 def test_images_that_fail_are_left_out_with_a_sentence(pictures):
@@ -175,7 +176,7 @@ def test_images_that_fail_are_left_out_with_a_sentence(pictures):
     (pictures / "00008.jpg").write_bytes(b"")
     said = []
     sample = choose_sample(pictures, RULES, 2, said.append)
-    pixels = decoded(sample, SIZE, RULES, 2, said.append)
+    pixels = decoded(sample, SIZE, said.append)
     assert pixels.shape == (18, 32, 32, 3)
     assert len(said) == 1
     assert "leaves out 2 of 20 images that cannot be used, such as " in said[0]
@@ -186,7 +187,7 @@ def test_a_sample_that_changes_between_two_looks_is_refused(pictures):
     sample = choose_sample(pictures, RULES, 2, ignore)
     (pictures / "00007.jpg").write_bytes((pictures / "00008.jpg").read_bytes())
     with pytest.raises(InputNotFoundError, match="changed while they were read"):
-        decoded(sample, SIZE, RULES, 2, ignore)
+        decoded(sample, SIZE, ignore)
 
 
 def test_without_a_usable_image_there_is_no_calibration(tmp_path, tiny_weights):

@@ -82,7 +82,8 @@ def test_a_folder_or_a_missing_file_is_no_checkpoint(tmp_path: Path) -> None:
 def test_a_folder_says_what_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "b.pth").touch()
     (tmp_path / "a.txt").touch()
-    assert error_of(container, tmp_path).endswith("is a folder, not a checkpoint file; it contains b.pth")
+    ends = "is a folder, not a checkpoint file; it contains b.pth"
+    assert error_of(container, tmp_path).endswith(ends)
     (tmp_path / "data.pkl").touch()
     assert "an unpacked one: download the file again" in error_of(container, tmp_path)
 
