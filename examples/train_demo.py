@@ -36,7 +36,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from r2ncli import Architecture, Preprocessing, R2NError, Res2Net, classify_to
-from r2ncli.engine import cpu_has_bf16
+from r2ncli.engine.base import cpu_has_bf16
 from r2ncli.model import Bottle2neck
 from r2ncli.sources.selection import SUFFIXES
 from r2ncli.weights.loading import StateDict, load_state_dict

@@ -23,7 +23,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from r2ncli.engine import Outputs, Pixels
+from r2ncli.engine.base import Outputs, Pixels
 from r2ncli.errors import FailedInputError, ImageError
 from r2ncli.images.decode import decode
 from r2ncli.images.jpeg import Jpeg
@@ -155,7 +155,7 @@ def run(
     An image that fails keeps its place and its reason; its neighbours do not notice. `keep`
     gives what is wanted of a batch's outputs; it works in the engine's threads.
     """
-    engine, workers, card_decoder = predictor.engine, predictor.workers, predictor.card_decoder
+    engine, workers, gpu_decoder = predictor.engine, predictor.workers, predictor.gpu_decoder
     batch_size = engine.description.batch_size
     streams = engine.description.streams
     ahead = 1 + streams + -(-2 * workers // batch_size)  # batches under way: all threads busy
@@ -171,7 +171,7 @@ def run(
             content = source.read(predictor.rules.max_bytes).content
         except ImageError as error:
             return failed(error, pixels)
-        if card_decoder is not None and (jpeg := card_decoder.accept(content)) is not None:
+        if gpu_decoder is not None and (jpeg := gpu_decoder.accept(content)) is not None:
             return jpeg
         return decode_into(pixels, content)
 
@@ -196,8 +196,8 @@ def run(
     def decode_on_gpu(outcomes: list[Outcome], pixels: Pixels) -> list[str | None]:
         jpegs = {i: found for i, found in enumerate(outcomes) if isinstance(found, Jpeg)}
         errors = [None if isinstance(found, Jpeg) else found for found in outcomes]
-        if card_decoder is not None and jpegs:
-            for i in card_decoder(jpegs, pixels):
+        if gpu_decoder is not None and jpegs:
+            for i in gpu_decoder(jpegs, pixels):
                 errors[i] = decode_into(pixels[i], jpegs[i].content)
         return errors
 

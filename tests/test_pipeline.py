@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import r2ncli
-from r2ncli.engine import EngineDescription, empty_pixels
+from r2ncli.engine.base import EngineDescription, empty_pixels
 from r2ncli.errors import CheckpointError, DeviceError, InputNotFoundError, UsageError
 from r2ncli.images.decode import DecodeRules, decode
 from r2ncli.options import RunOptions
