@@ -24,8 +24,8 @@ from support.results import read_csv
 
 import r2ncli
 from r2ncli import runs
-from r2ncli.engine.base import cores
 from r2ncli.engine import openvino as openvino_engine
+from r2ncli.engine.base import cores
 from r2ncli.errors import InputNotFoundError, OutputError, UsageError
 from r2ncli.images.decode import DecodeRules
 from r2ncli.outputs.partial import BLOCK_ROWS
