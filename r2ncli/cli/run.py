@@ -80,9 +80,14 @@ def _classify_to_stdout(
     from r2ncli.runs import run_to_stream
 
     lines = is_terminal(sys.stdout) and output is None and format is None
-    write = _write_lines if lines else _writer_of_text(format or "csv")
+    write_batch = _write_lines if lines else _writer_of_text(format or "csv")
     with Report("classify", quiet, bar=not lines, failures=not lines) as report:
         report.preparing()
+
+        def write(batch: Batch) -> None:
+            report.prepared()  # so that no progress line stands in the results
+            write_batch(batch)
+
         record = run_to_stream(Classify(), write, paths or None, options, _listeners(report))
         return report.summary(_executed(record))
 
