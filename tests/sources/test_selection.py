@@ -202,7 +202,7 @@ def why_nothing(*paths: str, **selection: Any) -> str:
 
 
 def test_an_empty_folder_says_which_suffixes_were_looked_for(here: Path) -> None:
-    text = why_nothing()
+    text = why_nothing(".")
     assert text.startswith("no image found (looked for files ending in apng avif ")
     assert text.endswith(" webp)")
 
@@ -210,7 +210,7 @@ def test_an_empty_folder_says_which_suffixes_were_looked_for(here: Path) -> None
 def test_other_suffixes_are_counted_and_named(here: Path) -> None:
     for name in ("a.txt", "b.TXT", "c.mp4", "README"):
         Path(name).touch()
-    text = why_nothing()
+    text = why_nothing(".")
     assert text.startswith("no image found (looked for files ending in apng ")
     assert text.endswith("): files with other suffixes: 2 .txt, 1 without a suffix, 1 .mp4")
 
