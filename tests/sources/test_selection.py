@@ -79,7 +79,7 @@ def test_exclude_leaves_out_images_and_whole_folders(
 
 
 def names(*paths: str, **selection: Any) -> list[str]:
-    return [source.name for source in find_images(paths, print, Selection(**selection))]
+    return [source.name for source in find_images(paths or ["."], print, Selection(**selection))]
 
 
 def test_an_excluded_folder_is_not_even_listed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

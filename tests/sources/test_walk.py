@@ -35,7 +35,7 @@ def found(*paths: str | os.PathLike[str]) -> list[Input]:
     def unexpected(sentence: str) -> None:
         raise AssertionError(sentence)
 
-    return list(find_images(paths, unexpected))
+    return list(find_images(paths or ["."], unexpected))
 
 
 def names(*paths: str | os.PathLike[str]) -> list[str]:
@@ -44,7 +44,9 @@ def names(*paths: str | os.PathLike[str]) -> list[str]:
 
 def names_and_warnings(*paths: str) -> tuple[list[str], list[str]]:
     warnings: list[str] = []
-    some = islice(find_images(paths, warnings.append), 1000)  # an endless walk would fail too
+    some = islice(
+        find_images(paths or ["."], warnings.append), 1000
+    )  # an endless walk would fail too
     return [source.name for source in some], warnings
 
 
