@@ -30,7 +30,7 @@ from r2ncli.sources.names import printable
 from r2ncli.sources.selection import no_image_found
 from r2ncli.sources.walk import Input, Walk
 
-SCHEMA = 1
+SCHEMA = 2
 
 Paths = Sequence[PathLike] | PathLike | None
 Record = dict[str, Any]

@@ -1,4 +1,4 @@
-"""Results become files: finished blocks in ``OUT.partial/``, joined and renamed at the end.
+"""Write an output as finished blocks in ``OUT.partial/``, joined and renamed at the end.
 
 A run's output grows as blocks of at most 256 rows or 64 MB, each written under a
 temporary name, fsynced and renamed: a block that exists is whole. At the end they are
@@ -52,7 +52,7 @@ class PartialOutput:
     Attributes
     ----------
     again : str
-        What an error tells the user to do afterwards.
+        How an error tells the user to continue.
     done : int
         Rows in finished blocks.
     """
@@ -114,7 +114,7 @@ class PartialOutput:
         Raises
         ------
         OutputError
-            A block is missing or damaged.
+            A block is missing or corrupted.
         """
         for number, block in enumerate(self.blocks()):
             if block.stem != f"block-{number:08d}":
@@ -133,13 +133,13 @@ class PartialOutput:
                 ) from error
 
     def begin(self, record: Record) -> None:
-        """Start from nothing: the run record first."""
+        """Remove what is there and write the run record."""
         self._empty_folder()
         self._next_block = 0
         self._write("run.json", json_bytes(record))
 
     def amend(self, record: Record) -> None:
-        """Take `record` in place of the one that was begun with; the blocks stay."""
+        """Replace the stored run record; the blocks are kept."""
         self._write("run.json", json_bytes(record))
 
     def append(self, batch: Batch) -> None:
@@ -237,7 +237,7 @@ class PartialOutput:
             self.folder.rmdir()
 
     def _empty_folder(self) -> None:
-        """Remove what r2n wrote, so that a kill in between leaves what is no run.
+        """Remove what r2n wrote, so that a kill in between leaves no resumable run.
 
         The record gets another name first and goes last: blocks beside that name are of a
         run that has ended, and go when the folder is entered next.
@@ -255,7 +255,7 @@ class PartialOutput:
             self._lock = None
 
     def _write(self, name: str, content: bytes) -> None:
-        """Write a file of the folder so that it is there whole or not at all."""
+        """Write a file of the folder completely or not at all."""
         try:
             write_whole(self.folder / name, [content])
         except OSError as error:
@@ -319,7 +319,7 @@ def partial_folder(output: Path) -> Path:
 
 
 def begun_record(output: Path) -> dict[str, Any] | None:
-    """The record that an unfinished output was begun with; None where there is none to read."""
+    """The run record of an unfinished output; None if it cannot be read."""
     try:
         record = json.loads((partial_folder(output) / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
