@@ -15,7 +15,6 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from os import PathLike as OsPathLike
 from typing import Any, TypeVar, get_type_hints
 
@@ -116,9 +115,8 @@ def _parsed(
             near = get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"unexpected keyword argument {name!r}{hint}")
-    names = {listener.name for listener in fields(Listeners)}
-    heard = {name: given[name] for name in names & given.keys() if given[name] is not None}
-    options = {name: value for name, value in given.items() if name not in names}
+    heard = {name: given[name] for name in LISTENERS if given.get(name) is not None}
+    options = {name: value for name, value in given.items() if name not in LISTENERS}
     return RunOptions(**options), Listeners(**heard)
 
 

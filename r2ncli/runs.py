@@ -83,6 +83,7 @@ def open_run(task: Task, paths: Paths, options: RunOptions, listeners: Listeners
     """
     walk = Walk(_as_sequence(paths), listeners.on_warning, options.selection())
     predictor = open_predictor(task.layers(options), options, listeners)
+    listeners.on_ready()
     return Run(task, options, listeners, walk, predictor)
 
 

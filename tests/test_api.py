@@ -10,8 +10,9 @@ import pytest
 from support.api_stub import STUB, stub
 
 import r2ncli
+from r2ncli.api import LISTENERS
 from r2ncli.errors import R2NError
-from r2ncli.options import CLASSIFY, EXTRACT, Listeners, options_of
+from r2ncli.options import CLASSIFY, EXTRACT, options_of
 
 FUNCTIONS = [
     (r2ncli.classify, CLASSIFY, False),
@@ -28,7 +29,7 @@ def test_help_shows_every_keyword_with_its_default(function, command, to_file):
         assert parameters[field.name].default == field.default
         assert f"\n{field.name}\n" in function.__doc__
         assert option.help.split()[0] in function.__doc__
-    for name in Listeners.__dataclass_fields__:
+    for name in LISTENERS:
         assert parameters[name].default is None
     assert "options" not in parameters
     assert "Raises\n------" in function.__doc__
