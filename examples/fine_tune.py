@@ -128,7 +128,7 @@ def fine_tune(options: argparse.Namespace) -> None:
                 for images, classes in DataLoader(validation, options.batch_size):
                     predicted = network(images.to(device)).argmax(1).cpu()
                     right += int((predicted == classes).sum())
-            line += f", validation accuracy {right / len(validation):.1%}"
+            line += f", validation accuracy {100 * right / len(validation):.1f} %"
         print(line, flush=True)
 
     metadata = {"labels": labels, "preprocessing": asdict(preprocessing)}
@@ -177,6 +177,8 @@ def datasets(
     from r2ncli.errors import ImageError
     from r2ncli.images.decode import DecodeRules, decode
 
+    rules = DecodeRules("auto")  # as `r2n classify` does by default
+
     def read(path: str) -> Image.Image:
         try:
             with Image.open(path) as image:
@@ -186,7 +188,7 @@ def datasets(
 
     def read_as_r2n(path: str) -> Any:  # uint8 [image_size, image_size, 3]
         try:
-            return decode(Path(path).read_bytes(), preprocessing, DecodeRules("auto"))
+            return decode(Path(path).read_bytes(), preprocessing, rules).copy()
         except (OSError, ImageError) as error:
             raise InputNotFoundError(f"{path}: {error}") from error
 

@@ -36,13 +36,13 @@ BACKBONE = {
 def classifier(backbone: dict[str, object], classes: int = 1000) -> nn.Module:
     """Return mmpretrain's classifier, untrained."""
     try:
-        from mmpretrain.models import ImageClassifier
-    except ImportError as error:
+        from mmpretrain import models
+    except ModuleNotFoundError as error:
         raise r2ncli.UsageError(
             f"{error.name} is not installed: pip install '.[interop]'"
         ) from error
 
-    model: nn.Module = ImageClassifier(
+    model: nn.Module = models.ImageClassifier(
         backbone=backbone,
         neck={"type": "GlobalAveragePooling"},
         head={"type": "LinearClsHead", "num_classes": classes, "in_channels": 2048},

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         import timm
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise r2ncli.UsageError(f"{error.name} is not installed: pip install timm") from error
 
     network = r2ncli.res2net50_v1b_26w_4s(options.weights)  # refuses other networks' weights

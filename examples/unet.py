@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         import segmentation_models_pytorch as smp
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise r2ncli.UsageError(
             f"{error.name} is not installed: pip install '.[interop]'"
         ) from error

@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         import yaml
         from ultralytics import YOLO
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise r2ncli.UsageError(
             f"{error.name} is not installed: pip install '.[interop]'"
         ) from error
