@@ -34,7 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     # torch takes seconds to import, so that is done below, after the first message
     print(f"Fine-tuning {options.weights} on {options.folder}: loading ...", flush=True)
-    fine_tune(options)
+    try:
+        fine_tune(options)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        size = options.batch_size
+        raise DeviceError(f"out of memory at --batch-size {size}: try a smaller one") from error
     return 0
 
 

@@ -20,10 +20,7 @@ import r2ncli
 
 
 class Res2NetEncoder(nn.Module):
-    """The stem and the four stages, with the interface that the library expects.
-
-    The library's own encoders inherit the rest of that interface, see `segmenter`.
-    """
+    """The stem and the four stages as an encoder; `segmenter` adds the library's EncoderMixin."""
 
     def __init__(self, weights: str, depth: int = 5, output_stride: int = 32) -> None:
         super().__init__()

@@ -161,6 +161,18 @@ fine_tune.main([{str(data / "train")!r}, "--weights", "demo"])
     assert torch_imported == "False"
 
 
+def test_a_gpu_with_too_little_memory_is_a_device_error_that_advises_a_smaller_batch(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(_options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    fine_tune = example("fine_tune", monkeypatch)
+    monkeypatch.setattr(fine_tune, "fine_tune", out_of_memory)
+    with pytest.raises(r2ncli.DeviceError, match="out of memory at --batch-size 16"):
+        fine_tune.main([str(data / "train")])
+
+
 @pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (0.01, 3), (0.25, 6), (0.99, 21)])
 def test_the_seed_decides_which_images_of_each_class_are_held_out(
     fraction: float, count: int, data: Path, monkeypatch: pytest.MonkeyPatch
