@@ -1,15 +1,16 @@
-"""Proves and measures r2n on a CUDA card, with one command and nothing to download.
+"""Check and measure r2n on a CUDA GPU, with one command and nothing to download.
 
     python examples/gpu_check.py -o gpu_check.json
     python examples/gpu_check.py --only decoding --only end_to_end
-    python examples/gpu_check.py --device cpu --quick        # whether the script itself works
+    python examples/gpu_check.py --device cpu --quick        # does the script itself work?
 
 It needs a checkout, torch, torchvision, timm, typer, h5py and Pillow; torchcodec for
-`--decode gpu`. Every section is a process of its own with a time limit, so that one that fails,
-hangs or breaks the card's state leaves the others as they are. The JSON file is whole after each
-of them; --only keeps what it has of the others. What is compared is measured in turns, and the
-median of the rounds' ratios counts. It ends within ten minutes, with 1 if a check of numbers
-failed or could not be done; a target of speed that is missed is told.
+`--decode gpu`. Every section is a process of its own with a time limit, so that a section that
+fails, hangs or breaks the GPU's state does not affect the others. The JSON file is complete after
+each section; --only keeps the other sections of an existing file. Programs that are compared run
+in turns, and the median of the ratios of all rounds counts. The script ends within ten minutes.
+The exit code is 1 if a check of numbers failed or could not run; a missed target for speed is
+only reported.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -46,20 +48,23 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpu_pictures import NEEDS_CARD, PHOTOS, decoding, end_to_end, nvidia_smi, ratio, timm_process
+from gpu_pictures import NEEDS_GPU, PHOTOS, decoding, end_to_end, nvidia_smi, ratio, timm_process
 from support.reference_weights import TINY, reference_network, relative_error
 
 import r2ncli
 from r2ncli.architectures import DEFAULT_NETWORK, PUBLISHED, Preprocessing
-from r2ncli.engine import Engine, Pixels, cores, cpu_model
+from r2ncli.engine.base import Engine, Pixels, cores, cpu_model
 from r2ncli.engine.devices import DTYPES, exact_settings
 from r2ncli.engine.folding import FoldedNetwork
 from r2ncli.engine.fused import FusedNetwork
 from r2ncli.errors import DeviceError
 from r2ncli.images.decode import DecodeRules, decode
 from r2ncli.model import Res2Net, forward_flops, layer_shapes
-from r2ncli.pipeline import open_walk, run
-from r2ncli.predictor import Pipeline, assemble_pipeline, open_pipeline
+from r2ncli.options import RunOptions
+from r2ncli.pipeline import run
+from r2ncli.predictor import Predictor, assemble_predictor, open_predictor
+from r2ncli.sources.selection import Selection
+from r2ncli.sources.walk import Walk
 from r2ncli.weights.loading import Checkpoint
 
 LIMITS = {"fp32": 1e-4, "fp16": 3e-3, "bf16": 1e-2}  # max|difference| / max|plain fp32 on a CPU|
@@ -69,11 +74,11 @@ Rates = dict[str, list[float]]  # by name, of every round
 
 
 class Section:
-    """A part of the whole: where it runs, until when it may begin something, what it has found."""
+    """One section of the check: its device, its time limit and its results."""
 
     def __init__(self, device: str, quick: bool, pictures: str, seconds: float, file: Path) -> None:
         self.device = torch.device(device)
-        self.on_card = self.device.type == "cuda"
+        self.on_gpu = self.device.type == "cuda"
         self.quick = quick
         self.pictures = pictures
         self.side = 32 if quick else 224
@@ -110,7 +115,7 @@ class Section:
         self.check(kind, what, value, f"at least {wanted:g}", value >= wanted)
 
     def synchronize(self) -> None:
-        if self.on_card:
+        if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
     def rate(self, call: Call, amount: float) -> float:
@@ -147,25 +152,25 @@ class Section:
         """The network that is timed, with the reference weights."""
         return reference_network(TINY["v1b"] if self.quick else DEFAULT_NETWORK)
 
-    def pipeline(
-        self, network: Res2Net, layers: Sequence[str] = ("fc",), pool: str = "avg", **options: Any
-    ) -> Pipeline:
-        """What r2n makes of a network on the device."""
+    def predictor(
+        self, network: Res2Net, layers: Sequence[str] = ("fc",), **options: Any
+    ) -> Predictor:
+        """Get a network ready on the device, as r2n does."""
         checkpoint = Checkpoint(Path("reference"), "", "reference", network, None, Preprocessing())
         standard = {"device": str(self.device), "backend": "torch", "image_size": self.side}
-        return assemble_pipeline(checkpoint, layers, pool, **{**standard, **options})
+        return assemble_predictor(checkpoint, layers, RunOptions(**{**standard, **options}))
 
     def precisions(self) -> list[str]:
-        if not self.on_card:
+        if not self.on_gpu:
             return ["fp32"]  # Triton's interpreter cannot multiply bf16
         old = torch.cuda.get_device_capability(self.device) < (8, 0)
         return ["fp32", "fp16"] if old else ["fp32", "fp16", "bf16"]
 
     def default_precision(self) -> str:
-        """What r2n takes where no other is asked for."""
-        precision = "auto" if self.on_card else "fp32"
-        pipeline = self.pipeline(self.network(), batch_size=1, precision=precision)
-        return pipeline.engine.description.precision
+        """Return the precision that r2n uses by default."""
+        precision = "auto" if self.on_gpu else "fp32"
+        predictor = self.predictor(self.network(), batch_size=1, precision=precision)
+        return predictor.engine.description.precision
 
 
 def save(file: Path, document: Any) -> None:
@@ -199,24 +204,24 @@ def environment(section: Section) -> None:
     versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     section.put("versions", versions | {"libjpeg_turbo": features.version("libjpeg_turbo")})
     section.put("processor", {"model": cpu_model(), "cores": cores()})
-    if section.on_card:
-        card = torch.cuda.get_device_properties(section.device)
+    if section.on_gpu:
+        gpu = torch.cuda.get_device_properties(section.device)
         query = "driver_version,pcie.link.gen.max,pcie.link.width.max,clocks.max.sm,power.limit"
         facts = {
-            "name": card.name,
-            "memory_bytes": card.total_memory,
-            "capability": f"{card.major}.{card.minor}",
-            "multiprocessors": card.multi_processor_count,
+            "name": gpu.name,
+            "memory_bytes": gpu.total_memory,
+            "capability": f"{gpu.major}.{gpu.minor}",
+            "multiprocessors": gpu.multi_processor_count,
         }
         answers = nvidia_smi(section.device, query)
-        section.put("card", facts | dict(zip(query.split(","), answers, strict=False)))
+        section.put("gpu", facts | dict(zip(query.split(","), answers, strict=False)))
     rows, count = (256, 1 << 20) if section.quick else (8192, 1 << 30)
     left, right = (
         torch.randn(rows, rows, device=section.device, dtype=torch.bfloat16) for _ in range(2)
     )
     large = torch.empty(count, dtype=torch.uint8, device=section.device).random_()
     other = torch.empty_like(large)
-    host = torch.zeros(count // 4, dtype=torch.uint8, pin_memory=section.on_card)
+    host = torch.zeros(count // 4, dtype=torch.uint8, pin_memory=section.on_gpu)
     part = large[: count // 4]
     calls: dict[str, tuple[Call, float]] = {
         "bf16 product, FLOP/s": (lambda: left @ right, 2 * rows**3),
@@ -241,7 +246,7 @@ def numbers(section: Section) -> None:
     """The engine on the device against the plain network in fp32 on the CPU."""
     section.put("precisions", section.precisions())
     logits_are_the_plain_ones(section, "v1b" if section.quick else DEFAULT_NETWORK)
-    rows_are_their_pictures(section)
+    rows_depend_on_their_image_alone(section)
     layers_are_the_plain_ones(section)
 
 
@@ -250,7 +255,7 @@ def logits_are_the_plain_ones(section: Section, name: str) -> None:
     pixels = photo_squares(4, section.side)
     expected = hooked(network, pixels, ("fc",))["fc"]
     for precision in section.precisions():
-        engine = section.pipeline(network, precision=precision, batch_size=4).engine
+        engine = section.predictor(network, precision=precision, batch_size=4).engine
         what = (
             f"{name} {precision}, {engine.description.library}"  # which names Triton where it ran
         )
@@ -310,8 +315,8 @@ def layers_are_the_plain_ones(section: Section) -> None:
     mixed = np.random.default_rng(0).permutation(layers)[: 3 if section.quick else None].tolist()
 
     def errors(some: list[str]) -> dict[str, float]:
-        pipeline = section.pipeline(network, some, "none", precision="fp32", batch_size=2)
-        outputs = pipeline.engine(pixels)
+        options = {"pool": "none", "precision": "fp32", "batch_size": 2}
+        outputs = section.predictor(network, some, **options).engine(pixels)
         return {name: relative_error(outputs[name], expected[name]) for name in some}
 
     together = errors(layers)
@@ -326,12 +331,12 @@ def layers_are_the_plain_ones(section: Section) -> None:
         section.holds(f"{len(found)} of {len(layers)} layers {what}, fp32: {worst}", all_near)
 
 
-def rows_are_their_pictures(section: Section) -> None:
-    """A row depends on its picture alone, to the byte."""
+def rows_depend_on_their_image_alone(section: Section) -> None:
+    """Check that a row depends on its image alone, to the byte."""
     network, pixels = section.network(), photo_squares(8, section.side)
     for precision in ("fp32", "auto"):
         engine, another = (
-            section.pipeline(network, precision=precision, batch_size=8).engine for _ in range(2)
+            section.predictor(network, precision=precision, batch_size=8).engine for _ in range(2)
         )
         logits = engine(pixels)["fc"]
         alone = np.zeros_like(pixels)
@@ -361,26 +366,31 @@ def rows_are_their_pictures(section: Section) -> None:
 def agreement(section: Section) -> None:
     """The demonstration network's classes on the device and in fp32 on the CPU."""
     if not section.pictures:
-        section.put("skipped", "no pictures: give a folder or a zip file of them with --pictures")
+        section.put("skipped", "no images: give a folder or a zip file of them with --pictures")
         return
-    include: tuple[str, ...] = ()
-    most = 20 if section.quick else 10_000
+    selection = Selection(max=20 if section.quick else 10_000)
     if zipfile.is_zipfile(section.pictures):
         members = zipfile.ZipFile(section.pictures).namelist()
-        include = ("*!test/*",) if any(name.startswith("test/") for name in members) else ()
+        if any(name.startswith("test/") for name in members):
+            selection = replace(selection, include=("*!test/*",))
     places = {"cpu": ("cpu", "fp32")}
     places |= {precision: (str(section.device), precision) for precision in section.precisions()}
     classes: dict[str, dict[str, int]] = {}
     for name, (device, precision) in places.items():
-        pipeline = open_pipeline(
-            ("fc",), weights="demo", backend="torch", device=device, precision=precision
-        )
-        assert pipeline.labels is not None
-        labels = pipeline.labels.labels
-        with open_walk([section.pictures], include=include, max=most) as walk:
-            rows = [row for row in run(walk, pipeline) if row.error is None]
-        classes[name] = {row.name: int(row.outputs["fc"].argmax()) for row in rows}
-        folders = {row.name: Path(row.name.replace("!", "/")).parent.name for row in rows}
+        options = RunOptions(weights="demo", backend="torch", device=device, precision=precision)
+        predictor = open_predictor(("fc",), options)
+        assert predictor.labels is not None
+        labels = predictor.labels.labels
+        with Walk([section.pictures], lambda _warning: None, selection) as walk:
+            classes[name] = {
+                row: int(logits.argmax())
+                for batch in run(walk, predictor, lambda outputs: outputs)
+                for row, error, logits in zip(
+                    batch.names, batch.errors, batch.columns["fc"], strict=True
+                )
+                if error is None
+            }
+        folders = {row: Path(row.replace("!", "/")).parent.name for row in classes[name]}
         right = [labels[classes[name][n]] == f for n, f in folders.items() if f in labels]
         if right:
             section.put(f"{name}: accuracy of {len(right)}", statistics.fmean(right))
@@ -416,7 +426,7 @@ def model(section: Section) -> None:
         pixels = photo_squares(batch, section.side)
         there = normalised(pixels).to(device)
         last = there.contiguous(memory_format=CHANNELS_LAST)
-        engine = section.pipeline(network, precision=precision, batch_size=batch).engine
+        engine = section.predictor(network, precision=precision, batch_size=batch).engine
         batches = 4 * engine.description.streams
         host = engine.empty_batch(section.side)
         host[...] = pixels
@@ -441,7 +451,7 @@ def model(section: Section) -> None:
 
 
 def against_peers(section: Section, what: str, rates: Rates, wanted: float) -> str:
-    """The quickest form of r2n's network, by name, beside everyone; `wanted` is a target or 0."""
+    """The fastest form of r2n's network, by name, beside everyone; `wanted` is a target or 0."""
     medians = {name: statistics.median(values) for name, values in rates.items()}
     forms, peers = [f"r2n {form}" for form in FORMS], [name for name in rates if "r2n" not in name]
     ours = max((form for form in forms if form in rates), key=lambda name: medians[name])
@@ -486,7 +496,7 @@ def form_call(section: Section, form: str, precision: str, pixels: Pixels) -> Ca
 def best_forms(section: Section, precision: str, pixels: Pixels) -> dict[str, Call]:
     """Every form, with a CUDA graph where there are any."""
     calls = {form: form_call(section, form, precision, pixels) for form in FORMS}
-    graphs = {form: graphed(section, call) for form, call in calls.items() if section.on_card}
+    graphs = {form: graphed(section, call) for form, call in calls.items() if section.on_gpu}
     return {f"r2n {form}": call for form, call in (graphs or calls).items()}
 
 
@@ -524,7 +534,7 @@ def forms(section: Section) -> None:
         if batch == section.batches[0]:
             for form, call in calls.items():
                 section.put(f"{form}, batch {batch}: kernels", kernel_table(section, call))
-        if section.on_card:
+        if section.on_gpu:
             calls |= {f"{form}, CUDA graph": graphed(section, call) for form, call in calls.items()}
         timed = {name: (call, float(batch)) for name, call in calls.items()}
         section.in_turns(f"batch {batch}, images/s", timed)
@@ -535,7 +545,7 @@ def forms(section: Section) -> None:
 def kernel_table(section: Section, call: Call) -> list[dict[str, Any]]:
     """The 25 kernels that take most of the device's time in one call."""
     activity, own = torch.profiler.ProfilerActivity.CPU, "self_cpu_time_total"
-    if section.on_card:
+    if section.on_gpu:
         activity, own = torch.profiler.ProfilerActivity.CUDA, "self_device_time_total"
     call()
     section.synchronize()
@@ -545,7 +555,7 @@ def kernel_table(section: Section, call: Call) -> list[dict[str, Any]]:
     events = [
         event
         for event in sorted(profile.key_averages(), key=lambda event: -getattr(event, own))
-        if not section.on_card or event.device_type == torch.autograd.DeviceType.CUDA
+        if not section.on_gpu or event.device_type == torch.autograd.DeviceType.CUDA
     ]
     total = sum(getattr(event, own) for event in events) or 1
     return [
@@ -564,11 +574,11 @@ def kernel_table(section: Section, call: Call) -> list[dict[str, Any]]:
 
 def memory(section: Section) -> None:
     """A batch that does not fit is halved until it does: no row is lost, none changes."""
-    if not section.on_card:
-        section.put("skipped", NEEDS_CARD)
+    if not section.on_gpu:
+        section.put("skipped", NEEDS_GPU)
         return
     network, pixels = section.network(), photo_squares(1024, section.side)
-    engine = section.pipeline(network, batch_size=64).engine
+    engine = section.predictor(network, batch_size=64).engine
     precision = engine.description.precision
     expected = [engine(pixels[start : start + 64])["fc"] for start in range(0, 1024, 64)]
     del engine
@@ -577,11 +587,11 @@ def memory(section: Section) -> None:
     total = torch.cuda.get_device_properties(section.device).total_memory
     allowed = torch.cuda.memory_reserved(section.device) + 2e9
     torch.cuda.set_per_process_memory_fraction(allowed / total, section.device)
-    engine = section.pipeline(network, batch_size=1024).engine
+    engine = section.predictor(network, batch_size=1024).engine
     found = engine(pixels)["fc"]
     section.put("bytes allowed", allowed)
     section.put("engine", repr(engine.description))
-    what = f"1024 pictures a batch in {allowed / 1e9:.1f} GB, {precision}"
+    what = f"batches of 1024 images in {allowed / 1e9:.1f} GB, {precision}"
     section.within_limit(what, found, np.concatenate(expected), precision)
 
 
@@ -596,7 +606,7 @@ def compiled(section: Section, mode: str = "max-autotune") -> None:
     eager = section.network().to(device, DTYPES[precision], memory_format=CHANNELS_LAST)
     there = normalised(pixels).to(device, DTYPES[precision], memory_format=CHANNELS_LAST)
     # a CPU's compiler is not the question there
-    how: dict[str, str] = {"mode": mode} if section.on_card else {"backend": "aot_eager"}
+    how: dict[str, str] = {"mode": mode} if section.on_gpu else {"backend": "aot_eager"}
     fast: Any = torch.compile(eager, dynamic=False, **how)
     start = time.perf_counter()
     for _ in range(3):  # the second records a CUDA graph, where the mode has one
@@ -675,7 +685,7 @@ def section_found(
     with tempfile.TemporaryDirectory(prefix="r2n-gpu-check-") as room:
         file, log = Path(room, "found.json"), Path(room, "log")
         command = [sys.executable, __file__, "--section", name, str(limit), str(file), *options]
-        # without a card Triton interprets its kernels
+        # without a GPU Triton interprets its kernels
         environ = os.environ | ({"TRITON_INTERPRET": "1"} if options[0] == "cpu" else {})
         with log.open("w") as stream:
             process = subprocess.Popen(
@@ -703,7 +713,7 @@ def section_process(name: str, limit: str, file: str, *options: str) -> None:
     device, quick, pictures = options
     section = Section(device, bool(int(quick)), pictures, 0.8 * float(limit), Path(file))
     try:
-        if section.on_card:
+        if section.on_gpu:
             torch.cuda.set_device(section.device)
         with torch.no_grad():
             if name.startswith("network "):

@@ -1,7 +1,7 @@
-"""The part of gpu_check.py that is about pictures: from JPEGs to rows, r2n beside others.
+"""The sections of gpu_check.py about images: decoding, and whole programs from JPEGs to rows.
 
-Everyone decodes the same generated JPEGs, and whole programs classify the same folder of them
-while how busy the cores, the card and its JPEG engines are is sampled.
+All libraries decode the same generated JPEGs, and all programs classify the same folder of them.
+Meanwhile the load of the cores, the GPU and its JPEG engines is sampled.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from support.reference_weights import TINY, reference_network
 from torch import Tensor
 
 from r2ncli.architectures import Preprocessing
-from r2ncli.engine import Engine, EngineDescription, Outputs, Pixels, cores
+from r2ncli.engine.base import Engine, EngineDescription, Outputs, Pixels, cores
 from r2ncli.pipeline import run
 from r2ncli.sources.walk import file_input
 
@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = sorted(Path(__file__).with_name("photos").glob("*.jpg"))
 JPEGS = "500 x 375 crops of the photographs in examples/photos, with noise, 4:2:0, quality 90"
 CHECK = Path(__file__).with_name("gpu_check.py")
-NEEDS_CARD = "skipped: needs a CUDA card"
+NEEDS_GPU = "skipped: needs a CUDA GPU"
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
@@ -59,7 +59,7 @@ def decoding(section: Section) -> None:
     with tempfile.TemporaryDirectory(prefix="r2n-gpu-check-") as room:
         files = make_jpegs(Path(room), 16 if section.quick else 1024)
         contents = [file.read_bytes() for file in files]
-    section.put("pictures", f"{JPEGS}; {sum(map(len, contents)) // len(contents)} bytes each")
+    section.put("images", f"{JPEGS}; {sum(map(len, contents)) // len(contents)} bytes each")
     ways: dict[str, Callable[[], Callable[[Sequence[bytes]], Any]]] = {
         f"Pillow, {cores()} threads": lambda: (
             lambda some: np.stack(in_threads(pillow_square, some))
@@ -72,8 +72,8 @@ def decoding(section: Section) -> None:
     expected = np.stack(in_threads(pillow_square, contents[:64])).astype(np.int16)
     calls: dict[str, tuple[Call, float]] = {}
     for name, way in ways.items():
-        if name == "r2n --decode gpu" and not section.on_card:
-            section.put(name, NEEDS_CARD)
+        if name == "r2n --decode gpu" and not section.on_gpu:
+            section.put(name, NEEDS_GPU)
             continue
         try:
             decoded = way()
@@ -106,8 +106,8 @@ def make_jpegs(folder: Path, count: int) -> list[Path]:
         crop = photo.resize((500, 375), box=(left, top, left + width, top + width * 3 // 4))
         pixels = np.asarray(crop) + 4 * random.standard_normal((375, 500, 1), np.float32)
         file = folder / f"{number:05d}.jpg"
-        picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-        picture.save(file, quality=90, subsampling="4:2:0")
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        image.save(file, quality=90, subsampling="4:2:0")
         return file
 
     return in_threads(make, range(count))
@@ -119,15 +119,15 @@ def in_threads(function: Callable[[Any], Any], values: Sequence[Any]) -> list[An
 
 
 def pillow_square(content: bytes) -> Pixels:
-    """What torchvision's Resize(256) and CenterCrop(224) make of a picture of 500 x 375."""
-    picture = Image.open(BytesIO(content)).convert("RGB")
-    resized = picture.resize((341, 256), Image.Resampling.BILINEAR)
+    """Resize(256) and CenterCrop(224), as torchvision does, for an image of 500 x 375."""
+    image = Image.open(BytesIO(content)).convert("RGB")
+    resized = image.resize((341, 256), Image.Resampling.BILINEAR)
     return np.asarray(resized.crop((58, 16, 58 + 224, 16 + 224)))
 
 
 @dataclass(frozen=True)
 class NoNetwork:
-    """In an engine's place, so that all the rest can be timed; it keeps what comes first."""
+    """An engine without a network, to time everything else; it keeps the first pixels."""
 
     engine: Engine
     seen: list[Pixels]
@@ -146,16 +146,17 @@ class NoNetwork:
 
 
 def r2n_decoding(section: Section, how: str) -> Callable[[Sequence[bytes]], Pixels]:
-    """All that r2n does before its network."""
+    """Return a function that runs what r2n does before its network."""
     network = reference_network(TINY["v1b"])
     size = 16 if section.quick else 256
-    pipeline = section.pipeline(network, decode=how, image_size=224, batch_size=size)
+    predictor = section.predictor(network, decode=how, image_size=224, batch_size=size)
     memory = file_input("memory.jpg", "memory.jpg")
 
     def decoded(contents: Sequence[bytes]) -> Pixels:
-        engine = NoNetwork(pipeline.engine, [])
+        engine = NoNetwork(predictor.engine, [])
         inputs = (replace(memory, read=lambda _most, one=one: one) for one in contents)
-        failed = [row.error for row in run(inputs, replace(pipeline, engine=engine)) if row.error]
+        batches = run(inputs, replace(predictor, engine=engine), lambda outputs: outputs)
+        failed = [error for batch in batches for error in batch.errors if error is not None]
         assert not failed, failed[0]
         return engine.seen[0][: len(contents)]
 
@@ -182,8 +183,8 @@ def library_squares(section: Section, library: Call, contents: Sequence[bytes]) 
     for start in range(0, len(contents), 128):
         some = contents[start : start + 128]
         encoded = [torch.frombuffer(bytearray(one), dtype=torch.uint8) for one in some]
-        pictures = torch.stack(library(encoded, str(section.device)))  # all are of one size
-        resized = functional.resize(pictures, [256], antialias=True)
+        images = torch.stack(library(encoded, str(section.device)))  # all have the same size
+        resized = functional.resize(images, [256], antialias=True)
         squares.append(functional.center_crop(resized, [224, 224]).permute(0, 2, 3, 1).contiguous())
     return torch.cat(squares)
 
@@ -193,16 +194,16 @@ def library_squares(section: Section, library: Call, contents: Sequence[bytes]) 
 
 def end_to_end(section: Section) -> None:
     """A folder of JPEGs to a CSV file of the five best classes: whole processes, in turns."""
-    different, pictures = (20, 768) if section.quick else (2000, 40_000)
-    section.put("pictures", f"{pictures}, {different} different ones: {JPEGS}")
+    different, images = (20, 768) if section.quick else (2000, 40_000)
+    section.put("images", f"{images}, {different} different ones: {JPEGS}")
     runs: dict[str, list[dict[str, Any]]] = {}
     classes: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory(prefix="r2n-gpu-check-") as room:
-        originals, folder = Path(room, "originals"), Path(room, "pictures", "class")
+        originals, folder = Path(room, "originals"), Path(room, "images", "class")
         originals.mkdir()
         folder.mkdir(parents=True)
         files = make_jpegs(originals, different)
-        for number in range(pictures):
+        for number in range(images):
             os.link(files[number % different], folder / f"{number:06d}.jpg")
         weights, out = Path(room, "reference.pth"), Path(room, "out.csv")
         torch.save(section.network().state_dict(), weights)
@@ -223,17 +224,15 @@ def end_to_end(section: Section) -> None:
             "r2n --decode exact": [*ours, "--decode", "exact"],
             "r2n --decode gpu": [*ours, "--decode", "gpu"],
         }
-        if not section.on_card:
-            section.put("r2n --decode gpu", NEEDS_CARD)
+        if not section.on_gpu:
+            section.put("r2n --decode gpu", NEEDS_GPU)
             del commands["r2n --decode gpu"]
         longest = 0.0
         for _ in range(1 if section.quick else 2):
             start = time.monotonic()
             for name in list(commands) if section.time_left(longest) else ():
                 try:
-                    one = watched(
-                        section, [sys.executable, *map(str, commands[name])], out, pictures
-                    )
+                    one = watched(section, [sys.executable, *map(str, commands[name])], out, images)
                 except subprocess.CalledProcessError as error:
                     section.put(f"{name}: error", error.output[-1500:])
                     del commands[name]
@@ -251,11 +250,11 @@ def end_to_end(section: Section) -> None:
             rates = [[one[part]["images/s"] for one in runs[each]] for each in (name, "timm")]
             section.reaches(f"end to end, {part}: {name} against timm", ratio(*rates), 5)
         busy = [one["steady"].get("gpu, %", 0.0) for one in runs[name]]
-        if section.on_card:
+        if section.on_gpu:
             section.reaches(f"GPU busy, %: {name}", statistics.median(busy), 80)
 
 
-def watched(section: Section, command: list[str], out: Path, pictures: int) -> dict[str, Any]:
+def watched(section: Section, command: list[str], out: Path, images: int) -> dict[str, Any]:
     """A process from its start to its end: how fast, and how busy the machine was meanwhile.
 
     The steady part is that from a fifth to nine tenths of the output, which is seen growing:
@@ -277,7 +276,7 @@ def watched(section: Section, command: list[str], out: Path, pictures: int) -> d
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command, log.read())
     if any(amount > 0 for _, amount, _ in grown):
-        shares = [amount / pictures for _, amount, _ in grown]
+        shares = [amount / images for _, amount, _ in grown]
     else:
         shares = [-amount / size_of(out) for _, amount, _ in grown]
     at = [i for i, share in enumerate(shares) if 0.2 <= share <= 0.9]
@@ -285,7 +284,7 @@ def watched(section: Section, command: list[str], out: Path, pictures: int) -> d
     seconds = grown[last][0] - grown[first][0]
     steady = {"seconds": seconds, "images/s": math.nan}
     if last > first:
-        steady["images/s"] = pictures * (shares[last] - shares[first]) / seconds
+        steady["images/s"] = images * (shares[last] - shares[first]) / seconds
         steady["busy cores"] = (grown[last][2] - grown[first][2]) / seconds
         for what in ("gpu", "jpeg"):
             found = [
@@ -295,7 +294,7 @@ def watched(section: Section, command: list[str], out: Path, pictures: int) -> d
             ]
             if found:
                 steady[f"{what}, %"] = statistics.fmean(found)
-    return {"whole": {"seconds": took, "images/s": pictures / took}, "steady": steady}
+    return {"whole": {"seconds": took, "images/s": images / took}, "steady": steady}
 
 
 def size_of(file: Path) -> int:
@@ -323,16 +322,16 @@ def nvidia_smi(device: torch.device, query: str) -> list[str]:
 
 
 def smi_command(device: torch.device, query: str) -> list[str]:
-    card = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
-    return ["nvidia-smi", card, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    gpu = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+    return ["nvidia-smi", gpu, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
 
 
 @contextmanager
 def gpu_samples(section: Section) -> Iterator[list[dict[str, float]]]:
-    """How busy the card and its JPEG engines are, every 100 ms; filled at the end."""
+    """Sample the load of the GPU and its JPEG engines every 100 ms; fill the list at the end."""
     samples: list[dict[str, float]] = []
     # not every driver knows of JPEG engines
-    known = [["gpu", "jpeg"], ["gpu"]] if section.on_card else []
+    known = [["gpu", "jpeg"], ["gpu"]] if section.on_gpu else []
     queries = {f"timestamp,{','.join(f'utilization.{w}' for w in what)}": what for what in known}
     query = next((query for query in queries if nvidia_smi(section.device, query)), None)
     if query is None:

@@ -45,7 +45,7 @@ from r2ncli import (
     UsageError,
     classify_to,
 )
-from r2ncli.engine import cpu_has_bf16
+from r2ncli.engine.base import cpu_has_bf16
 from r2ncli.files import reason, write_whole
 from r2ncli.model import Bottle2neck
 from r2ncli.sources.selection import SUFFIXES

@@ -1,4 +1,4 @@
-"""Measures the pipeline that everyone runs: the model alone, and every stage on pictures."""
+"""Measure the speed of the model alone and of every stage of the pipeline on images."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from PIL import Image
 
 from r2ncli import __version__
 from r2ncli.architectures import DEFAULT_NETWORK, PUBLISHED, Architecture, Preprocessing
-from r2ncli.engine import EngineDescription
+from r2ncli.engine import INT8
+from r2ncli.engine.base import EngineDescription
 from r2ncli.errors import ImageError, UsageError
 from r2ncli.images.decode import decode
-from r2ncli.options import PathLike, RunOptions
+from r2ncli.options import BENCH_PRECISIONS, BENCH_SECONDS, PathLike, RunOptions
 from r2ncli.outputs.formats import CsvFormat, Format
 from r2ncli.outputs.partial import PartialOutput
 from r2ncli.outputs.rows import Batch
@@ -35,16 +36,16 @@ from r2ncli.weights.checkpoints import imagenet_labels
 if TYPE_CHECKING:
     from r2ncli.weights.loading import Checkpoint
 
-MOST_PICTURES = 2000  # names taken from a folder; they are repeated as often as it takes
-TOPK = 5
+DEFAULTS = RunOptions()
+MOST_IMAGES = 2000  # names taken from a folder; they are repeated as often as necessary
 
 
 @dataclass(frozen=True)
 class ModelSpeed:
-    """The model alone on a full batch: throughput, and latency of one batch.
+    """Throughput of the model alone on full batches, and latency of one batch.
 
-    `flops_per_second` are those of its convolutions and classifier, `matmul_share` is what
-    that is of a large matrix product's in the same precision (None where torch has none).
+    `flops_per_second` counts convolutions and classifier. `matmul_share` is its ratio to that
+    of a large matrix product in the same precision; None if torch has no such product.
     """
 
     precision: str
@@ -60,7 +61,7 @@ class ModelSpeed:
 
 @dataclass(frozen=True)
 class StageSpeed:
-    """One stage alone, or all together (``whole``); latencies are of one picture or batch."""
+    """Throughput of one stage, or of all together (``whole``); latencies of an image or batch."""
 
     stage: str
     images_per_second: float
@@ -72,54 +73,56 @@ class StageSpeed:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What was measured, on what, with what.
+    """What was measured, and on what.
 
-    `peak_resident_mb` is the whole process's; None where the system does not say it.
+    `bottleneck` is the name of the slowest stage. `peak_resident_mb` is of the whole process;
+    None if the system does not report it.
     """
 
     weights: str
     engine: EngineDescription
     workers: int
-    pictures: str
+    images: str
     model: tuple[ModelSpeed, ...]
     stages: tuple[StageSpeed, ...]
-    binding_stage: str
+    bottleneck: str
     peak_resident_mb: float | None
 
     def as_dict(self) -> dict[str, Any]:
         """As the JSON document of ``r2n bench --json``."""
-        return {"schema": 2, "r2n": __version__, **asdict(self)}
+        return {"schema": 3, "r2n": __version__, **asdict(self)}
 
 
 def bench(
-    paths: Sequence[PathLike] = (),
+    paths: Sequence[PathLike] | PathLike = (),
     *,
+    options: RunOptions = DEFAULTS,
     weights: str | os.PathLike[str] | None = None,
-    device: str = "auto",
-    backend: str = "auto",
-    precisions: Sequence[str] = ("auto", "fp32"),
+    precisions: Sequence[str] = BENCH_PRECISIONS,
     batch_sizes: Sequence[int] | None = None,
-    workers: int | None = None,
-    seconds: float = 3.0,
+    seconds: float = BENCH_SECONDS,
     on_measuring: Callable[[str], None] | None = None,
 ) -> BenchReport:
-    """Measure throughput and latency; the first precision and the device's batch size run whole.
+    """Measure throughput and latency.
+
+    The model alone is measured with every precision and batch size, the whole pipeline with
+    the first precision and the batch size that suits the device.
 
     Parameters
     ----------
-    paths : sequence of paths
-        Pictures for the pipeline; none means generated JPEGs of 500 x 375.
+    paths : path or sequence of paths
+        Images for the pipeline; none means generated JPEGs of 500 x 375.
+    options : RunOptions
+        Its `device`, `backend` and `workers` are used.
     weights : str, path or None
         A checkpoint that is on this machine (nothing is downloaded); None means the default
         network with random weights, which are as fast.
-    device, backend, workers
-        As for `classify`.
     precisions, batch_sizes : sequences
-        What the model alone is measured at; None means what suits the device.
+        What the model alone is measured with; None means batch sizes that suit the device.
     seconds : float
         How long each measurement takes.
     on_measuring : callable, optional
-        Takes what is measured next, in words.
+        Takes the name of each measurement before it starts.
 
     Raises
     ------
@@ -127,19 +130,22 @@ def bench(
         An option, the weights, the device or a path does not fit.
     """
     if not 0 < seconds < 3600:  # false for NaN
-        raise UsageError(f"seconds must be more than 0 and less than 3600, not {seconds:g}")
+        raise UsageError(f"`seconds` must be more than 0 and less than 3600, not {seconds:g}")
+    if INT8 in precisions:
+        raise UsageError(
+            "`precision=int8` cannot be measured: int8 needs images to calibrate with, and "
+            "bench does not quantise"
+        )
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
     left_out = LeftOut(Selection())
     every = find_images(paths, lambda _warning: None, left_out=left_out) if paths else iter(())
-    found = list(islice(every, MOST_PICTURES))
+    found = list(islice(every, MOST_IMAGES))
     if paths and not found:
         raise no_image_found(left_out)
     say = on_measuring or (lambda _words: None)
+    options = replace(options, precision=precisions[0])
     checkpoint = _random_checkpoint() if weights is None else _checkpoint_at_hand(weights)
-    options = RunOptions(
-        topk=TOPK, device=device, backend=backend, precision=precisions[0], workers=workers
-    )
     task = Classify()
     whole = assemble_predictor(checkpoint, task.layers(options), options)
     sizes = batch_sizes or _batch_sizes(whole.engine.description)
@@ -158,24 +164,24 @@ def bench(
 
     with tempfile.TemporaryDirectory(prefix="r2n-bench-") as folder:
         inputs = found or generated_jpegs(Path(folder))
-        kind = f"pictures of {', '.join(map(str, paths))}" if found else "generated JPEGs"
-        pictures = f"{len(inputs)} {kind}{'' if found else ' of 500 x 375'}"
+        kind = f"images of {', '.join(map(str, paths))}" if found else "generated JPEGs"
+        images = f"{len(inputs)} {kind}{'' if found else ' of 500 x 375'}"
         stages = tuple(_stages(whole, options, inputs, Path(folder), seconds, say))
     alone = [stage for stage in stages if stage.stage != "whole"]
     return BenchReport(
         weights="random" if weights is None else checkpoint.variant,
         engine=whole.engine.description,
         workers=whole.workers,
-        pictures=pictures,
+        images=images,
         model=tuple(speeds.values()),
         stages=stages,
-        binding_stage=min(alone, key=lambda stage: stage.images_per_second).stage,
+        bottleneck=min(alone, key=lambda stage: stage.images_per_second).stage,
         peak_resident_mb=_peak_resident_mb(),
     )
 
 
 def generated_jpegs(folder: Path, count: int = 64) -> list[Input]:
-    """Seeded JPEGs of 500 x 375 with about the bytes of a photograph."""
+    """Write seeded JPEGs of 500 x 375 that are about as large as photographs."""
     random = np.random.default_rng(0)
     inputs = []
     for number in range(count):
@@ -238,9 +244,9 @@ def _model_speed(predictor: Predictor, architecture: Architecture, seconds: floa
 
 
 def _forward(predictor: Predictor, seconds: float) -> tuple[float, list[float]]:
-    """Images/s with all of the engine's streams at work on full batches, and seconds of each.
+    """Run full batches on all streams; return images/s, and the seconds of each batch.
 
-    Two batches of each stream come first, which do not count.
+    Each stream runs two batches before the measurement.
     """
     engine, description = predictor.engine, predictor.engine.description
     side = predictor.preprocessing.image_size
@@ -264,13 +270,13 @@ def _forward(predictor: Predictor, seconds: float) -> tuple[float, list[float]]:
 
 
 def _percentiles(latencies: Sequence[float]) -> tuple[float, float, float, float]:
-    """The 50th, 90th, 95th and 99th, in ms."""
+    """Return the 50th, 90th, 95th and 99th percentile in ms."""
     p50, p90, p95, p99 = np.percentile(latencies, [50, 90, 95, 99]) * 1000
     return float(p50), float(p90), float(p95), float(p99)
 
 
 def matmul_flops_per_second(precision: str, device: str) -> float | None:
-    """What a product of two 2048 x 2048 matrices reaches: the best of a few."""
+    """Return the highest rate of a few products of two 2048 x 2048 matrices."""
     import torch
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -282,13 +288,13 @@ def matmul_flops_per_second(precision: str, device: str) -> float | None:
     with torch.inference_mode():
         for _ in range(6):
             start = time.perf_counter()
-            (matrix @ matrix)[0, 0].item()  # waits for a card
+            (matrix @ matrix)[0, 0].item()  # waits for a GPU
             best = min(best, time.perf_counter() - start)
     return 2 * side**3 / best
 
 
 def _peak_resident_mb() -> float | None:
-    """The most memory that this process held, in MB; None on Windows, which does not say."""
+    """Return the most memory that this process held, in MB; None on Windows."""
     try:
         import resource
     except ImportError:
@@ -332,7 +338,7 @@ def _stages(
 
 
 def _decode_speed(predictor: Predictor, inputs: list[Input], seconds: float) -> StageSpeed:
-    """All decode threads at work, as long as it takes to fill `seconds`."""
+    """Decode with all threads for so many seconds."""
     deadline = time.perf_counter() + seconds
 
     def decode_until_deadline(first: int) -> list[float]:
@@ -345,7 +351,7 @@ def _decode_speed(predictor: Predictor, inputs: list[Input], seconds: float) -> 
                 content = source.read(predictor.rules.max_bytes).content
                 decode(content, predictor.preprocessing, predictor.rules)
             except ImageError:
-                pass  # a failed picture takes its time too
+                pass  # a failed image takes time too
             latencies.append(time.perf_counter() - start)
         return latencies
 

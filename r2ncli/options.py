@@ -13,6 +13,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from operator import index
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from r2ncli.engine import AUTO, BACKENDS, INT8, POOLS, PRECISIONS
 from r2ncli.errors import UsageError
 from r2ncli.images.rules import MAX_BYTES, MAX_PIXELS, DecodeRules
 from r2ncli.sources.selection import Selection, parse_shard
@@ -22,13 +23,11 @@ if TYPE_CHECKING:
 
 CLASSIFY, EXTRACT, BENCH = "classify", "extract", "bench"
 RUNS, ALL = (CLASSIFY, EXTRACT), (CLASSIFY, EXTRACT, BENCH)
-BACKENDS = ("auto", "torch", "openvino")
-DECODES = ("auto", "exact", "gpu")
-POOLS = ("avg", "max", "none")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
-INT8 = PRECISIONS[-1]
+DECODES = (AUTO, "exact", "gpu")
 DTYPES = ("float32", "float16")
 ON_ERROR = ("continue", "fail")
+BENCH_PRECISIONS = (AUTO, "fp32")
+BENCH_SECONDS = 3.0
 
 PathLike = str | os.PathLike[str]
 
@@ -169,17 +168,17 @@ class RunOptions:
     )
     backend: str = _option(
         "auto",
-        "Execute the network with this library; auto is openvino on a CPU, else torch.",
+        "Execute the network with this library; auto is the first one that runs on the device.",
         NETWORK,
         commands=ALL,
-        choices=BACKENDS,
+        choices=(AUTO, *(backend.name for backend in BACKENDS)),
     )
     precision: str = _option(
         "auto",
         "Compute in this precision; auto is the fastest that keeps top-1. int8 is for classify "
         "and needs `calibration`.",
         NETWORK,
-        choices=PRECISIONS,
+        choices=(AUTO, *PRECISIONS),
     )
     calibration: Sequence[str | os.PathLike[str]] | str | os.PathLike[str] | None = _option(
         None,

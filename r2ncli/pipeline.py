@@ -23,7 +23,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from r2ncli.engine import Outputs, Pixels
+from r2ncli.engine.base import Outputs, Pixels
 from r2ncli.errors import FailedInputError, ImageError
 from r2ncli.images.decode import decode
 from r2ncli.images.jpeg import Jpeg
@@ -44,6 +44,7 @@ from r2ncli.outputs.rows import (
     features,
 )
 from r2ncli.predictor import LOGITS, Predictor
+from r2ncli.sources.content import Stamp
 from r2ncli.sources.walk import Input
 from r2ncli.weights.checkpoints import Labels
 
@@ -155,7 +156,7 @@ def run(
     An image that fails keeps its place and its reason; its neighbours do not notice. `keep`
     gives what is wanted of a batch's outputs; it works in the engine's threads.
     """
-    engine, workers, card_decoder = predictor.engine, predictor.workers, predictor.card_decoder
+    engine, workers, gpu_decoder = predictor.engine, predictor.workers, predictor.gpu_decoder
     batch_size = engine.description.batch_size
     streams = engine.description.streams
     ahead = 1 + streams + -(-2 * workers // batch_size)  # batches under way: all threads busy
@@ -164,20 +165,21 @@ def run(
     pending: deque[Future[Batch | None]] = deque()
     stopped = threading.Event()
 
-    def read_and_decode(source: Input, pixels: Pixels) -> Outcome:
+    def read_and_decode(batch: _Batch, number: int, source: Input) -> Outcome:
+        pixels = batch.pixels[number]
         if stopped.is_set():
             return "interrupted"
         try:
-            content = source.read(predictor.rules.max_bytes).content
+            content, batch.stamps[number] = source.read(predictor.rules.max_bytes)
         except ImageError as error:
             return failed(error, pixels)
-        if card_decoder is not None and (jpeg := card_decoder.accept(content)) is not None:
+        if gpu_decoder is not None and (jpeg := gpu_decoder.accept(content)) is not None:
             return jpeg
         return decode_into(pixels, content)
 
     def decide(batch: _Batch, number: int, source: Input) -> None:
         try:
-            outcome: Outcome | BaseException = read_and_decode(source, batch.pixels[number])
+            outcome: Outcome | BaseException = read_and_decode(batch, number, source)
         except BaseException as error:  # raised where the batch is used
             outcome = error
         batch.decide(number, outcome)
@@ -196,8 +198,8 @@ def run(
     def decode_on_gpu(outcomes: list[Outcome], pixels: Pixels) -> list[str | None]:
         jpegs = {i: found for i, found in enumerate(outcomes) if isinstance(found, Jpeg)}
         errors = [None if isinstance(found, Jpeg) else found for found in outcomes]
-        if card_decoder is not None and jpegs:
-            for i in card_decoder(jpegs, pixels):
+        if gpu_decoder is not None and jpegs:
+            for i in gpu_decoder(jpegs, pixels):
                 errors[i] = decode_into(pixels[i], jpegs[i].content)
         return errors
 
@@ -212,7 +214,7 @@ def run(
         count = len(batch.names)
         columns = {name: column[:count] for name, column in keep(engine(batch.pixels)).items()}
         buffers.append(batch.pixels)
-        return Batch(batch.names, errors, columns)
+        return Batch(batch.names, errors, columns, batch.stamps)
 
     decoders = _Threads(workers, "r2n-decode")
     fetchers = _Threads(FETCHERS, "r2n-fetch")
@@ -272,6 +274,8 @@ class _Batch:
     ----------
     names : list of str
         In the order in which they were added.
+    stamps : list of Stamp or None
+        Of the files that they were read from.
     pixels : uint8 array [batch_size, H, W, 3]
     ready : Event
         Set when it is closed and every image has its outcome.
@@ -279,6 +283,7 @@ class _Batch:
 
     def __init__(self, pixels: Pixels) -> None:
         self.names: list[str] = []
+        self.stamps: list[Stamp | None] = []
         self.pixels = pixels
         self.ready = threading.Event()
         self._outcomes: list[Outcome | BaseException] = []
@@ -288,6 +293,7 @@ class _Batch:
     def add(self, name: str) -> int:
         """Add an image; return its number."""
         self.names.append(name)
+        self.stamps.append(None)
         self._outcomes.append(None)
         return len(self.names) - 1
 

@@ -1,46 +1,24 @@
-"""A network made ready to run on pictures: options and a checkpoint become a `Predictor`."""
+"""Make a network ready to run on images: options and a checkpoint become a `Predictor`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from r2ncli.architectures import Preprocessing
-from r2ncli.engine import (
-    Engine,
-    EngineDescription,
-    Pixels,
-    cores,
-    cpu_flags,
-    cpu_model,
-    find_backend,
-    pooled_shape,
-)
-from r2ncli.engine.cache import Entry, loaded_entry
-from r2ncli.engine.calibration import Calibration, Sample, choose_sample, decoded
+from r2ncli.engine import CUDA, Backend, choose_backend, choose_precision
+from r2ncli.engine.base import Calibration, Engine, Setup, cores
 from r2ncli.errors import UsageError
 from r2ncli.images.decode import DecodeRules
-from r2ncli.options import INT8, NO_LISTENERS, Listeners, RunOptions
-from r2ncli.weights.checkpoints import (
-    Labels,
-    checked_sha256,
-    find_checkpoint,
-    labels_of,
-    preprocessing_of,
-    read_metadata,
-)
-from r2ncli.weights.containers import container
+from r2ncli.options import NO_LISTENERS, Listeners, RunOptions
+from r2ncli.weights.checkpoints import CheckpointFile, Labels, open_checkpoint
 
 if TYPE_CHECKING:
-    from r2ncli.images.gpu import GpuDecoder as CardDecoder
+    from r2ncli.engine.quantization import Sample
+    from r2ncli.images.gpu import GpuDecoder
     from r2ncli.weights.loading import Checkpoint
 
 LOGITS = "fc"  # the module whose output the logits are
@@ -50,7 +28,27 @@ MAX_WORKERS = 256
 
 @dataclass(frozen=True)
 class Predictor:
-    """A network at work: what turns inputs into rows, and what it is made of."""
+    """A network that is ready to turn inputs into rows, and what it is made of.
+
+    Attributes
+    ----------
+    engine : Engine
+        Executes the network.
+    preprocessing, rules : Preprocessing, DecodeRules
+        How images become the network's input.
+    workers : int
+        Number of threads that decode.
+    checkpoint, sha256, variant : Path, str, str
+        The checkpoint's file, its SHA-256 and its variant.
+    classes, labels : int, Labels or None
+        The number of classes, and their labels if they are known.
+    pool, shapes : str, dict
+        How feature maps are pooled, and the shape of one image's output by layer.
+    calibration : Calibration or None
+        What int8 was calibrated with.
+    gpu_decoder : GpuDecoder or None
+        Decodes JPEGs on the GPU.
+    """
 
     engine: Engine
     preprocessing: Preprocessing
@@ -62,18 +60,19 @@ class Predictor:
     classes: int
     labels: Labels | None
     pool: str
-    shapes: dict[str, tuple[int, ...]]  # of one picture's outputs, by layer
-    calibration: Calibration | None = None  # where the precision is int8
-    card_decoder: CardDecoder | None = None  # where JPEGs are decoded on the card
+    shapes: dict[str, tuple[int, ...]]
+    calibration: Calibration | None = None
+    gpu_decoder: GpuDecoder | None = None
 
 
 def open_predictor(
     layers: Sequence[str], options: RunOptions, listeners: Listeners = NO_LISTENERS
 ) -> Predictor:
-    """Load the weights and get a device ready to give the outputs of `layers`.
+    """Load the weights and get a device ready to compute the outputs of `layers`.
 
-    With the backend ``openvino`` the compiled network is kept in the cache: the next time
-    neither torch nor the checkpoint's tensors are loaded.
+    Everything that can be checked without the weights is checked before they are downloaded or
+    loaded. Neither torch nor the checkpoint's tensors are loaded if the backend finds the
+    compiled network in its cache.
 
     Raises
     ------
@@ -82,244 +81,134 @@ def open_predictor(
     InputNotFoundError
         `options.calibration` has no image that can be used.
     """
-    # what can be said before a large file is loaded, or even downloaded, is said before
-    device, precision, pool = options.device, options.precision, options.pool
-    if find_backend(options.backend, device) == "torch":
-        if precision == INT8:
-            raise UsageError(
-                "precision 'int8' is for backend 'openvino' on a CPU: here backend 'torch' runs"
-            )
-        from r2ncli.engine.devices import find_devices, find_precision
-        from r2ncli.weights.loading import load_checkpoint
+    runs_on = _checked(options)
+    sample = _calibration_sample(options, listeners)
+    file = open_checkpoint(options.weights, on_progress=listeners.on_download)
 
-        found = find_devices(device)[0]
-        find_precision(precision, found)
-        _check_decoding(options, found.type)
-        checkpoint = load_checkpoint(options.weights, on_progress=listeners.on_download)
-        predictor = assemble_predictor(checkpoint, layers, options)
-        if predictor.engine.description.remark:
-            listeners.on_warning(predictor.engine.description.remark)
-        return predictor
+    def load_tensors() -> Checkpoint:
+        from r2ncli.weights.loading import load
 
-    from r2ncli.engine import openvino
+        return load(file)
 
-    _check_decoding(options, "cpu")
-    layers = _distinct(layers)
-    rules, workers = options.decode_rules(), _workers(options)
-    warn = listeners.on_warning
-    calibration = options.calibration
-    sample: Sample | None = None
-    if calibration is None:
-        precision = openvino.find_precision(precision)
-    else:
-        from r2ncli.engine.quantization import quantizer
-
-        made_by = quantizer()
-        sample = choose_sample(calibration, rules, workers, warn)
-    batch_size = options.batch_size or openvino.BATCH_SIZE
-    path = find_checkpoint(options.weights, on_progress=listeners.on_download)
-    container(path)
-    sha256, metadata = checked_sha256(path), read_metadata(path)
-    preprocessing = _preprocessing(preprocessing_of(metadata, path), options)
-    settings = {
-        "library": openvino.library(),
-        "processor": cpu_model(),
-        "instructions": cpu_flags(),
-        "sha256": sha256,
-        "metadata": metadata,
-        "layers": layers,
-        "pool": pool,
-        "preprocessing": asdict(preprocessing),
-        "precision": precision,
-        "batch_size": batch_size,
-    }
-    if sample is not None:
-        settings |= {
-            "calibration": sample.sha256,
-            "quantizer": made_by,
-            "decoder": version("pillow"),
-            "rules": asdict(rules),
-        }
-
-    def compile_checkpoint() -> Entry:
-        from r2ncli.weights.loading import load_file
-
-        pixels = None
-        if sample is not None:
-            pixels = decoded(sample, preprocessing, rules, workers, warn)
-            listeners.on_quantising(len(pixels))
-        loaded = load_file(path, sha256)
-        facts = {
-            "variant": loaded.variant,
-            "classes": loaded.network.architecture.classes,
-            "shapes": _shapes(loaded, layers, pool, preprocessing),
-            "pictures": 0 if pixels is None else len(pixels),
-        }
-        graph = _graph(loaded, layers, pool, preprocessing, precision, batch_size, pixels)
-        return Entry(facts, graph)
-
-    def load(entry: Entry) -> openvino.OpenVinoEngine:
-        return openvino.OpenVinoEngine(entry.graph, layers, precision)
-
-    entry, engine = loaded_entry(settings, compile_checkpoint, load, warn)
-    return Predictor(
-        engine=engine,
-        preprocessing=preprocessing,
-        rules=rules,
-        workers=workers,
-        checkpoint=path,
-        sha256=sha256,
-        variant=entry.facts["variant"],
-        classes=entry.facts["classes"],
-        labels=labels_of(metadata, entry.facts["classes"], path),
-        pool=pool,
-        shapes={layer: tuple(shape) for layer, shape in entry.facts["shapes"].items()},
-        calibration=Calibration(sample.sha256, entry.facts["pictures"]) if sample else None,
+    return _opened(
+        runs_on,
+        layers,
+        options,
+        listeners,
+        file,
+        load_tensors,
+        file.labels,
+        {"sha256": file.sha256, "metadata": file.metadata},
+        sample,
     )
 
 
 def assemble_predictor(
     checkpoint: Checkpoint, layers: Sequence[str], options: RunOptions
 ) -> Predictor:
-    """Get a device ready for a checkpoint that is loaded, to give the outputs of `layers`.
+    """Get a device ready to compute the outputs of `layers` for a loaded checkpoint.
+
+    The cache of compiled networks is not used.
 
     Raises
     ------
     UsageError, DeviceError
         An option or the device does not fit.
     """
-    device, precision, pool, batch_size = (
-        options.device,
-        options.precision,
-        options.pool,
-        options.batch_size,
+    return _opened(
+        _checked(options),
+        layers,
+        options,
+        NO_LISTENERS,
+        checkpoint,
+        lambda: checkpoint,
+        lambda _classes: checkpoint.labels,
     )
-    if precision == INT8:
-        raise UsageError("`precision=int8` needs a checkpoint file, to keep what was quantised")
-    layers = _distinct(layers)
-    preprocessing = _preprocessing(checkpoint.preprocessing, options)
-    shapes = _shapes(checkpoint, layers, pool, preprocessing)
-    engine: Engine
-    if find_backend(options.backend, device) == "torch":
-        from r2ncli.engine.cuda import CudaEngine
-        from r2ncli.engine.devices import find_devices
-        from r2ncli.engine.pytorch import TorchEngine
 
-        devices = find_devices(device)
-        on_cards = devices[0].type == "cuda"
-        engine = (partial(CudaEngine, devices=devices) if on_cards else TorchEngine)(
-            checkpoint.network,
-            layers,
-            pool,
-            preprocessing,
-            precision=precision,
-            batch_size=batch_size,
+
+def _checked(options: RunOptions) -> tuple[Backend, tuple[str, ...], str]:
+    """Choose the backend, the devices and the precision; check that the devices can decode."""
+    backend, devices = choose_backend(options.backend, options.device)
+    precision = choose_precision(options.precision, backend, devices)
+    if options.decode == GPU:
+        _check_gpu_decoding(devices)
+    return backend, devices, precision
+
+
+def _check_gpu_decoding(devices: Sequence[str]) -> None:
+    """Raise a UsageError if there is no GPU to decode on, or a library for it is missing."""
+    if not devices[0].startswith(CUDA):
+        raise UsageError(
+            f"`decode=gpu` needs a CUDA GPU, but this run uses {devices[0]}: use `device=cuda` "
+            "if there is a GPU, or `decode=auto`"
         )
-    else:
-        from r2ncli.engine import openvino
+    for library, source in (("torchcodec", "'r2ncli[gpu-decode]'"), ("triton", "triton")):
+        if find_spec(library) is None:
+            raise UsageError(f"`decode=gpu` needs {library}: pip install {source}")
 
-        precision = openvino.find_precision(precision)
-        size = batch_size or openvino.BATCH_SIZE
-        graph = _graph(checkpoint, layers, pool, preprocessing, precision, size)
-        engine = openvino.OpenVinoEngine(graph, layers, precision)
+
+def _calibration_sample(options: RunOptions, listeners: Listeners) -> Sample | None:
+    if options.calibration is None:
+        return None
+    from r2ncli.engine.quantization import choose_sample, quantizer
+
+    quantizer()  # raises an error if it is not installed
+    rules, workers = options.decode_rules(), _workers(options)
+    return choose_sample(options.calibration, rules, workers, listeners.on_warning)
+
+
+def _opened(
+    runs_on: tuple[Backend, tuple[str, ...], str],
+    layers: Sequence[str],
+    options: RunOptions,
+    listeners: Listeners,
+    checkpoint: CheckpointFile | Checkpoint,
+    load: Callable[[], Checkpoint],
+    labels: Callable[[int], Labels | None],
+    identity: Mapping[str, Any] | None = None,
+    sample: Sample | None = None,
+) -> Predictor:
+    """Let the backend get the network ready (see `Setup` for `load`, `identity`, `sample`)."""
+    backend, devices, precision = runs_on
+    setup = Setup(
+        load=load,
+        identity=identity,
+        layers=tuple(dict.fromkeys(layers)),
+        pool=options.pool,
+        preprocessing=checkpoint.preprocessing.resized(options.image_size, options.no_crop),
+        devices=devices,
+        precision=precision,
+        batch_size=options.batch_size,
+        sample=sample,
+        on_warning=listeners.on_warning,
+        on_quantising=listeners.on_quantising,
+    )
+    ready = backend.load().open_network(setup)
     return Predictor(
-        engine=engine,
-        preprocessing=preprocessing,
+        engine=ready.engine,
+        preprocessing=setup.preprocessing,
         rules=options.decode_rules(),
         workers=_workers(options),
         checkpoint=checkpoint.path,
         sha256=checkpoint.sha256,
-        variant=checkpoint.variant,
-        classes=checkpoint.network.architecture.classes,
-        labels=checkpoint.labels,
-        pool=pool,
-        shapes=shapes,
-        card_decoder=_card_decoder(options, engine.description, preprocessing),
+        variant=ready.variant,
+        classes=ready.classes,
+        labels=labels(ready.classes),
+        pool=setup.pool,
+        shapes=ready.shapes,
+        calibration=ready.calibration,
+        gpu_decoder=_gpu_decoder(setup, options) if options.decode == GPU else None,
     )
 
 
-def _distinct(layers: Sequence[str]) -> tuple[str, ...]:
-    layers = tuple(dict.fromkeys([layers] if isinstance(layers, str) else layers))
-    if not layers:
-        raise UsageError("no layer given. r2n extract --list-layers prints all of them")
-    return layers
+def _gpu_decoder(setup: Setup, options: RunOptions) -> GpuDecoder:
+    import torch
 
+    from r2ncli.images.gpu import GpuDecoder
 
-def _preprocessing(checkpoints: Preprocessing, options: RunOptions) -> Preprocessing:
-    return checkpoints.resized(options.image_size, options.no_crop)
-
-
-def _shapes(
-    checkpoint: Checkpoint, layers: Sequence[str], pool: str, preprocessing: Preprocessing
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of one picture's outputs, by layer."""
-    from r2ncli.model import layer_shapes
-
-    shapes = layer_shapes(checkpoint.network.architecture, preprocessing.image_size)
-    for layer in layers:
-        if layer not in shapes:
-            raise UsageError(_no_such_layer(layer, list(shapes)))
-    return {layer: pooled_shape(shapes[layer], pool) for layer in layers}
-
-
-def _graph(
-    checkpoint: Checkpoint,
-    layers: Sequence[str],
-    pool: str,
-    preprocessing: Preprocessing,
-    precision: str,
-    batch_size: int,
-    calibration: Pixels | None = None,
-) -> npt.NDArray[np.uint8]:
-    from r2ncli.engine.graph import folded, to_graph
-    from r2ncli.engine.openvino import compiled
-
-    if calibration is None:
-        graph = to_graph(checkpoint.network, layers, pool, preprocessing, batch_size)
-    else:
-        from r2ncli.engine.quantization import quantized
-
-        one = to_graph(folded(checkpoint.network), layers, pool, preprocessing, 1)
-        graph = quantized(one, calibration)
-        graph.reshape([batch_size, *calibration.shape[1:]])
-    return compiled(graph, precision)
-
-
-def _check_decoding(options: RunOptions, device_kind: str) -> None:
-    """Raise a UsageError where JPEGs are to be decoded on a card that does not run, or without
-    the libraries for it."""
-    if options.decode != GPU:
-        return
-    if device_kind != "cuda":
-        raise UsageError(
-            f"decode 'gpu' is for a CUDA card, and this runs on the {device_kind}: give --device "
-            "cuda where there is a card, or --decode auto"
-        )
-    for library, source in (("torchcodec", "'r2ncli[gpu-decode]'"), ("triton", "triton")):
-        if find_spec(library) is None:
-            raise UsageError(f"decode 'gpu' needs {library}: pip install {source}")
-
-
-def _card_decoder(
-    options: RunOptions, description: EngineDescription, preprocessing: Preprocessing
-) -> CardDecoder | None:
-    _check_decoding(options, description.device_kind)
-    if options.decode != GPU:
-        return None
-    from r2ncli.engine.devices import find_devices
-    from r2ncli.images.gpu import GpuDecoder as CardDecoder
-
-    cards = find_devices(options.device)
-    return CardDecoder(cards, preprocessing, options.decode_rules())
+    gpus = [torch.device(name) for name in setup.devices]
+    return GpuDecoder(gpus, setup.preprocessing, options.decode_rules())
 
 
 def _workers(options: RunOptions) -> int:
     return min(options.workers or cores(), MAX_WORKERS)
-
-
-def _no_such_layer(layer: str, layers: list[str]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(layer, layers, n=3, cutoff=0.4)
-    hint = f"Did you mean {', '.join(near)}? " if near else ""
-    return f"no layer {layer!r}. {hint}r2n extract --list-layers prints all of them"

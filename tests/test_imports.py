@@ -1,4 +1,4 @@
-"""Rooms know only the rooms above them, and importing the package is quick."""
+"""Packages import only packages above them, and importing r2ncli is quick."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import r2ncli
 
 PACKAGE = Path(r2ncli.__file__).parent
 
-# Each may import any above it, none below. The files of a folder are one room.
-ROOMS = [
+# Each package or flat file may import any above it, none below.
+ORDER = [
     *("errors", "architectures", "model", "files", "web", "openvino_import"),
-    *("images", "sources", "weights", "hubconf", "torchvision_models", "engine"),
-    *("outputs", "predictor", "pipeline", "runs"),
+    *("images", "sources", "weights", "hubconf", "torchvision_models", "engine", "options"),
+    *("outputs", "predictor", "pipeline", "runs", "api"),
     *("bench", "cli", "__main__"),
 ]
 WITH_TORCH = {
@@ -31,7 +31,7 @@ WITH_TORCH = {
     "images/gpu",
 }
 WITH_TORCHVISION = {"torchvision_models"}  # the one file that is for its users
-WITH_TERMINAL = {"cli/terminal", "cli/options", "cli/app"}
+WITH_TERMINAL = {"cli"}
 
 FILES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): path
@@ -39,7 +39,7 @@ FILES = {
 }
 
 
-def room(file: str) -> str:
+def package(file: str) -> str:
     return file.partition("/")[0]
 
 
@@ -54,7 +54,7 @@ def imports(file: str, *, at_import_only: bool = False) -> Iterator[str]:
             assert node.level == 0, f"{file} imports relatively: say the whole name"
             assert node.module is not None
             yield node.module
-            # `from r2ncli import weights` names a room where `import __version__` does not
+            # `from r2ncli import weights` names a package where `import __version__` does not
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif at_import_only and (is_function(node) or is_for_type_checkers(node)):
             continue
@@ -78,26 +78,26 @@ def is_for_type_checkers(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
-def rooms_of(modules: Iterator[str]) -> set[str]:
+def packages_of(modules: Iterator[str]) -> set[str]:
     parts = [module.split(".") for module in modules]
-    return {part[1] for part in parts if part[0] == "r2ncli" and len(part) > 1} & set(ROOMS)
+    return {part[1] for part in parts if part[0] == "r2ncli" and len(part) > 1} & set(ORDER)
 
 
-def test_every_file_has_a_room() -> None:
-    assert {room(file) for file in FILES} - {"__init__"} == set(ROOMS)
+def test_every_file_has_a_package() -> None:
+    assert {package(file) for file in FILES} - {"__init__"} == set(ORDER)
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file != "__init__"])
-def test_a_file_imports_only_from_rooms_above_it(file: str) -> None:
-    own = ROOMS.index(room(file))
-    below = {other for other in rooms_of(imports(file)) if ROOMS.index(other) > own}
+def test_a_file_imports_only_from_packages_above_it(file: str) -> None:
+    own = ORDER.index(package(file))
+    below = {other for other in packages_of(imports(file)) if ORDER.index(other) > own}
     assert below == set()
     if "/" not in file:
-        assert room(file) not in rooms_of(imports(file))
+        assert package(file) not in packages_of(imports(file))
 
 
-def test_the_package_itself_imports_no_room() -> None:
-    assert rooms_of(imports("__init__", at_import_only=True)) == set()
+def test_the_package_itself_imports_no_other() -> None:
+    assert packages_of(imports("__init__", at_import_only=True)) == set()
 
 
 @pytest.mark.parametrize("file", list(FILES))
@@ -113,7 +113,7 @@ def test_only_what_runs_networks_imports_torch_at_once(file: str) -> None:
 def test_only_the_command_line_imports_the_terminals_libraries(file: str) -> None:
     libraries = {module.split(".")[0] for module in imports(file)}
     assert "click" not in libraries  # typer may bring its own
-    if file not in WITH_TERMINAL:
+    if package(file) not in WITH_TERMINAL:
         assert not libraries & {"typer", "rich"}
 
 
@@ -126,7 +126,7 @@ def test_torchvision_and_timm_are_never_needed(file: str) -> None:
 
 @pytest.mark.parametrize("file", list(FILES))
 def test_what_is_for_another_librarys_users_is_imported_by_them_alone(file: str) -> None:
-    assert not rooms_of(imports(file)) & {"hubconf", "torchvision_models"}
+    assert not packages_of(imports(file)) & {"hubconf", "torchvision_models"}
 
 
 @pytest.mark.parametrize("statement", ["import r2ncli", "import r2ncli.cli.app", "dir(r2ncli)"])
@@ -182,7 +182,7 @@ def test_imports_within_functions_are_seen(monkeypatch: pytest.MonkeyPatch, tmp_
         "    import rich\n"
     )
     monkeypatch.setitem(FILES, "x", tmp_path / "x.py")
-    assert rooms_of(imports("x")) == {"cli", "weights"}
+    assert packages_of(imports("x")) == {"cli", "weights"}
     assert {"torch.nn", "rich"} <= set(imports("x"))
-    assert rooms_of(imports("x", at_import_only=True)) == set()
+    assert packages_of(imports("x", at_import_only=True)) == set()
     assert "rich" not in set(imports("x", at_import_only=True))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import r2ncli
-from r2ncli.engine import EngineDescription, empty_pixels
+from r2ncli.engine.base import EngineDescription, empty_pixels
 from r2ncli.errors import CheckpointError, DeviceError, InputNotFoundError, UsageError
 from r2ncli.images.decode import DecodeRules, decode
 from r2ncli.options import RunOptions
@@ -162,14 +162,14 @@ def test_a_folder_of_broken_pictures_only_gives_only_failed_rows(tmp_path, tiny_
 
 def test_topk_is_clamped_to_the_classes_and_must_be_positive(pictures, tiny_weights):
     assert len(next(r2ncli.classify(pictures, weights=tiny_weights, topk=99)).predictions) == 6
-    with pytest.raises(UsageError, match="topk must be at least 1"):
+    with pytest.raises(UsageError, match="`topk` must be at least 1"):
         r2ncli.classify(pictures, weights=tiny_weights, topk=0)
 
 
 def ranked(logits, topk):
     """Indices and probabilities of each row's `topk` highest logits, as `classify` keeps them."""
     kept = top_classes(topk)({LOGITS: np.array(logits, dtype=np.float32)})
-    return kept["indices"].tolist(), kept["probabilities"].tolist()
+    return kept["index"].tolist(), kept["probability"].tolist()
 
 
 def test_equal_logits_are_ranked_by_their_index():
@@ -238,7 +238,7 @@ def test_a_wrong_layer_gets_the_nearest_right_ones(pictures, tiny_weights):
 def test_one_layer_may_be_a_plain_name_and_none_is_an_error(pictures, tiny_weights):
     row = next(r2ncli.extract(pictures, weights=tiny_weights, layers="layer3"))
     assert list(row.features) == ["layer3"]
-    with pytest.raises(UsageError, match="no layer given"):
+    with pytest.raises(UsageError, match="`layers` names no layer"):
         r2ncli.extract(pictures, weights=tiny_weights, layers=[])
 
 

@@ -47,7 +47,7 @@ def boundary(command: Callable[..., int | None]) -> Callable[..., None]:
             code = 0
             stop_writing()
         except KeyboardInterrupt as interrupt:
-            say(f"r2n: {interrupt}" if str(interrupt) else "r2n: interrupted")
+            say(f"r2n: {for_command_line(str(interrupt)) or 'interrupted'}")
             code = 143 if isinstance(interrupt, _Terminated) else 130
             _leave(code)
         raise typer.Exit(code or 0)

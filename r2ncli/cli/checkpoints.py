@@ -63,6 +63,8 @@ def _print_verification(verification: Verification, json: bool) -> int:
     code = 4 if verification.failures else 0
     if json:
         print_json(verification.as_dict())
+        for check in verification.failures:
+            say_error(f"r2n: {verification.file}: {check.name}: {check.describe()}")
         return code
     rows = [(check.name, check.status, check.describe()) for check in verification.checks]
     title = f"{verification.file}\nSHA-256 {verification.sha256}"

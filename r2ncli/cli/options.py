@@ -42,25 +42,24 @@ Overwrite = Annotated[
 
 
 def flags(name: str) -> tuple[str, ...]:
-    """The names of an option of `RunOptions` on the command line."""
-    option = _ALL[name].metadata["option"]
-    return option.flags or ("--" + name.replace("_", "-"),)
+    """The names of a keyword on the command line."""
+    declared = _ALL.get(name)
+    given: tuple[str, ...] = declared.metadata["option"].flags if declared else ()
+    return given or ("--" + name.replace("_", "-"),)
 
 
 def for_command_line(text: str) -> str:
-    """`text` with the keywords that it names in backticks as options of the command line.
+    """`text` of an error with the keywords that it names in backticks as options.
 
     ``use `batch_size=4` `` becomes ``use --batch-size 4``.
     """
 
     def option(match: re.Match[str]) -> str:
-        name, value = match[1], (match[2] or "").strip("\"'")
-        if name not in _ALL:
-            return match[0]
-        longest = max(flags(name), key=len)
-        return longest if value in ("", "True") else f"{longest} {value}"
+        value = (match[2] or "").strip("\"'")
+        long = next(flag for flag in flags(match[1]) if flag.startswith("--"))
+        return long if value in ("", "True") else f"{long} {value}"
 
-    return re.sub(r"`(\w+)(?:=([^`]*))?`", option, text)
+    return re.sub(r"`([a-z]\w*)(?:=([^`]*))?`", option, text)
 
 
 def with_run_options(command: str) -> Callable[[F], F]:

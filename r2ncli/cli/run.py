@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from r2ncli.cli.options import Paths, Quiet, with_run_options
+from r2ncli.cli.options import Paths, Quiet, for_command_line, with_run_options
 from r2ncli.cli.terminal import (
     Report,
     image_line,
@@ -80,9 +80,14 @@ def _classify_to_stdout(
     from r2ncli.runs import run_to_stream
 
     lines = is_terminal(sys.stdout) and output is None and format is None
-    write = _write_lines if lines else _writer_of_text(format or "csv")
+    write_batch = _write_lines if lines else _writer_of_text(format or "csv")
     with Report("classify", quiet, bar=not lines, failures=not lines) as report:
         report.preparing()
+
+        def write(batch: Batch) -> None:
+            report.prepared()  # so that no progress line stands in the results
+            write_batch(batch)
+
         record = run_to_stream(Classify(), write, paths or None, options, _listeners(report))
         return report.summary(_executed(record))
 
@@ -178,7 +183,10 @@ def _run_to_file(
 
 
 def _listeners(report: Report) -> Listeners:
-    return Listeners(report.sentence, report.row, report.download, report.quantising)
+    def warning(text: str) -> None:
+        report.sentence(for_command_line(text))
+
+    return Listeners(warning, report.row, report.download, report.quantising)
 
 
 def _executed(record: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import typer
 
 from r2ncli.cli.options import Json, Quiet, with_run_options
 from r2ncli.cli.terminal import print_json, print_table, say
-from r2ncli.options import BENCH, RunOptions
+from r2ncli.options import BENCH, BENCH_PRECISIONS, BENCH_SECONDS, RunOptions
 
 if TYPE_CHECKING:
     from r2ncli.bench import ModelSpeed, StageSpeed
@@ -38,7 +38,7 @@ def bench(
         typer.Option(
             "--precision",
             help="Measure the model in this precision (repeatable).",
-            show_default="auto and fp32",
+            show_default=" and ".join(BENCH_PRECISIONS),
             rich_help_panel="Network",
         ),
     ] = None,
@@ -54,7 +54,7 @@ def bench(
     ] = None,
     seconds: Annotated[
         float, typer.Option("--seconds", help="Measure each stage for this many seconds.")
-    ] = 3.0,
+    ] = BENCH_SECONDS,
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
@@ -63,11 +63,9 @@ def bench(
 
     report = measure(
         paths or [],
+        options=options,
         weights=weights,
-        device=options.device,
-        backend=options.backend,
-        workers=options.workers,
-        precisions=precision or ("auto", "fp32"),
+        precisions=precision or BENCH_PRECISIONS,
         batch_sizes=batch_size,
         seconds=seconds,
         on_measuring=None if quiet else lambda words: say(f"measuring {words}"),
@@ -95,20 +93,20 @@ def bench(
     )
     print_table(
         f"pipeline, {engine.precision}, batch {engine.batch_size}, {engine.streams} streams, "
-        f"{report.workers} decode threads, {report.pictures}",
+        f"{report.workers} decode threads, {report.images}",
         ("stage", "images/s", *latencies, ""),
         [
             (
                 stage.stage,
                 f"{stage.images_per_second:,.1f}",
                 *_milliseconds(stage),
-                "bottleneck" if stage.stage == report.binding_stage else "",
+                "bottleneck" if stage.stage == report.bottleneck else "",
             )
             for stage in report.stages
         ],
         right_from=1,
     )
-    if not quiet:
+    if not quiet and report.peak_resident_mb is not None:
         say(f"peak memory {report.peak_resident_mb:,.0f} MB")
     return 0
 

@@ -110,12 +110,18 @@ class Report:
         if not self.quiet and is_terminal(sys.stderr):
             self._show("preparing the network", 0, None, "(a first run takes longer)")
 
+    def prepared(self) -> None:
+        """Note that the network is ready; the first results follow."""
+        if self._started == self._created:
+            self._started = time.monotonic()
+            if not self._with_bar:
+                self._end_bar()
+
     def row(self, progress: Progress) -> None:
         """Report one finished row."""
         if self.progress is None:
-            self._started, self._begun_at = time.monotonic(), progress.done - 1
-            if not self._with_bar:
-                self._end_bar()
+            self.prepared()
+            self._begun_at = progress.done - 1
         self.progress = progress
         if progress.error is not None and self.failures:
             if progress.failed <= FAILURES_SHOWN:

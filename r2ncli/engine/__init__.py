@@ -1,226 +1,169 @@
-"""The door to the engines: each executes a network on a device, in a precision.
+"""The table of backends: libraries that execute a network on a device.
 
-An engine takes a uint8 batch of pixels and gives named float32 arrays. Normalisation and
-pooling are part of what it runs. One file per backend.
+A new backend is one new row of `BACKENDS` and the module that it names. The choices of the
+options, what ``auto`` means and the error messages follow from the table. Importing this
+package imports no library, because ``r2n --help`` needs the names.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Protocol, cast
 
 from r2ncli.errors import DeviceError, UsageError
 
-Pixels = npt.NDArray[np.uint8]
-Outputs = Mapping[str, npt.NDArray[np.float32]]
+if TYPE_CHECKING:
+    from r2ncli.engine.base import ReadyNetwork, Setup
 
-BACKENDS = ("auto", "torch", "openvino")
+AUTO, CPU, CUDA = "auto", "cpu", "cuda"
+INT8 = "int8"
+PRECISIONS = ("fp32", "bf16", "fp16", INT8)
 POOLS = ("avg", "max", "none")
 
 
+class BackendModule(Protocol):
+    """What the module of a backend defines."""
+
+    def precisions(self, devices: Sequence[str]) -> tuple[str, ...]:
+        """Return the precisions that these devices support, the one for ``auto`` first.
+
+        It is the fastest that keeps top-1. ``int8``, if it is supported, needs calibration.
+        """
+
+    def open_network(self, setup: Setup) -> ReadyNetwork:
+        """Load a checkpoint and get its network ready to run.
+
+        Raises
+        ------
+        UsageError, CheckpointError, DeviceError, InputNotFoundError
+            A layer, the weights, the device or the calibration images do not fit.
+        """
+
+
 @dataclass(frozen=True)
-class EngineDescription:
-    """What really runs: recorded with every result.
+class Backend:
+    """A library that executes networks.
 
     Attributes
     ----------
-    backend, library : str
-        The engine's name, and its library with the version.
-    device, device_model : str
-        ``cpu``, ``cuda:N`` or ``cuda:N,M``, and the processor's or cards' name.
-    precision : str
-        The precision executed: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
-    batch_size : int
-        Pictures in every batch, the last one included (it is padded).
-    streams : int
-        Batches that it executes at the same time, each in a thread that calls it.
-    stream_threads : int
-        Threads that one batch is computed with at the most.
-    executed_batch_size : int or None
-        Pictures computed at a time, the fewest so far, where the memory did not hold what a
-        whole batch takes; None where it did.
-    remark : str or None
-        A sentence about what runs in place of something quicker, and why.
+    name : str
+        Its name among the values of the option `backend`.
+    package : str
+        The Python package that must be installed.
+    kinds : tuple of str
+        The kinds of devices that it runs on: ``cpu``, ``cuda``.
+    module : str
+        The name of its `BackendModule`, which is imported when the backend is used.
     """
 
-    backend: str
-    library: str
-    device: str
-    device_model: str
-    precision: str
-    batch_size: int
-    streams: int = 1
-    stream_threads: int = 1
-    executed_batch_size: int | None = None
-    remark: str | None = None
+    name: str
+    package: str
+    kinds: tuple[str, ...]
+    module: str
 
     @property
-    def device_kind(self) -> str:
-        """``cpu`` or ``cuda``."""
-        return self.device.partition(":")[0]
+    def installed(self) -> bool:
+        """Whether its library is installed."""
+        return find_spec(self.package) is not None
+
+    def runs_on(self, device: str) -> bool:
+        """Whether it runs on a device or a kind of devices: ``cpu``, ``cuda``, ``cuda:N``."""
+        return device.partition(":")[0] in self.kinds
+
+    def load(self) -> BackendModule:
+        """Import its module."""
+        return cast(BackendModule, import_module(self.module))
 
 
-class Engine(Protocol):
-    """A network, compiled for a device."""
-
-    @property
-    def description(self) -> EngineDescription:
-        """What really runs."""
-
-    def empty_batch(self, side: int) -> Pixels:
-        """Memory for one batch of pictures of `side` pixels, from where it is read fastest.
-
-        Returns
-        -------
-        uint8 array [batch_size, side, side, 3]
-            C-contiguous, of any values.
-
-        Raises
-        ------
-        DeviceError
-            There is not enough memory.
-        """
-
-    def __call__(self, pixels: Pixels) -> Outputs:
-        """The outputs for one batch.
-
-        Parameters
-        ----------
-        pixels : uint8 array [batch_size, H, W, 3]
-            C-contiguous RGB; it may be used again when the call has ended.
-
-        Returns
-        -------
-        mapping of str to float32 array [batch_size, ...]
-            One array for each output that was asked for; owned by the caller.
-
-        Raises
-        ------
-        DeviceError
-            The device failed.
-        """
+BACKENDS = (  # auto is the first that is installed and runs on the device
+    Backend("openvino", "openvino", (CPU,), "r2ncli.engine.openvino"),
+    Backend("torch", "torch", (CPU, CUDA), "r2ncli.engine.pytorch"),
+)
 
 
-def empty_pixels(batch_size: int, side: int) -> Pixels:
-    """A batch's pixels in ordinary memory (see `Engine.empty_batch`)."""
-    try:
-        return np.empty((batch_size, side, side, 3), dtype=np.uint8)
-    except MemoryError as error:
-        raise DeviceError(
-            f"not enough memory for batches of {batch_size}. Try a smaller --batch-size"
-        ) from error
+def choose_backend(backend: str, device: str) -> tuple[Backend, tuple[str, ...]]:
+    """Return the backend and the devices for the options `backend` and `device`.
 
-
-def pooled_shape(shape: tuple[int, ...], pool: str) -> tuple[int, ...]:
-    """Shape of one picture's features: (C, H, W) becomes (C,) unless `pool` is ``none``."""
-    return shape[:1] if len(shape) == 3 and pool != "none" else shape
-
-
-def find_backend(backend: str, device: str) -> str:
-    """``torch`` or ``openvino``: what `backend` means for `device`, without torch on a CPU.
+    The devices are ``("cpu",)`` or GPUs of one model, such as ``("cuda:0", "cuda:1")``. A
+    run on a CPU imports no torch for it, unless a driver reports a GPU.
 
     Raises
     ------
+    DeviceError
+        The device is not valid or not there.
     UsageError
         The backend is not installed, or does not run on the device.
-    DeviceError
-        The device is not there.
     """
-    if backend == "torch":
-        return backend
-    there = find_spec("openvino") is not None
-    if backend == "auto":
-        return "openvino" if there and _is_cpu(device) else "torch"
-    if device not in ("auto", "cpu"):
-        raise UsageError(f"backend 'openvino' runs on the CPU, not on {device!r}")
-    if not there:
-        raise UsageError("backend 'openvino' is not installed: pip install openvino")
-    return backend
+    wanted = [row for row in BACKENDS if backend == row.name or (backend == AUTO and row.installed)]
+    for kind in _kinds(device):
+        able = [row for row in wanted if row.runs_on(kind)]
+        devices = _find_devices(kind, device) if able else ()
+        if devices:
+            if not able[0].installed:
+                raise UsageError(
+                    f"`backend={backend}` is not installed: pip install {able[0].package}"
+                )
+            return able[0], devices
+    kinds = dict.fromkeys(kind for row in wanted for kind in row.kinds)
+    raise UsageError(
+        f"`backend={backend}` does not run on `device={device}` (it runs on: {', '.join(kinds)})"
+    )
 
 
-def _is_cpu(device: str) -> bool:
-    if device == "cpu" or (device == "auto" and not cuda_cards()):
-        return True
-    from r2ncli.engine.devices import find_devices
-
-    return find_devices(device)[0].type == "cpu"  # a card that torch cannot use does not count
-
-
-def cuda_cards() -> int:
-    """How many CUDA cards the driver shows to this process (`CUDA_VISIBLE_DEVICES` counts)."""
-    count = ctypes.c_int(0)
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    except (OSError, AttributeError):  # there is no driver
-        return 0
-    return 0 if failed else count.value
-
-
-def choose_precision(name: str, can: Sequence[str], device: str) -> str:
-    """The precision that `name` means where a device does `can`; ``auto`` is the first.
+def choose_precision(precision: str, backend: Backend, devices: Sequence[str]) -> str:
+    """Return the precision for the option `precision` on these devices.
 
     Raises
     ------
     UsageError
-        The device cannot do it; the message lists what it can.
+        The devices do not support it; the message lists what they support.
     """
-    if name == "auto":
-        return can[0]
-    if name not in can:
-        raise UsageError(f"precision {name!r} on {device}: this device does {', '.join(can)}")
-    return name
+    supported = backend.load().precisions(devices)
+    if precision == AUTO:
+        return supported[0]
+    if precision in supported:
+        return precision
+    others = [
+        row.name
+        for row in BACKENDS
+        if row is not backend
+        and row.installed
+        and row.runs_on(devices[0])
+        and precision in row.load().precisions(devices)
+    ]
+    hint = f"; `backend={others[0]}` supports it" if others else ""
+    raise UsageError(
+        f"`precision={precision}` is not supported on {devices[0]} "
+        f"(supported: {', '.join(supported)}{hint})"
+    )
 
 
-def cpu_precisions() -> tuple[str, ...]:
-    """What this processor does at full speed, the fastest first."""
-    return ("bf16", "fp32") if cpu_has_bf16() else ("fp32",)
+def _kinds(device: str) -> tuple[str, ...]:
+    """Return the kinds of devices to look for, in this order."""
+    if device == AUTO:
+        return CUDA, CPU
+    if device == CPU or re.fullmatch(r"cuda(:(0|[1-9][0-9]*))?", device):
+        return (device.partition(":")[0],)
+    from r2ncli.engine.base import cuda_gpus
+
+    gpus = [f"cuda:{number}" for number in range(cuda_gpus())]
+    found = f"CUDA GPUs found: {', '.join(gpus)}" if gpus else "no CUDA GPU was found"
+    raise DeviceError(f"`device` {device!r} is not valid: use auto, cpu, cuda or cuda:N ({found})")
 
 
-def cores() -> int:
-    """Cores that this process may use: a container or a scheduler may give fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _find_devices(kind: str, device: str) -> tuple[str, ...]:
+    """Return the devices of a kind that `device` means; for ``auto`` there may be none."""
+    if kind == CPU:
+        return (CPU,)
+    if device == AUTO:
+        from r2ncli.engine.base import cuda_gpus
 
+        if not cuda_gpus():  # torch sees none then, and is not imported
+            return ()
+    from r2ncli.engine.devices import find_gpus
 
-def cpu_model() -> str:
-    """The processor's name, as the system gives it."""
-    for line in _cpuinfo():
-        if line.startswith(("model name", "Model")):
-            return line.partition(":")[2].strip()
-    import platform
-
-    return platform.processor() or platform.machine()
-
-
-def cpu_flags() -> list[str]:
-    """The instructions that this processor has, as the system names them; none where it does not.
-
-    Virtual processors of one name may differ in them.
-    """
-    for line in _cpuinfo():
-        if line.startswith(("flags", "Features")):
-            return sorted(line.partition(":")[2].split())
-    return []
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware."""
-    return not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(cpu_flags())
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
+    return find_gpus(device)

@@ -1,7 +1,7 @@
-"""Compiled networks kept between runs: one file an entry, written whole or not at all.
+"""A cache of compiled networks on disk: one file for each entry, replaced atomically.
 
-An entry is named after the digest of the settings that decide it, and holds a digest of all
-it holds: one that is damaged, or another's under this name, is as good as none.
+An entry is named after the digest of the settings that determine it, and starts with a digest
+of its content. A corrupted entry, or one with other settings, counts as a cache miss.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from r2ncli import __version__
 from r2ncli.errors import R2NError
 from r2ncli.files import reason, write_whole
 
-FORMAT = 1
-LIMIT = 2_000_000_000  # bytes; the least recently used entries beyond it go
+FORMAT = 2
+LIMIT = 2_000_000_000  # bytes; beyond it the least recently used entries are deleted
 SUFFIX = ".network"
-ALIGNMENT = 64  # where the graph begins: what executes it likes whole cache lines
+ALIGNMENT = 64  # of the graph in the file: one cache line of the processor
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
@@ -34,60 +34,62 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Entry:
-    """A compiled graph in bytes, and what is to be known of it (JSON values)."""
+    """A compiled graph as bytes, and facts about it (JSON values)."""
 
     facts: dict[str, Any]
     graph: Bytes
 
 
 def cache_folder() -> Path:
-    """``$R2N_CACHE``, else the platform's folder for caches."""
+    """Return ``$R2N_CACHE``, or else the platform's cache folder."""
     if given := os.environ.get("R2N_CACHE"):
         return Path(given)
-    from platformdirs import user_cache_dir  # where nothing is kept, nobody needs it
+    from platformdirs import user_cache_dir  # late: only this case needs it
 
     return Path(user_cache_dir("r2n", appauthor=False))
 
 
 def loaded_entry(
-    settings: Mapping[str, Any],
+    settings: Mapping[str, Any] | None,
     make: Callable[[], Entry],
     load: Callable[[Entry], T],
     on_warning: Callable[[str], None],
 ) -> tuple[Entry, T]:
-    """The entry of these settings, and what `load` makes of it.
+    """Return the entry of these settings, and what `load` makes of it.
 
-    It comes out of the cache, or it is made and kept if it can be. One that cannot be loaded
-    is another's, whole as it may be: it is made once more, and what fails then is raised.
+    The entry is read from the cache; on a cache miss it is made and written to the cache. An
+    entry that `load` refuses with an `R2NError` counts as a cache miss; an error of a new
+    entry is raised. If `settings` is None, the cache is not used.
     """
-    entry = read_entry(settings)
+    entry = None if settings is None else read_entry(settings)
     if entry is not None:
         with suppress(R2NError):
             return entry, load(entry)
     entry = make()
     loaded = load(entry)
     try:
-        write_entry(settings, entry)
+        if settings is not None:
+            write_entry(settings, entry)
     except OSError as error:
         on_warning(
-            f"the compiled network cannot be kept in {cache_folder()}: {reason(error)}; "
-            "R2N_CACHE names another folder"
+            f"the compiled network cannot be cached in {cache_folder()}: {reason(error)}; "
+            "set R2N_CACHE to another folder"
         )
     return entry, loaded
 
 
 def read_entry(settings: Mapping[str, Any]) -> Entry | None:
-    """The entry of these settings; None where there is none that is whole."""
+    """Return the entry of these settings, or None if there is none or it is corrupted."""
     path = _path(settings)
     try:
-        content: Bytes = np.memmap(path, np.uint8, mode="c")  # read when it is used, never copied
+        content: Bytes = np.memmap(path, np.uint8, mode="c")  # not copied
     except (OSError, ValueError):
         return None
     digest, length, rest = content[:32], content[32:40], content[40:]
     if _digest(length.data, rest.data) != digest.tobytes():
         return None
     with suppress(OSError):
-        os.utime(path)  # used just now
+        os.utime(path)  # the time of its last use
     size = int.from_bytes(length.tobytes(), "little")
     header = json.loads(rest[:size].tobytes())
     if header["settings"] != _settings(settings):
@@ -96,12 +98,12 @@ def read_entry(settings: Mapping[str, Any]) -> Entry | None:
 
 
 def write_entry(settings: Mapping[str, Any], entry: Entry) -> None:
-    """Keep `entry` for these settings, and let go of what was not used for longest.
+    """Write the entry of these settings, and delete the least recently used ones.
 
     Raises
     ------
     OSError
-        The folder cannot be written.
+        The folder is not writable.
     """
     path = _path(settings)
     header = json.dumps({"settings": _settings(settings), "facts": entry.facts}).encode()
@@ -115,10 +117,10 @@ def write_entry(settings: Mapping[str, Any], entry: Entry) -> None:
 
 
 def _evict(newest: Path) -> None:
-    """Entries beyond the limit go, and so does what a killed process left half-written."""
+    """Delete entries beyond the limit, and temporary files that killed processes left."""
     entries = []
-    for path in newest.parent.glob(f"*{SUFFIX}"):  # names with a dot in front too
-        with suppress(OSError):  # another process took it away
+    for path in newest.parent.glob(f"*{SUFFIX}"):  # temporary files start with a dot
+        with suppress(OSError):  # another process deleted it
             status = path.stat()
             entries.append((path == newest, status.st_mtime, path, status.st_size))
     total = 0
@@ -137,7 +139,7 @@ def _digest(*parts: bytes | memoryview) -> bytes:
 
 
 def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` with what every entry depends on, as JSON gives them back."""
+    """Return `settings` and what every entry depends on, as they are read back from JSON."""
     everything = {"format": FORMAT, "r2n": __version__, **settings}
     read_back: dict[str, Any] = json.loads(json.dumps(everything))
     return read_back

@@ -1,14 +1,14 @@
-"""The CUDA engine: one graph a card, and copies to and from it while it computes.
+"""The CUDA engine: one CUDA graph for each GPU, and copies that overlap with computing.
 
     caller's batch ──► slot's pixels ──► graph ──► slot's outputs ──► pinned memory ──► caller
                upload stream        compute stream           download stream
 
-A slot is the memory of one batch under way. Three of them keep a card busy: while one is
-computed, the one before it is on its way out and the one after it on its way in. The slots of
-all cards wait in one queue, so whichever card is free takes the next batch.
+A slot is the memory of one batch in progress. Three slots keep a GPU busy: while one batch is
+computed, the outputs of the one before are downloaded and the pixels of the next are uploaded.
+The slots of all GPUs wait in one queue, so the next batch goes to the GPU that is free.
 
-Nothing in the order of the work is CUDA's alone: on CPU devices the same lines run, where
-torch's streams and events do nothing and there is no graph.
+The same code runs on CPU devices, for tests: torch's streams and events do nothing there, and
+there is no graph.
 """
 
 from __future__ import annotations
@@ -29,28 +29,22 @@ import torch
 from torch import Tensor
 
 from r2ncli.architectures import Preprocessing
-from r2ncli.engine import EngineDescription, Outputs, Pixels, cpu_model, pooled_shape
-from r2ncli.engine.devices import (
-    DTYPES,
-    device_errors,
-    exact_settings,
-    find_precision,
-    out_of_memory,
-)
+from r2ncli.engine.base import EngineDescription, Outputs, Pixels, cpu_model, pooled_shape
+from r2ncli.engine.devices import DTYPES, device_errors, exact_settings, out_of_memory
 from r2ncli.engine.folding import FoldedNetwork, InferenceNetwork
 from r2ncli.errors import DeviceError
 from r2ncli.model import Res2Net, layer_shapes
 
-SLOTS = 3  # of each card
-WARM_UPS = 3  # torch's advice before a capture: what is loaded or built at first use is then there
+SLOTS = 3  # for each GPU
+WARM_UPS = 3  # torch advises to warm up before a capture, so that nothing is loaded during it
 
-# Pictures a batch at 224 x 224, by a word of the card's name: more for more multiprocessors. By
-# reasoning, not by measurement.
+# Images in a batch at 224 x 224, by a word in the GPU's name: more for more multiprocessors. The
+# numbers are estimates, not measurements.
 BATCH_SIZES = {"T4": 64, "L4": 128, "A10": 128, "A100": 256, "H100": 256, "H200": 512, "B200": 512}
-# And by its memory, GiB at least: for cards of other names, and at most for these, since a part of
-# a card may be all that one sees.
+# The same by memory (at least so many GiB): the size for other GPUs, and the limit for those above,
+# because a process may see only a part of a GPU.
 BATCH_SIZES_BY_MEMORY = ((60, 512), (20, 256), (10, 128), (0, 64))
-MOST_OUTPUT_BYTES = 2**29  # of a batch; each slot has them twice, on the card and pinned
+MOST_OUTPUT_BYTES = 2**29  # of a batch; each slot has them twice, on the GPU and pinned
 
 T = TypeVar("T")
 Event = torch.cuda.Event | torch.cpu.Event
@@ -59,18 +53,21 @@ _capturing = threading.Lock()  # torch captures one graph at a time in a process
 
 
 def suitable_batch_size(model: str, memory: int, side: int, output_bytes: int) -> int:
-    """The batch size for a card, by what does not change: it decides the values' last bits.
+    """Return the batch size for a GPU.
+
+    It depends only on what never changes, because the batch size decides the last bits of the
+    values.
 
     Parameters
     ----------
     model : str
-        The card's name.
+        The GPU's name.
     memory : int
-        All of its memory in bytes, however much of it is free.
+        Its whole memory in bytes, whether it is free or not.
     side : int
-        Of a picture, in pixels: what a picture takes grows with its square.
+        Width and height of an image in pixels.
     output_bytes : int
-        Of one picture's outputs.
+        Bytes of one image's outputs.
 
     Returns
     -------
@@ -85,29 +82,26 @@ def suitable_batch_size(model: str, memory: int, side: int, output_bytes: int) -
 
 
 class CudaEngine:
-    """A Res2Net executed by torch on CUDA cards. See `Engine` for what it takes and gives.
+    """An `Engine` that executes a Res2Net with torch on CUDA GPUs.
 
-    Where a card's memory does not hold what a batch takes, that card computes it in halves, or
-    halves of halves: the rows are then the same but for the precision's rounding, and
-    `description` says so.
+    If a GPU has too little memory for a batch, it computes the batch in halves, or halves of
+    halves. The rows are then the same except for rounding, and `description` says so.
 
     Parameters
     ----------
     network, outputs, pool, preprocessing
-        As for `FoldedNetwork`; the pictures have the preprocessing's size.
+        As for `FoldedNetwork`; the images have the size of the preprocessing.
     devices : sequence of torch.device
-        Cards of one model (`find_devices`).
+        GPUs of one model (`find_gpus`).
     precision : str
-        ``auto`` or one that the cards can do.
+        One of `gpu_precisions`.
     batch_size : int or None
-        None means what suits the card (`suitable_batch_size`).
+        None means the size that suits the GPU (`suitable_batch_size`).
 
     Raises
     ------
     DeviceError
-        A card's memory does not hold the network, or it fails.
-    UsageError
-        The cards cannot do the precision.
+        A GPU fails, or has too little memory for the network.
     """
 
     def __init__(
@@ -118,16 +112,15 @@ class CudaEngine:
         preprocessing: Preprocessing,
         *,
         devices: Sequence[torch.device],
-        precision: str = "auto",
+        precision: str,
         batch_size: int | None = None,
     ) -> None:
         first, side = devices[0], preprocessing.image_size
-        precision = find_precision(precision, first)
         if batch_size is None:
             shapes = layer_shapes(network.architecture, side)
             output_bytes = 4 * sum(prod(pooled_shape(shapes[name], pool)) for name in outputs)
-            card = torch.cuda.get_device_properties(first)
-            batch_size = suitable_batch_size(card.name, card.total_memory, side, output_bytes)
+            gpu = torch.cuda.get_device_properties(first)
+            batch_size = suitable_batch_size(gpu.name, gpu.total_memory, side, output_bytes)
         self._description = EngineDescription(
             backend="torch",
             library=f"torch {torch.__version__}",
@@ -139,42 +132,42 @@ class CudaEngine:
         )
         shape, dtype = (batch_size, side, side, 3), DTYPES[precision]
         with device_errors(str(first), _model(first), batch_size):
-            form, reason = quickest_form(network, outputs, pool, preprocessing, first, dtype)
-        if form is not FoldedNetwork:  # the fingerprint tells the forms apart
+            form, reason = fastest_form(network, outputs, pool, preprocessing, first, dtype)
+        if form is not FoldedNetwork:  # so that the fingerprints of the two forms differ
             library = f"{self._description.library}, triton {version('triton')}"
             self._description = replace(self._description, library=library)
         if reason:
-            remark = f"{first}: the quicker kernels {reason}, so torch's own run; see the README"
+            remark = f"{first}: the faster kernels {reason}, so torch's own run; see the README"
             self._description = replace(self._description, remark=remark)
         network_on = partial(form, network, outputs, pool, preprocessing, dtype=dtype)
-        self._cards = [_Card(device, network_on, shape) for device in devices]
-        slots = [card.new_slots() for card in self._cards]
+        self._gpus = [_Gpu(device, network_on, shape) for device in devices]
+        slots = [gpu.new_slots() for gpu in self._gpus]
         self._idle: SimpleQueue[_Slot] = SimpleQueue()
-        for slot in chain(*zip(*slots, strict=True)):  # the first batches go to several cards
+        for slot in chain(*zip(*slots, strict=True)):  # the first batches go to different GPUs
             self._idle.put(slot)
 
     @property
     def description(self) -> EngineDescription:
         """What really runs."""
-        rows = min(card.rows for card in self._cards)
+        rows = min(gpu.rows for gpu in self._gpus)
         if rows == self._description.batch_size:
             return self._description
         return replace(self._description, executed_batch_size=rows)
 
     def empty_batch(self, side: int) -> Pixels:
         shape = self._description.batch_size, side, side, 3
-        pixels: Pixels = self._cards[0].host_memory(shape, torch.uint8).numpy()
-        return pixels  # it keeps the tensor whose memory it shows
+        pixels: Pixels = self._gpus[0].host_memory(shape, torch.uint8).numpy()
+        return pixels  # the array keeps the tensor alive
 
     def __call__(self, pixels: Pixels) -> Outputs:
         slot = self._idle.get()
         try:
-            return slot.card.outputs(slot, pixels)
+            return slot.gpu.outputs(slot, pixels)
         finally:
             self._idle.put(slot)
 
 
-def quickest_form(
+def fastest_form(
     network: Res2Net,
     outputs: Sequence[str],
     pool: str,
@@ -182,13 +175,13 @@ def quickest_form(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Callable[..., InferenceNetwork], str | None]:
-    """The form of `network` to run on a card: `FusedNetwork` where it can, else `FoldedNetwork`.
+    """Return the form of `network` to run on a GPU: `FusedNetwork` if it works, or `FoldedNetwork`.
 
-    And why not the first, where the card could.
+    The second value says why `FusedNetwork` does not run on a GPU that should support it.
 
-    Its kernels are for tensor cores of half precision from Ampere on, and Triton needs a C
-    compiler to build them. What they give is compared with torch's own functions here, on the
-    card and before any picture: a compiler's fault must not become a row.
+    Its kernels need tensor cores for half precision (Ampere or later), and Triton needs a C
+    compiler to build them. Their results are compared with torch's own functions on the GPU
+    before the first image, so that a compiler bug does not give wrong rows.
     """
     if device.type != "cuda" or dtype == torch.float32:
         return FoldedNetwork, None
@@ -218,7 +211,7 @@ def quickest_form(
 
 
 def _alike(ours: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two ways of rounding explain the difference: a wrong kernel is far off."""
+    """Return whether rounding explains the difference; a wrong kernel differs much more."""
     error, most = (ours - expected).abs().max(), expected.abs().max()
     return bool(error <= 8 * torch.finfo(dtype).eps * most)  # false for NaN
 
@@ -234,9 +227,9 @@ def _model(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class _Slot:
-    """The memory of one batch under way, and the events that say how far it is."""
+    """The memory of one batch in progress, and the events at the end of its steps."""
 
-    card: _Card
+    gpu: _Gpu
     pixels: Tensor
     outputs: Mapping[str, Tensor]
     pinned: Mapping[str, Tensor]
@@ -245,29 +238,29 @@ class _Slot:
     downloaded: Event
 
 
-class _Card:
-    """A card at work: the network, its graph, and three streams.
+class _Gpu:
+    """One GPU with its network, its CUDA graph and three streams.
 
-    There is one graph, not one a slot. Replays follow each other on the compute stream, and on
-    it the graph's pixels are copied from a slot before a replay, its outputs to the slot after
-    it. So what another stream reads or writes is never the graph's own memory, which each
-    replay overwrites; graphs of several slots would need all of it several times over, for the
-    outputs of one that shares its memory lie where another one works. The copies within the
-    card move a few hundredths of what the network itself reads and writes.
+    All slots share one graph. Replays follow each other on the compute stream: before a replay
+    the pixels of a slot are copied to the graph's memory, and after it the outputs are copied to
+    the slot, all on this stream. So other streams never read or write the memory of the graph,
+    which each replay overwrites. A graph for each slot would need that memory several times,
+    because graphs that share memory overwrite each other's outputs. The copies within the GPU
+    move a few percent of what the network itself reads and writes.
 
     Parameters
     ----------
     device : torch.device
-        The card.
+        The GPU.
     network_on : callable
-        Gives the network on a device.
+        Takes a device and returns the network on it.
     shape : tuple of int
-        Of a batch's pixels.
+        Shape of a batch of pixels.
 
     Attributes
     ----------
     rows : int
-        Pictures that it computes at a time.
+        Number of images that it computes at a time.
     """
 
     def __init__(
@@ -280,41 +273,41 @@ class _Card:
         self._shape = shape
         self._device = device
         self._model = _model(device)
-        self._on_card = device.type == "cuda"
-        self._torch: Any = torch.cuda if self._on_card else torch.cpu
+        self._on_gpu = device.type == "cuda"
+        self._torch: Any = torch.cuda if self._on_gpu else torch.cpu
         self._lock = threading.Lock()
-        self._pixels: Tensor | None = None  # the graph's; None before its capture
+        self._pixels: Tensor | None = None  # of the graph; None before its capture
         self._outputs: Mapping[str, Tensor] = {}
         self._graph: torch.cuda.CUDAGraph | None = None
         with self._errors():
             self._upload, self._compute, self._download = (
-                self._torch.Stream(device) if self._on_card else None for _ in range(3)
+                self._torch.Stream(device) if self._on_gpu else None for _ in range(3)
             )
             with self._computing():
                 self._network = network_on(device)
 
     def new_slots(self) -> list[_Slot]:
-        """Its slots, after making sure that it has memory for what they bring."""
+        """Allocate its slots; halve `rows` until the memory is large enough."""
         with self._errors(), self._computing():
             slots = self._halving(self._new_slots)
-            self._finish()  # what comes next is on other streams
+            self._finish()  # the next steps are on other streams
             return slots
 
     def outputs(self, slot: _Slot, pixels: Pixels) -> Outputs:
-        """What the network makes of `pixels`, by way of `slot`, which no other call has now.
+        """Compute the outputs for `pixels` in `slot`, which no other call uses meanwhile.
 
-        Each step is enqueued behind the event that the one before it leaves, and the caller
-        waits for the last one. So when it returns nothing in the slot is under way, and neither
-        the slot nor `pixels` needs an event before its next use. Between a copy and its event
-        another call may enqueue a copy on the same stream: the event is then later than it need
-        be, never earlier.
+        Each step waits for the event of the step before it, and the caller waits for the last
+        event. So nothing in the slot is in progress after the call, and neither the slot nor
+        `pixels` needs an event before its next use. Another call may enqueue a copy between a
+        copy and its event on the same stream; the event is then later than necessary, never
+        earlier.
         """
         with self._errors(), torch.no_grad():
             with self._torch.stream(self._upload):
                 slot.pixels.copy_(torch.from_numpy(pixels), non_blocking=True)
                 slot.uploaded.record()
-            # Until its outputs are copied out the graph is this batch's: the lock keeps the
-            # steps of two batches from mixing on the compute stream.
+            # The lock keeps the steps of two batches from mixing on the compute stream: until
+            # its outputs are copied, the memory of the graph belongs to this batch.
             with self._lock, self._computing():
                 slot.uploaded.wait()
                 self._halving(partial(self._compute_slot, slot))
@@ -324,25 +317,25 @@ class _Card:
                 for name, pinned in slot.pinned.items():
                     pinned.copy_(slot.outputs[name], non_blocking=True)
                 slot.downloaded.record()
-            slot.downloaded.synchronize()  # other threads run meanwhile
+            slot.downloaded.synchronize()  # other threads run in the meantime
             return {name: pinned.numpy().copy() for name, pinned in slot.pinned.items()}
 
     def host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory of the host that the card reads and writes by itself: pinned."""
+        """Allocate pinned memory on the host, which the GPU reads and writes directly."""
         try:
-            return torch.empty(shape, dtype=dtype, pin_memory=self._on_card)
+            return torch.empty(shape, dtype=dtype, pin_memory=self._on_gpu)
         except RuntimeError as error:
             raise DeviceError(
                 f"not enough memory that can be pinned for batches of {self._shape[0]} "
-                f"({self._device}). Try a smaller --batch-size"
+                f"({self._device}): use a smaller `batch_size`"
             ) from error
 
     def _compute_slot(self, slot: _Slot) -> None:
-        """Enqueue what makes the slot's outputs of its pixels, `rows` at a time."""
+        """Enqueue the computation of the slot's outputs, `rows` images at a time."""
         pixels = self._captured()
         for start in range(0, len(slot.pixels), self.rows):
             part = slice(start, min(start + self.rows, len(slot.pixels)))
-            count = part.stop - start  # fewer in a last part, before pictures that do not count
+            count = part.stop - start  # a last part may be shorter; its other rows are ignored
             pixels[:count].copy_(slot.pixels[part])
             if self._graph is None:
                 self._outputs = self._forward(pixels)
@@ -352,19 +345,19 @@ class _Card:
                 slot.outputs[name][part].copy_(output[:count])
 
     def _captured(self) -> Tensor:
-        """The graph's pixels; it is captured now if it is not yet."""
+        """Return the memory of the graph's pixels; capture the graph first if necessary."""
         if self._pixels is not None:
             return self._pixels
         pixels = torch.zeros((self.rows, *self._shape[1:]), dtype=torch.uint8, device=self._device)
-        # A warm-up needs as much memory as a capture. So what is too much shows here, and not
-        # within a capture: the memory of one that breaks off may be lost.
+        # A warm-up needs as much memory as a capture. So it fails first if there is too little:
+        # a capture that fails may leak its memory.
         for _ in range(WARM_UPS):
             self._outputs = self._forward(pixels)
-        if self._on_card:
-            self._outputs = {}  # the capture's take their place
+        if self._on_gpu:
+            self._outputs = {}  # freed for those of the capture
             graph = torch.cuda.CUDAGraph()
-            # thread_local: other threads may do meanwhile what a capture forbids, such as
-            # taking memory to decode on the card
+            # thread_local: other threads may do what a capture forbids, such as allocating
+            # memory to decode on the GPU
             mode = "thread_local"
             with (
                 _capturing,
@@ -376,20 +369,20 @@ class _Card:
         return pixels
 
     def _forward(self, pixels: Tensor) -> Mapping[str, Tensor]:
-        """The network's outputs; a capture keeps the kernels that these settings choose."""
+        """Run the network; a captured graph keeps the kernels that these settings select."""
         with exact_settings(self._device):
             return self._network(pixels)
 
     def _halving(self, action: Callable[[], T]) -> T:
-        """What `action` gives, after halving `rows` as often as the memory asks for."""
+        """Return the result of `action`; halve `rows` each time the memory is too small."""
         while True:
             try:
                 return action()
             except RuntimeError as error:
                 if self.rows == 1 or not out_of_memory(error):
                     raise
-            # not within `except`: the traceback holds on to what was allocated up to there
-            self._finish()  # replays may still be at work in the graph's memory
+            # not within `except`: the traceback keeps what was allocated
+            self._finish()  # replays may still use the memory of the graph
             self._pixels = self._graph = None
             self._outputs = {}
             self.rows //= 2
@@ -401,7 +394,7 @@ class _Card:
         float32 = torch.float32
         return [
             _Slot(
-                card=self,
+                gpu=self,
                 pixels=torch.zeros(self._shape, dtype=torch.uint8, device=self._device),
                 outputs={
                     name: torch.zeros(shape, dtype=float32, device=self._device)
@@ -416,21 +409,21 @@ class _Card:
         ]
 
     def _event(self) -> Event:
-        # blocking: who waits for it sleeps, and leaves the core to the decode threads
-        event: Event = self._torch.Event(blocking=True) if self._on_card else self._torch.Event()
+        # blocking: a thread that waits sleeps, so that decode threads can use the core
+        event: Event = self._torch.Event(blocking=True) if self._on_gpu else self._torch.Event()
         return event
 
     def _finish(self) -> None:
-        """Wait for what is on the compute stream."""
+        """Wait until the compute stream is idle."""
         if self._compute is not None:
             self._compute.synchronize()
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """What is enqueued meanwhile goes to the compute stream, and its card is the current.
+        """Make the compute stream and its GPU the current ones, without gradients.
 
-        Not in inference mode: after a first capture there, torch (2.11, pytorch#166792) refuses
-        all others outside it, the caller's own among them.
+        This does not use inference mode: after a capture in it, torch refuses all captures
+        outside it, those of the caller too (torch 2.11, pytorch#166792).
         """
         with torch.no_grad(), self._torch.stream(self._compute):
             yield

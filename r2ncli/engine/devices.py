@@ -1,8 +1,7 @@
-"""What torch's engines share: which devices there are, what they can do, and how they fail."""
+"""What the engines of torch share: GPUs, their precisions, failures and settings."""
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,73 +9,56 @@ from typing import Any
 
 import torch
 
-from r2ncli.engine import choose_precision, cpu_precisions
 from r2ncli.errors import DeviceError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def find_devices(name: str) -> tuple[torch.device, ...]:
-    """The devices that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means here.
+def find_gpus(name: str) -> tuple[str, ...]:
+    """Return the GPUs that ``auto``, ``cuda`` or ``cuda:N`` means here.
 
-    ``auto`` is one card or the CPU, ``cuda`` every card of the first one's model.
+    ``auto`` is one GPU, or none if there is none; ``cuda`` is every GPU of the first one's
+    model.
 
     Raises
     ------
     DeviceError
-        It is not there.
+        ``cuda`` or ``cuda:N`` is not there.
     """
-    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    every = tuple(f"cuda:{number}" for number in range(count))
     if name == "auto":
-        return (torch.device("cuda:0" if cards else "cpu"),)
-    if name == "cpu":
-        return (torch.device("cpu"),)
-    there = "cpu" + "".join(f", cuda:{card}" for card in range(cards))
-    match = re.fullmatch(r"cuda(?::(0|[1-9][0-9]*))?", name)
-    if match is None:
-        raise DeviceError(f"no device {name!r}: expected auto, {there}")
-    number = int(match[1] or 0)
-    if number >= cards:
-        raise DeviceError(f"no device {name!r}: torch sees {cards} CUDA cards. There are: {there}")
-    if match[1] is not None:
-        return (torch.device(f"cuda:{number}"),)
-    every = [torch.device(f"cuda:{card}") for card in range(cards)]
-    models = [torch.cuda.get_device_name(card) for card in every]
-    return tuple(card for card, model in zip(every, models, strict=True) if model == models[number])
+        return every[:1]
+    if name in every:
+        return (name,)
+    if name != "cuda" or not every:
+        found = f"torch found {', '.join(every)}" if every else "torch found no CUDA GPU"
+        raise DeviceError(f"`device` {name!r} is not available: {found}")
+    models = [torch.cuda.get_device_name(gpu) for gpu in every]
+    return tuple(gpu for gpu, model in zip(every, models, strict=True) if model == models[0])
 
 
-def find_precision(name: str, device: torch.device) -> str:
-    """The precision that `name` means on `device`; ``auto`` is the fastest that keeps top-1.
-
-    Raises
-    ------
-    UsageError
-        The device cannot do it; the message lists what it can.
-    """
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability >= (8, 0):
-            # Both are as fast. fp16 keeps three bits more of every value, but ends at 65504:
-            # a network of someone's own that goes beyond gives infinities, and no warning.
-            # bf16 has float32's range, and keeps top-1.
-            can: tuple[str, ...] = ("bf16", "fp16", "fp32")
-        elif capability >= (7, 0):
-            can = ("fp16", "fp32")
-        else:
-            can = ("fp32", "fp16")  # without tensor cores fp16 is no faster
-    else:
-        can = cpu_precisions()
-    return choose_precision(name, can, str(device))
+def gpu_precisions(gpu: str) -> tuple[str, ...]:
+    """Return the precisions that a GPU supports, the one for ``auto`` first."""
+    capability = torch.cuda.get_device_capability(gpu)
+    if capability >= (8, 0):
+        # Both half precisions are equally fast. fp16 keeps three more bits, but its largest
+        # value is 65504: a custom network that exceeds it gives infinities without a warning.
+        # bf16 has the range of float32, and keeps top-1.
+        return "bf16", "fp16", "fp32"
+    if capability >= (7, 0):
+        return "fp16", "fp32"
+    return "fp32", "fp16"  # without tensor cores fp16 is not faster
 
 
 # --- failures -------------------------------------------------------------------------
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether a device had too little memory.
+    """Return whether an error means that a device had too little memory.
 
-    torch's allocator says so by a type of error, CUDA and the libraries on it by words; one
-    that breaks a graph's capture off is the context of the capture's own error.
+    torch's allocator has an error type for it, CUDA and its libraries only words. An error
+    that ended the capture of a graph is the context of the error of the capture.
     """
     words = "out of memory", "ALLOC_FAILED", "unable to find an engine"  # cuDNN's, for workspace
     return error is not None and (
@@ -88,8 +70,8 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 @contextmanager
 def device_errors(device: str, model: str, batch_size: int) -> Iterator[None]:
-    """A failure of the device in the user's words."""
-    smaller = f"at batch size {batch_size}. Try a smaller one with --batch-size"
+    """Raise failures of the device as a DeviceError."""
+    smaller = f"at batch size {batch_size}; use a smaller `batch_size`"
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -111,13 +93,13 @@ _settings_before: list[tuple[Any, str, Any]] = []
 
 @contextmanager
 def exact_settings(device: torch.device) -> Iterator[None]:
-    """The settings that decide what is computed on `device` are ours while this lasts.
+    """Set torch's global settings that decide values on `device` while this context is active.
 
-    Float32 is float32: no TF32 and no bfloat16 underneath, and no sums in half precision. On a
-    card the same kernels run each time: none is chosen by a race, none adds in no order.
+    Float32 is float32: no TF32, no bfloat16, and no sums in half precision. On a GPU the same
+    kernels run each time: no autotuning (`cudnn.benchmark`), no non-deterministic reductions.
 
-    The settings are torch's own, of all threads: the first user changes what is not as it
-    should be, the last one puts it back, and where all is as it should be nothing is touched.
+    The settings apply to all threads. The first context changes those that differ, and the
+    last one restores them; if none differs, none is changed.
     """
     global _settings_users
     with _settings_lock:
@@ -135,14 +117,14 @@ def exact_settings(device: torch.device) -> Iterator[None]:
             while not _settings_users and _settings_before:
                 place, name, before = _settings_before.pop()
                 if name == "fp32_precision":
-                    place.fp32_precision = "none"  # as its backend, where it was so before
+                    place.fp32_precision = "none"  # means: as its backend
                 if getattr(place, name) != before:
                     setattr(place, name, before)
 
 
 def _wanted_settings(device: torch.device) -> tuple[tuple[Any, str, tuple[Any, ...]], ...]:
-    """Each setting's place and name, and what will do, the one that is set first."""
-    backends: Any = torch.backends  # their attributes are made at run time
+    """Return the object, name and accepted values of each setting; the first value is set."""
+    backends: Any = torch.backends  # mypy does not know its attributes
     float32 = "fp32_precision", ("ieee", "none")
     if device.type == "cpu":
         return (backends.mkldnn.matmul, *float32), (backends.mkldnn.conv, *float32)

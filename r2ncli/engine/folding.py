@@ -1,14 +1,14 @@
 """The network rewritten for inference by torch, on any device.
 
 Batch norms are folded into their convolutions, memory is channels_last, activations work in
-place, and nothing runs after the deepest output that is asked for.
+place, and nothing runs after the deepest requested layer.
 """
 
 from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import cast
 
 import torch
@@ -18,12 +18,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from r2ncli.architectures import Preprocessing
 from r2ncli.model import Res2Net, conv_bn_pairs
 
-# uint8 [N, H, W, 3] on its device → each output by name, float32 and contiguous, there
+# uint8 [N, H, W, 3] on its device → outputs by layer, float32, contiguous, on the device
 InferenceNetwork = Callable[[Tensor], dict[str, Tensor]]
 
 
 class FoldedNetwork:
-    """An `InferenceNetwork` of torch's own functions; several threads may call it at a time.
+    """An `InferenceNetwork` of torch's own functions; several threads may call it at once.
 
     Parameters
     ----------
@@ -34,9 +34,9 @@ class FoldedNetwork:
     pool : str
         ``avg`` or ``max`` over height and width, or ``none``.
     preprocessing : Preprocessing
-        Gives the mean and standard deviation; the size is the batches'.
+        Gives the mean and standard deviation; the batches decide the size.
     device, dtype
-        Where it runs, and in what.
+        Where it runs, and in which type.
 
     Attributes
     ----------
@@ -71,22 +71,22 @@ class FoldedNetwork:
         return self.captured()
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """What the network takes for these pixels, [N, H, W, 3] still."""
+        """Return the normalised pixels [N, H, W, 3], which the network takes."""
         return ((pixels - self._shift) / self._scale).to(self._dtype)
 
     def capture(self, name: str, output: Tensor) -> None:
-        """Keep a copy now: the activation that follows works in place."""
+        """Keep a copy of an output, because the next activation works in place."""
         full = output.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         vars(self._captured)[name] = pooled(full, self._pool)
 
     def captured(self) -> dict[str, Tensor]:
-        """The outputs of the forward pass that has run in this thread, which is forgotten."""
+        """Return the outputs of this thread's last forward pass, and drop them."""
         captured = vars(self._captured)
         return {name: captured.pop(name) for name in self._outputs}
 
 
 def normalisation(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation in grey levels, float32 [3] each."""
+    """Return mean and standard deviation in grey levels, float32 [3] each."""
     in_grey_levels = 255 * torch.tensor(
         (preprocessing.mean, preprocessing.std), dtype=torch.float32, device=device
     )
@@ -94,25 +94,15 @@ def normalisation(preprocessing: Preprocessing, device: torch.device) -> tuple[T
 
 
 def pooled(full: Tensor, pool: str) -> Tensor:
-    """A feature map [N, C, H, W] over its last two axes, as `pool` says; others as they are."""
+    """Pool a feature map [N, C, H, W] over its last two axes; return others unchanged."""
     if full.ndim != 4 or pool == "none":
         return full
     return full.mean((2, 3)) if pool == "avg" else full.amax((2, 3))
 
 
 def rewritten(network: Res2Net, outputs: Sequence[str]) -> Res2Net:
-    """A copy of `network` for inference, whose modules named `outputs` give what they gave."""
-    fast = copy.deepcopy(network)
-    wanted = {_maker(network, name) for name in outputs}
-    for conv, bn in conv_bn_pairs(network):
-        if conv in wanted:
-            continue  # its own output is asked for: it stays as it is
-        unfolded = (
-            cast(nn.Conv2d, fast.get_submodule(conv)),
-            cast(nn.BatchNorm2d, fast.get_submodule(bn)),
-        )
-        fast.set_submodule(conv, fuse_conv_bn_eval(*unfolded))
-        fast.set_submodule(bn, nn.Identity())
+    """Return a copy of `network` for inference; the modules named `outputs` give the same."""
+    fast = folded(network, {_maker(network, name) for name in outputs})
     for module in fast.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = True
@@ -123,8 +113,23 @@ def rewritten(network: Res2Net, outputs: Sequence[str]) -> Res2Net:
     return fast
 
 
+def folded(network: Res2Net, unfolded: Collection[str] = ()) -> Res2Net:
+    """Return a copy of `network` (in eval mode) with batch norms folded into convolutions.
+
+    The convolutions named in `unfolded`, whose own outputs are wanted, stay as they are.
+    """
+    network = copy.deepcopy(network)
+    for convolution, norm in conv_bn_pairs(network):
+        if convolution not in unfolded:
+            conv = cast(nn.Conv2d, network.get_submodule(convolution))
+            bn = cast(nn.BatchNorm2d, network.get_submodule(norm))
+            network.set_submodule(convolution, fuse_conv_bn_eval(conv, bn))
+            network.set_submodule(norm, nn.Identity())
+    return network
+
+
 def _maker(network: Res2Net, name: str) -> str:
-    """The module that makes the output of `name`: a sequence's is its last one's."""
+    """Return the module that computes the output of `name`: in a sequence, the last one."""
     module = network.get_submodule(name)
     if not isinstance(module, nn.Sequential):
         return name

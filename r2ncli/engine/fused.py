@@ -1,14 +1,14 @@
-"""The network rewritten for a CUDA card: few kernels a block, no pass over memory between them.
+"""The network rewritten for a CUDA GPU: few kernels for each block.
 
-Widths are padded with zeros to what tensor cores and wide loads want (26 to 32, 52 to 64),
-which is exact: a padded channel is zero from end to end. A block's first 1x1 convolution
-writes the splits side by side; each 3x3 convolution reads its own where it lies and writes its
-part of the concatenation, and the sum that the next one reads; the last 1x1 convolution reads
-those parts, the split that goes around them, and what the shortcut's convolution reads, so that
-there is no concatenation and the shortcut has no kernel of its own.
+Widths are padded with zeros to multiples that suit tensor cores and wide loads (26 to 32, 52
+to 64). This is exact, because a padded channel is zero in every layer. A block's first 1x1
+convolution writes all splits side by side. Each 3x3 convolution reads its split in place,
+writes its part of the concatenation, and the sum that the next one reads. The last 1x1
+convolution reads these parts, the split that skips the 3x3 convolutions, and the input of the
+shortcut's convolution. So there is no concatenation, and the shortcut needs no kernel of its own.
 
-Where a requested layer lies inside the stem or a block, that stays as `folding` has it, and its
-hook sees what the plain network's would.
+If a requested layer is inside the stem or a block, this part runs as in `folding`, so that its
+hook sees the output of the plain network.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from r2ncli.engine.folding import FoldedNetwork, normalisation
 from r2ncli.engine.kernels import pointwise_convolution, spatial_convolution, stem_convolution
 from r2ncli.model import Bottle2neck, Res2Net
 
-ALIGNMENT = 16  # channels: what tensor cores take at a time
+ALIGNMENT = 16  # channels that tensor cores process together
 
 Activations = Callable[[Tensor], Tensor]  # [N, H, W, C] in and out, contiguous
 
 
 class FusedNetwork:
-    """An `InferenceNetwork` of the kernels in `kernels`, for what `FoldedNetwork` takes.
+    """An `InferenceNetwork` that runs the kernels in `kernels`; parameters as `FoldedNetwork`.
 
-    It runs on CUDA cards, and on the CPU in Triton's interpreter.
+    It runs on CUDA GPUs, and on the CPU in Triton's interpreter.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class _Step:
     Attributes
     ----------
     run : callable
-        Takes what the step before it gave.
+        Takes the output of the step before.
     modules : tuple of str
-        What it runs as modules, whose hooks keep their outputs.
+        Names of the modules that it runs; their hooks keep their outputs.
     gives : tuple of str
-        The modules whose output is this step's, without a hook that sees it.
+        Names of the modules whose output is the output of this step, but whose hooks do not run.
     """
 
     run: Activations
@@ -165,7 +165,7 @@ def _head(folded: FoldedNetwork) -> list[_Step]:
 
 
 def _module(module: nn.Module) -> Activations:
-    """A module of channels-first maps; of these in memory channels come last all the same."""
+    """Wrap a module that takes channels-first maps; in memory channels stay last."""
 
     def run(x: Tensor) -> Tensor:
         out: Tensor = module(x.permute(0, 3, 1, 2))
@@ -175,7 +175,7 @@ def _module(module: nn.Module) -> Activations:
 
 
 def _block(block: Bottle2neck, device: torch.device, dtype: torch.dtype) -> Activations:
-    """One block, from its input to the ReLU at its end."""
+    """Return a function that runs one block, from its input to its last ReLU."""
     between = [cast(nn.Conv2d, conv) for conv in block.convs]  # the 3x3 ones
     width = between[0].out_channels
     padded = -(-width // ALIGNMENT) * ALIGNMENT
@@ -184,7 +184,7 @@ def _block(block: Bottle2neck, device: torch.device, dtype: torch.dtype) -> Acti
     first = block.first
 
     def padded_splits(values: Tensor) -> Tensor:
-        """[splits * width, …] as [splits * padded, …], zeros between."""
+        """Pad each split of [splits * width, …] with zeros to [splits * padded, …]."""
         apart = values.reshape(-1, width, *values.shape[1:])
         zeros = apart.new_zeros((apart.shape[0], padded - width, *apart.shape[2:]))
         return torch.cat((apart, zeros), dim=1).flatten(0, 1)
@@ -256,7 +256,7 @@ def _block(block: Bottle2neck, device: torch.device, dtype: torch.dtype) -> Acti
 
 
 def _shortcut(pools: Sequence[nn.Module], stride: int) -> Activations:
-    """What the shortcut's 1x1 convolution reads: the average of positions, or every other one."""
+    """Return a function for the input of the shortcut's 1x1 convolution."""
     if not pools:
         return lambda x: x[:, ::stride, ::stride].contiguous()
     if isinstance(pools[0], nn.AvgPool2d) and pools[0].kernel_size == 1:
@@ -265,7 +265,7 @@ def _shortcut(pools: Sequence[nn.Module], stride: int) -> Activations:
 
 
 def _folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution with its batch norm, float32 on the CPU."""
+    """Fold a batch norm into its convolution; return weight and bias, float32 on the CPU."""
     assert bn.running_mean is not None
     assert bn.running_var is not None
     weight, bias = fuse_conv_bn_weights(
@@ -275,7 +275,7 @@ def _folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def _dense(weight: Tensor, groups: int) -> Tensor:
-    """A grouped convolution's weight [D, C / groups, …] as a full one's, zeros elsewhere."""
+    """Expand a grouped weight [D, C / groups, …] with zeros to a full one [D, C, …]."""
     if groups == 1:
         return weight
     depth = weight.shape[1]

@@ -1,25 +1,23 @@
-"""A torch network as an OpenVINO graph: uint8 pixels in, the wanted outputs out.
+"""Convert a torch network to an OpenVINO graph from uint8 pixels to the wanted outputs.
 
-The network's own forward pass runs once, on nodes of the graph in place of tensors: torch
-hands each function that is called with one to `GraphTensor`. So `model.py` stays the one
-description of the network, any module's output can be taken by a hook, and what no wanted
-output needs is not in the graph.
+The network's own forward pass runs once with nodes of the graph instead of tensors: torch
+passes each function that is called with one to `GraphTensor`. So `model.py` stays the only
+description of the network, a hook can take any module's output, and the graph has only what
+the wanted outputs need.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812, as the field calls it
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from r2ncli.architectures import Preprocessing
-from r2ncli.model import Res2Net, conv_bn_pairs
+from r2ncli.model import Res2Net
 from r2ncli.openvino_import import Model, Node, Output
 from r2ncli.openvino_import import opset15 as ops
 
@@ -31,7 +29,7 @@ def to_graph(
     preprocessing: Preprocessing,
     batch_size: int,
 ) -> Model:
-    """The graph of `network` for batches of one size.
+    """Convert `network` to a graph for batches of one size.
 
     Parameters
     ----------
@@ -44,7 +42,7 @@ def to_graph(
     preprocessing : Preprocessing
         Gives the mean, the standard deviation and the size.
     batch_size : int
-        Pictures in every batch.
+        Images in every batch.
 
     Returns
     -------
@@ -75,21 +73,6 @@ def to_graph(
         result.set_friendly_name(name)
         results.append(result)
     return Model(results, [pixels], "Res2Net")
-
-
-def folded(network: Res2Net) -> Res2Net:
-    """A copy of `network` (in eval mode) with every batch norm in the convolution before it.
-
-    OpenVINO does so by itself when it compiles; what changes a graph before that, as
-    quantisation does, sees the convolutions that will run, with their biases.
-    """
-    network = copy.deepcopy(network)
-    for convolution, norm in conv_bn_pairs(network):
-        conv = cast(nn.Conv2d, network.get_submodule(convolution))
-        bn = cast(nn.BatchNorm2d, network.get_submodule(norm))
-        network.set_submodule(convolution, fuse_conv_bn_eval(conv, bn))
-        network.set_submodule(norm, nn.Identity())
-    return network
 
 
 def _pooled(output: Output, pool: str) -> Output:

@@ -1,12 +1,12 @@
-"""Convolutions in Triton, each with everything that follows it, for activations [N, H, W, C].
+"""Triton kernels of convolutions fused with the operations after them, for [N, H, W, C].
 
-A convolution of torch is followed by passes over memory for the bias, the activation, the sum
-and the concatenation; these networks' convolutions are so narrow that the passes cost more
-than the products. Here one kernel reads its input once and writes its output once, at its
-place among the concatenated splits. What is fused where is `fused.py`'s.
+After a convolution torch reads and writes memory again for the bias, the activation, the sum
+and the concatenation. The convolutions of these networks are so narrow that this takes longer
+than the products. Here one kernel reads its input once and writes its output once, in place
+among the concatenated splits. `fused.py` decides what is fused.
 
-No tile is chosen by trying which is faster: sizes alone decide, so that a row has the same
-bits in every run. Products are summed in float32, and rounded when they are written.
+There is no autotuning: tile sizes depend only on the shapes, so that a row has the same bits
+in every run. Products are summed in float32 and rounded when they are written.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 128  # pixels that a program computes at a time
+ROWS = 128  # pixels that one program computes
 
 
 def stem_convolution(
     pixels: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor, size: int
 ) -> Tensor:
-    """Normalisation, the network's first convolution (stride 2, padded by half) and its ReLU.
+    """Normalise pixels and run the first convolution (stride 2, padding size // 2) and its ReLU.
 
     Parameters
     ----------
     pixels : uint8 [N, H, W, 3]
         Contiguous.
     shift, scale : float32 [3]
-        (pixels - shift) / scale is what the network takes.
+        The network's input is (pixels - shift) / scale.
     weight : [size * size * 3, C]
         Row (y * size + x) * 3 + channel; its dtype is the output's.
     bias : float32 [C]
@@ -55,7 +55,7 @@ def stem_convolution(
         ROWS=ROWS,
         COLUMNS=columns,
         DEPTH=32,
-        # a pass or a few: bytes that are fetched ahead one by one would take registers to spare
+        # the loop is short, and prefetching single bytes would take too many registers
         **_launch(columns, weight) | {"num_warps": 8, "num_stages": 1},
     )
     return out
@@ -73,22 +73,22 @@ def spatial_convolution(
     addend: Tensor | None = None,
     total: Tensor | None = None,
 ) -> None:
-    """A convolution with its bias and ReLU, written to `out`; its sum with `addend` to `total`.
+    """Write a convolution with bias and ReLU to `out`, and its sum with `addend` to `total`.
 
     Parameters
     ----------
     x : [N, H, W, splits * C]
         A part of the channels of a contiguous tensor.
     weight : [splits, size, size, C, D]
-        Padding is what keeps the size at stride 1.
+        The padding keeps the size at stride 1.
     bias : float32 [splits, D]
     out : [N, ceil(H / stride), ceil(W / stride), splits * D]
         A part of the channels of a contiguous tensor.
     stride, dilation : int
     splits : int
-        Convolutions side by side, each of its own channels.
+        Number of convolutions side by side, each with its own channels.
     addend, total : Tensor or None
-        As `out`; both or none.
+        As `out`; give both or neither.
     """
     _, size, _, depth, channels = weight.shape
     count, height, width, _ = x.shape
@@ -116,12 +116,12 @@ def pointwise_convolution(
     bias: Tensor,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """A 1x1 convolution of up to three inputs' channels together, the residual's sum and ReLU.
+    """Run a 1x1 convolution over the channels of up to three inputs, a residual sum and a ReLU.
 
     Parameters
     ----------
     sources : sequence of Tensor [N, H, W, C_i]
-        Each a part of the channels of a contiguous tensor; they need not lie together.
+        Each is a part of the channels of a contiguous tensor; they may be different tensors.
     weight : [sum of C_i, D]
     bias : float32 [D]
     residual : Tensor [N, H, W, D] or None
@@ -155,18 +155,18 @@ def _empty(like: Tensor, shape: tuple[int, ...], weight: Tensor) -> Tensor:
 
 
 def _columns(channels: int) -> int:
-    """Output channels that a program computes at a time: a power of two."""
+    """Return how many output channels one program computes: a power of two."""
     return min(128, max(16, 1 << (channels - 1).bit_length()))
 
 
 def _grid(rows: int, channels: int, columns: int) -> tuple[int, int]:
-    # programs that share rows run one after the other: the second finds them in the L2 cache
+    # programs that share rows are neighbours, so that the rows are in the L2 cache
     return -(-channels // columns) * -(-rows // ROWS), 1
 
 
 def _launch(columns: int, weight: Tensor) -> dict[str, Any]:
-    # of half precision 98 KB of shared memory at most: two programs fit a Hopper's
-    # multiprocessor, one an Ada's; float32 is for tests alone, and has to fit
+    # in half precision at most 98 KB of shared memory: two programs fit a multiprocessor of
+    # Hopper, one fits Ada; float32 is only for tests, and must fit
     stages = 3 if weight.element_size() == 2 else 1
     return {
         "num_warps": 8 if columns == 128 else 4,
@@ -177,7 +177,7 @@ def _launch(columns: int, weight: Tensor) -> dict[str, Any]:
 
 @triton.jit
 def _place(channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """This program's rows and columns: columns change first."""
+    """Return the rows and columns of this program; columns change first."""
     across = tl.cdiv(channels, COLUMNS)
     program = tl.program_id(0)
     rows = (program // across) * ROWS + tl.arange(0, ROWS)
@@ -192,10 +192,10 @@ def _stem(
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     rows, columns = _place(channels, ROWS, COLUMNS)
-    picture = rows // (out_height * out_width)
+    image = rows // (out_height * out_width)
     top = (rows // out_width % out_height) * 2 - SIZE // 2
     left = (rows % out_width) * 2 - SIZE // 2
-    first = (picture.to(tl.int64) * height + top) * width + left
+    first = (image.to(tl.int64) * height + top) * width + left
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, depth, DEPTH):
         k = start + tl.arange(0, DEPTH)
@@ -208,7 +208,7 @@ def _stem(
         offset = (first[:, None] + (down * width + right)[None, :]) * 3 + colour[None, :]
         grey = tl.load(pixels + offset, mask=inside, other=0).to(tl.float32)
         low, spread = tl.load(shift + colour), tl.load(scale + colour)
-        # zeros around the picture are zeros of what the network takes
+        # the padding is zero after normalisation
         values = tl.where(inside, (grey - low[None, :]) / spread[None, :], 0.0)
         tile = tl.load(
             weight + k[:, None] * channels + columns[None, :],
@@ -238,14 +238,14 @@ def _spatial(
     weight += split * SIZE * SIZE * depth * channels
     bias += split * channels
     rows, columns = _place(channels, ROWS, COLUMNS)
-    picture = rows // (out_height * out_width)
+    image = rows // (out_height * out_width)
     top = (rows // out_width % out_height) * stride - padding
     left = (rows % out_width) * stride - padding
-    first = (picture.to(tl.int64) * height + top) * width + left
+    first = (image.to(tl.int64) * height + top) * width + left
     there = (columns < channels)[None, :]
     k = tl.arange(0, DEPTH)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in range(SIZE * SIZE * chunks):  # one loop: its loads are prefetched
+    for step in range(SIZE * SIZE * chunks):  # one loop, so that loads are prefetched
         tap, start = step // chunks, step % chunks * DEPTH
         down, right = tap // SIZE * dilation, tap % SIZE * dilation
         y, z = top + down, left + right
@@ -309,7 +309,7 @@ def _pointwise(
 def _product(
     sums, x, weight, rows, columns, count, channels, depth, stride, DEPTH: tl.constexpr
 ):  # fmt: skip
-    """`sums` and the product of one source's rows with its part of the weights."""
+    """Return `sums` plus the product of one source's rows with its part of the weights."""
     k = tl.arange(0, DEPTH)
     place = x + rows.to(tl.int64)[:, None] * stride + k[None, :]
     part = weight + k[:, None] * channels + columns[None, :]

@@ -1,7 +1,8 @@
-"""The OpenVINO engine: the CPU, in bfloat16 where it has it. It needs no torch.
+"""The backend ``openvino``: OpenVINO on the CPU.
 
-What it runs is a compiled graph in bytes (`compiled`), fresh or out of the cache alike, so
-that both give the same bytes.
+It executes a compiled graph, which `compiled` gives as bytes. New and cached graphs are loaded
+from these bytes, so that both give the same values. With a cached graph neither torch nor the
+checkpoint's tensors are loaded.
 """
 
 from __future__ import annotations
@@ -9,59 +10,141 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
 from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from r2ncli.engine import (
+from r2ncli.engine import INT8
+from r2ncli.engine.base import (
+    Calibration,
     EngineDescription,
     Outputs,
     Pixels,
-    choose_precision,
+    ReadyNetwork,
+    Setup,
     cores,
+    cpu_flags,
     cpu_model,
     cpu_precisions,
     empty_pixels,
 )
+from r2ncli.engine.cache import Entry, loaded_entry
 from r2ncli.errors import DeviceError, UsageError
 from r2ncli.openvino_import import CompiledModel, Core, InferRequest, Model, Tensor, get_version
 
-BATCH_SIZE = 8  # small batches keep activations in the processor's cache
+if TYPE_CHECKING:
+    from r2ncli.model import Res2Net
+
+BATCH_SIZE = 8  # the activations of small batches fit the processor's cache
 
 Bytes = npt.NDArray[np.uint8]
 
-_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # of what is not quantised
+_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # for what is not quantised
 _EXECUTED = {"f32": "fp32", "bf16": "bf16", "u8": "int8", "i8": "int8"}
 
 
+def precisions(devices: Sequence[str]) -> tuple[str, ...]:
+    """Return the precisions that the CPU supports (see `BackendModule`)."""
+    capabilities = Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    can = [known for known in cpu_precisions() if known == "fp32" or known.upper() in capabilities]
+    return (*can, INT8)
+
+
+def open_network(setup: Setup) -> ReadyNetwork:
+    """Load a compiled network from the cache, or compile and cache it (see `BackendModule`)."""
+    batch_size = setup.batch_size or BATCH_SIZE
+
+    def make() -> Entry:
+        pixels = None
+        if setup.sample is not None:
+            from r2ncli.engine.quantization import decoded
+
+            pixels = decoded(setup.sample, setup.preprocessing, setup.on_warning)
+            setup.on_quantising(len(pixels))
+        checkpoint = setup.load()
+        facts = {
+            "variant": checkpoint.variant,
+            "classes": checkpoint.network.architecture.classes,
+            "shapes": setup.shapes(checkpoint.network.architecture),
+            "images": 0 if pixels is None else len(pixels),
+        }
+        return Entry(facts, _compiled_network(checkpoint.network, setup, batch_size, pixels))
+
+    def load(entry: Entry) -> OpenVinoEngine:
+        return OpenVinoEngine(entry.graph, setup.layers, setup.precision)
+
+    settings = _cache_settings(setup, batch_size)
+    entry, engine = loaded_entry(settings, make, load, setup.on_warning)
+    facts, sample = entry.facts, setup.sample
+    shapes = {layer: tuple(shape) for layer, shape in facts["shapes"].items()}
+    calibration = None if sample is None else Calibration(sample.sha256, facts["images"])
+    return ReadyNetwork(engine, facts["variant"], facts["classes"], shapes, calibration)
+
+
+def _cache_settings(setup: Setup, batch_size: int) -> dict[str, Any] | None:
+    """Return everything that determines the compiled network; None if it is not cached."""
+    if setup.identity is None:
+        return None
+    settings = {
+        "library": library(),
+        "processor": cpu_model(),
+        "instructions": cpu_flags(),
+        **setup.identity,
+        "layers": setup.layers,
+        "pool": setup.pool,
+        "preprocessing": asdict(setup.preprocessing),
+        "precision": setup.precision,
+        "batch_size": batch_size,
+    }
+    if setup.sample is not None:
+        from r2ncli.engine.quantization import quantizer
+
+        settings |= {
+            "calibration": setup.sample.sha256,
+            "quantizer": quantizer(),
+            "decoder": version("pillow"),
+            "rules": asdict(setup.sample.rules),
+        }
+    return settings
+
+
+def _compiled_network(
+    network: Res2Net, setup: Setup, batch_size: int, calibration: Pixels | None
+) -> Bytes:
+    """Return the compiled graph of `network`, quantised to int8 if there are images for it."""
+    from r2ncli.engine.folding import folded
+    from r2ncli.engine.graph import to_graph
+
+    wanted = setup.layers, setup.pool, setup.preprocessing
+    if calibration is None:
+        graph = to_graph(network, *wanted, batch_size)
+    else:
+        from r2ncli.engine.quantization import quantized
+
+        # OpenVINO would fold batch norms later; NNCF needs the convolutions that will run
+        graph = quantized(to_graph(folded(network), *wanted, 1), calibration)
+        graph.reshape([batch_size, *calibration.shape[1:]])
+    return compiled(graph, setup.precision)
+
+
 def library() -> str:
-    """The library with its version, as it is recorded."""
+    """Return the name and version of OpenVINO, as in the run record."""
     return f"openvino {get_version().partition('-')[0]}"
 
 
-def find_precision(name: str) -> str:
-    """The precision that `name` means here; ``auto`` is the fastest that keeps top-1.
-
-    Raises
-    ------
-    UsageError
-        The processor, or OpenVINO on it, cannot do it; the message lists what it can.
-    """
-    capabilities = Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    can = [known for known in cpu_precisions() if known == "fp32" or known.upper() in capabilities]
-    return choose_precision(name, can, "cpu")
-
-
 def compiled(graph: Model, precision: str) -> Bytes:
-    """`graph` compiled for this processor: what `OpenVinoEngine` takes.
+    """Compile `graph` for this processor, into the bytes that `OpenVinoEngine` takes.
 
-    In ``fp32``, ``bf16``, or ``int8`` if it is quantised.
+    The precision is ``fp32`` or ``bf16``, or ``int8`` for a quantised graph.
 
     Raises
     ------
     DeviceError
-        The memory does not hold it.
+        There is not enough memory.
     """
     with _device_errors(int(graph.inputs[0].shape[0])):
         network = Core().compile_model(
@@ -71,27 +154,27 @@ def compiled(graph: Model, precision: str) -> Bytes:
 
 
 class OpenVinoEngine:
-    """A compiled graph executed by OpenVINO. See `Engine` for what it takes and gives.
+    """An `Engine` that executes a compiled graph with OpenVINO.
 
     As many threads as it has streams may call it at the same time.
 
     Parameters
     ----------
     graph : uint8 array
-        What `compiled` gave for `precision`, here and with this version of OpenVINO.
+        What `compiled` returned for `precision` on this processor with this version of OpenVINO.
     outputs : sequence of str
         Names of the graph's outputs, in their order.
     precision : str
         ``fp32``, ``bf16`` or ``int8``.
     streams : int or None
-        Batches at the same time; None means what suits the processor.
+        Number of batches at the same time; None means a number that suits the processor.
 
     Raises
     ------
     UsageError
         The processor does not execute the precision.
     DeviceError
-        The graph cannot be loaded here.
+        The graph cannot be loaded.
     """
 
     def __init__(
@@ -114,7 +197,7 @@ class OpenVinoEngine:
                     "ENABLE_CPU_PINNING": False,  # decode threads and other runs use cores too
                 },
             )
-        self._graph = graph  # its weights are used where they lie
+        self._graph = graph  # OpenVINO uses these bytes and does not copy them
         self._outputs = tuple(outputs)
         streams, threads = (
             self._network.get_property(name) for name in ("NUM_STREAMS", "INFERENCE_NUM_THREADS")
@@ -131,8 +214,8 @@ class OpenVinoEngine:
         )
         if self.description.precision != precision:
             raise UsageError(
-                f"precision {precision!r} on cpu: OpenVINO executes {self.description.precision} "
-                f"on this processor ({self.description.device_model})"
+                f"`precision={precision}` is not supported on cpu: OpenVINO executes "
+                f"{self.description.precision} on this processor ({self.description.device_model})"
             )
         self._idle: SimpleQueue[InferRequest] = SimpleQueue()
         for _ in range(streams):
@@ -157,12 +240,15 @@ class OpenVinoEngine:
 
 
 def _streams(cores: int) -> int:
-    """One thread a stream while they are few: then no core waits for another within a layer."""
+    """Return how many streams suit so many cores.
+
+    With one thread for each stream no core waits for another one within a layer.
+    """
     return min(cores, max(4, cores // 4))
 
 
 def _executed(network: CompiledModel) -> str:
-    """The precision in which the convolutions really run, or most of them."""
+    """Return the precision that most convolutions really run in."""
     precisions = Counter(
         node.rt_info["runtimePrecision"].astype(str)
         for node in network.get_runtime_model().get_ops()
@@ -174,11 +260,11 @@ def _executed(network: CompiledModel) -> str:
 
 @contextmanager
 def _device_errors(batch_size: int) -> Iterator[None]:
-    """A failure of OpenVINO in the user's words."""
+    """Raise failures of OpenVINO as a DeviceError."""
     try:
         yield
-    # the last where it quotes what it could not read
+    # UnicodeDecodeError: its message quotes the bytes that it could not read
     except (RuntimeError, MemoryError, UnicodeDecodeError) as error:
         reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
-        hint = f" at batch size {batch_size}. Try a smaller --batch-size" if batch_size else ""
+        hint = f" at batch size {batch_size}; use a smaller `batch_size`" if batch_size else ""
         raise DeviceError(f"cpu ({cpu_model()}): OpenVINO failed{hint}: {reason}") from error

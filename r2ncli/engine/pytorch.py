@@ -1,4 +1,4 @@
-"""The torch engine for the CPU."""
+"""The backend ``torch``: the choice between CPU and GPUs, and the engine for the CPU."""
 
 from __future__ import annotations
 
@@ -9,37 +9,73 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from r2ncli.architectures import Preprocessing
-from r2ncli.engine import EngineDescription, Outputs, Pixels, cpu_model, empty_pixels
-from r2ncli.engine.devices import DTYPES, device_errors, exact_settings, find_precision
+from r2ncli.engine.base import (
+    Engine,
+    EngineDescription,
+    Outputs,
+    Pixels,
+    ReadyNetwork,
+    Setup,
+    cpu_model,
+    cpu_precisions,
+    empty_pixels,
+)
+from r2ncli.engine.devices import DTYPES, device_errors, exact_settings, gpu_precisions
 from r2ncli.engine.folding import FoldedNetwork
 from r2ncli.model import Res2Net
 
-BATCH_SIZE = 8  # small batches keep activations in the processor's cache
+BATCH_SIZE = 8  # the activations of small batches fit the processor's cache
+
+
+def precisions(devices: Sequence[str]) -> tuple[str, ...]:
+    """Return the precisions that these devices support (see `BackendModule`)."""
+    return cpu_precisions() if devices[0] == "cpu" else gpu_precisions(devices[0])
+
+
+def open_network(setup: Setup) -> ReadyNetwork:
+    """Load a checkpoint and its network onto the devices (see `BackendModule`)."""
+    checkpoint = setup.load()
+    network = checkpoint.network
+    shapes = setup.shapes(network.architecture)
+    wanted = network, setup.layers, setup.pool, setup.preprocessing
+    engine: Engine
+    if setup.devices[0] == "cpu":
+        engine = TorchEngine(*wanted, precision=setup.precision, batch_size=setup.batch_size)
+    else:
+        from r2ncli.engine.cuda import CudaEngine
+
+        engine = CudaEngine(
+            *wanted,
+            devices=[torch.device(name) for name in setup.devices],
+            precision=setup.precision,
+            batch_size=setup.batch_size,
+        )
+    if engine.description.remark:
+        setup.on_warning(engine.description.remark)
+    return ReadyNetwork(engine, checkpoint.variant, network.architecture.classes, shapes)
 
 
 class TorchEngine:
-    """A Res2Net executed by torch on the CPU. See `Engine` for what it takes and gives.
+    """An `Engine` that executes a Res2Net with torch on the CPU.
 
-    It has as many streams as torch has threads, of one thread each: no core waits for another
-    within a layer, which costs much as soon as another process takes one, and the bytes do not
-    depend on how many threads there are. They are threads of its own, for how many torch
-    computes with is a setting of the thread that calls it.
+    It has as many streams as torch has threads, with one thread each. So no core waits for
+    another one within a layer, which is slow when another process uses that core, and the
+    values do not depend on the number of threads. The engine has its own threads, because
+    torch's number of threads is a setting of the calling thread.
 
     Parameters
     ----------
     network, outputs, pool, preprocessing
         As for `FoldedNetwork`.
     precision : str
-        ``auto`` or one that the processor can do.
+        ``fp32`` or ``bf16``.
     batch_size : int or None
-        None means what suits a CPU.
+        None means a size that suits a CPU.
 
     Raises
     ------
     DeviceError
-        The memory does not hold the network.
-    UsageError
-        The processor cannot do the precision.
+        There is not enough memory for the network.
     """
 
     def __init__(
@@ -49,11 +85,10 @@ class TorchEngine:
         pool: str,
         preprocessing: Preprocessing,
         *,
-        precision: str = "auto",
+        precision: str,
         batch_size: int | None = None,
     ) -> None:
         self._device = torch.device("cpu")
-        precision = find_precision(precision, self._device)
         self.description = EngineDescription(
             backend="torch",
             library=f"torch {torch.__version__}",
@@ -88,11 +123,11 @@ _new_threads = threading.Lock()
 
 
 def compute_in_this_thread_alone() -> None:
-    """Let torch use this thread, a new one, and no others when it is called in it."""
+    """Make torch compute in this new thread alone when it is called from it."""
     with _new_threads:
         others = torch.get_num_threads()
         torch.set_num_threads(1)
-        # that was also what threads begin with that are yet to come: they keep what they had
+        # new threads inherit that number, so the old one is set again in another thread
         back = threading.Thread(target=torch.set_num_threads, args=(others,))
         back.start()
         back.join()

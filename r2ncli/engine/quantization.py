@@ -1,28 +1,178 @@
-"""A graph in int8, by NNCF's post-training quantisation.
+"""Quantise a graph to int8 with NNCF, and choose the images that it is calibrated with.
 
-NNCF works in a process of its own: importing it replaces Python's class of loggers, it prints
-its progress, and what it holds would stay in memory.
+NNCF runs in a process of its own: importing it replaces Python's logger class, it prints its
+progress, and it would keep memory.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
-from r2ncli.engine import Pixels
-from r2ncli.errors import DeviceError, UsageError
+from r2ncli.architectures import Preprocessing
+from r2ncli.errors import DeviceError, ImageError, InputNotFoundError, UsageError
+from r2ncli.images.decode import DecodeRules, Pixels, decode
 from r2ncli.openvino_import import Core, Model, save_model, without_telemetry
+from r2ncli.sources.names import printable
+from r2ncli.sources.walk import Input, PathLike, as_sequence, find_images
+
+MOST_IMAGES = 300
+
+Warn = Callable[[str], None]
+T = TypeVar("T")
+
+
+# --- calibration images -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """At most `MOST_IMAGES` inputs, and the SHA-256 of the digests of their bytes, in order.
+
+    `rules` and the number of threads (`workers`) are for reading and decoding them.
+    """
+
+    inputs: tuple[Input, ...]
+    sha256: str
+    rules: DecodeRules
+    workers: int
+
+
+def choose_sample(
+    paths: Sequence[PathLike] | PathLike, rules: DecodeRules, workers: int, warn: Warn
+) -> Sample:
+    """Choose a sample of the images in `paths`, and read them without decoding them.
+
+    The sample is spread evenly over the order of `find_images`: in most cases a folder of
+    folders has one folder for each class, and the first images are all of one class.
+
+    Parameters
+    ----------
+    paths : path or sequence of paths
+        Inputs, as for `find_images`.
+    rules : DecodeRules
+        Files of more than `max_bytes` are not read.
+    workers : int
+        Number of threads that read.
+    warn : callable
+        As for `find_images`.
+
+    Raises
+    ------
+    InputNotFoundError
+        One of `paths` does not exist, or no image can be read.
+    """
+    given = as_sequence(paths)
+    inputs = spread(find_images(given, warn), MOST_IMAGES)
+    sha256, read, errors = _each(inputs, rules.max_bytes, workers, lambda _content: None)
+    if not read:
+        raise _none_usable([os.fspath(path) for path in given], errors)
+    return Sample(tuple(inputs), sha256, rules, workers)
+
+
+def decoded(sample: Sample, preprocessing: Preprocessing, warn: Warn) -> Pixels:
+    """Decode the images of `sample` into the network's input; leave out those that fail.
+
+    Parameters
+    ----------
+    sample : Sample
+        What `choose_sample` gave.
+    preprocessing : Preprocessing
+        As for `decode`.
+    warn : callable
+        Takes a sentence about the images that fail.
+
+    Returns
+    -------
+    uint8 array [N, image_size, image_size, 3]
+        RGB.
+
+    Raises
+    ------
+    InputNotFoundError
+        No image can be used, or the images changed since the sample was chosen.
+    """
+    sha256, pixels, errors = _each(
+        sample.inputs,
+        sample.rules.max_bytes,
+        sample.workers,
+        lambda content: decode(content, preprocessing, sample.rules),
+    )
+    if sha256 != sample.sha256:
+        raise InputNotFoundError("`calibration`: the images changed while they were read")
+    if not pixels:
+        raise _none_usable([source.name for source in sample.inputs], errors)
+    if errors:
+        left_out = f"{len(errors)} of {len(sample.inputs)} images"
+        warn(f"calibration leaves out {left_out} that cannot be used, such as {errors[0]}")
+    return np.stack(pixels)
+
+
+def spread(inputs: Iterable[T], most: int) -> list[T]:
+    """Return at most `most` of `inputs`, evenly spread; hold at most twice as many."""
+    kept: list[T] = []
+    stride = 1
+    for number, each in enumerate(inputs):
+        if number % stride:
+            continue
+        kept.append(each)
+        if len(kept) > 2 * most:
+            kept, stride = kept[::2], 2 * stride
+    if len(kept) <= most:
+        return kept
+    return [kept[number * len(kept) // most] for number in range(most)]
+
+
+def _each(
+    inputs: Sequence[Input], max_bytes: int, workers: int, use: Callable[[bytes], T]
+) -> tuple[str, list[T], list[str]]:
+    """Return the digest of all contents, the results of `use`, and the errors of the others."""
+
+    def attempt(source: Input) -> tuple[bytes, T | ImageError]:
+        digest = b""
+        try:
+            content = source.read(max_bytes).content
+            digest = hashlib.sha256(content).digest()
+            return digest, use(content)
+        except ImageError as error:
+            return digest, error
+
+    with ThreadPoolExecutor(workers, "r2n-calibrate") as threads:
+        digests, outcomes = zip(*threads.map(attempt, inputs), strict=True) if inputs else ((), ())
+    return (
+        hashlib.sha256(b"".join(digests)).hexdigest(),
+        [outcome for outcome in outcomes if not isinstance(outcome, ImageError)],
+        [
+            f"{source.name}: {outcome}"
+            for source, outcome in zip(inputs, outcomes, strict=True)
+            if isinstance(outcome, ImageError)
+        ],
+    )
+
+
+def _none_usable(names: Sequence[str], errors: Sequence[str]) -> InputNotFoundError:
+    where = ", ".join(map(printable, names[:3]))
+    why = f": {errors[0]}" if errors else ""
+    return InputNotFoundError(f"`calibration` {where}: no image can be used{why}")
+
+
+# --- quantisation -------------------------------------------------------------------------
 
 
 def quantizer() -> str:
-    """NNCF with its version, which is not imported.
+    """Return the name and version of NNCF, without importing it.
 
     Raises
     ------
@@ -30,19 +180,19 @@ def quantizer() -> str:
         It is not installed.
     """
     if find_spec("nncf") is None:
-        raise UsageError("precision 'int8' is made by an extra: pip install 'r2ncli[int8]'")
+        raise UsageError("`precision=int8` needs an extra: pip install 'r2ncli[int8]'")
     return f"nncf {version('nncf')}"
 
 
 def quantized(graph: Model, pixels: Pixels) -> Model:
-    """`graph` with its weights and activations in int8.
+    """Return `graph` with weights and activations in int8.
 
     Parameters
     ----------
     graph : Model
-        For batches of one picture, without batch norms (see `folded`).
+        For batches of one image, without batch norms (see `folded`).
     pixels : uint8 array [N, H, W, 3]
-        Pictures that show the usual range of its activations.
+        Images that show the usual range of its activations.
 
     Raises
     ------
@@ -62,21 +212,21 @@ def quantized(graph: Model, pixels: Pixels) -> Model:
                 last = done.stderr.strip().rpartition("\n")[2] or f"it ended with {done.returncode}"
                 raise DeviceError(f"cpu: NNCF failed to quantise the network: {last}")
             core = Core()
-            core.set_property({"ENABLE_MMAP": False})  # the file goes
+            core.set_property({"ENABLE_MMAP": False})  # the file is deleted
             return core.read_model(Path(folder, "quantized.xml"))
     except (OSError, RuntimeError) as error:
         raise DeviceError(f"cpu: the network cannot be quantised: {error}") from error
 
 
 def _quantize(folder: Path) -> None:
-    """What the other process does.
+    """Quantise the graph in a folder: this runs in the other process.
 
-    The range of an activation is from its least to its largest value over all pictures: NNCF's
-    default, the mean of the pictures' extremes, cuts more off than finer steps are worth (on
-    the demonstration checkpoint it loses 0.15 points of top-1, this 0.07). Its slower bias
-    correction gains little over the fast one, and takes twice the time and 2.8 GB.
+    The range of an activation is from its smallest to its largest value over all images.
+    NNCF's default, the mean of the extremes of each image, clips more than its finer steps
+    gain: on the demo checkpoint it loses 0.15 points of top-1, this setting 0.07. NNCF's
+    slower bias correction gains little over the fast one, and takes twice the time and 2.8 GB.
     """
-    # it would load all of torch to ask whether the network is one of torch's
+    # NNCF would import torch to find out whether the network is a torch module
     sys.modules["torch"] = None  # type: ignore[assignment]
     with without_telemetry():
         import nncf

@@ -178,7 +178,7 @@ def diff(a: str | OsPathLike[str], b: str | OsPathLike[str], *, atol: float = 0.
         One is not there, is damaged, or none of r2n's.
     """
     if not atol >= 0:
-        raise UsageError(f"atol must be at least 0, not {atol}")
+        raise UsageError(f"`atol` must be at least 0, not {atol}")
     first, second = existing_result(a), existing_result(b)
     of_features, second_too = (format_of(path).content == FEATURES for path in (first, second))
     if of_features != second_too:

@@ -29,8 +29,6 @@ from r2ncli.weights.checkpoints import (
     Labels,
     Weights,
     open_checkpoint,
-    preprocessing_of,
-    read_metadata,
     requested_weights,
 )
 from r2ncli.weights.containers import container
@@ -118,13 +116,6 @@ def load(file: CheckpointFile, output_stride: int = 32) -> Checkpoint:
         labels=file.labels(architecture.classes),
         preprocessing=file.preprocessing,
     )
-
-
-def load_file(path: Path, digest: str, output_stride: int = 32) -> Checkpoint:
-    """Load the checkpoint `path`, whose SHA-256 is `digest` (see `load`)."""
-    metadata = read_metadata(path)
-    file = CheckpointFile(path, digest, metadata, preprocessing_of(metadata, path))
-    return load(file, output_stride)
 
 
 def load_model(path_or_name: str | os.PathLike[str], *, output_stride: int = 32) -> Res2Net:

@@ -185,7 +185,7 @@ def openvino_model(weights: str, seconds: float) -> Iterator[tuple[str, float]]:
     import torch
 
     import r2ncli
-    from r2ncli.engine import cpu_has_bf16
+    from r2ncli.engine.base import cpu_has_bf16
 
     network = r2ncli.load_model(weights)
     core = openvino.Core()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from r2ncli.cli.terminal import Report, picture_line, plain
+from r2ncli.cli.terminal import Report, image_line, plain
 from r2ncli.outputs.rows import Classification, Prediction
 
 
@@ -14,13 +14,13 @@ def test_a_line_has_as_many_classes_as_the_width_holds(width, classes):
     predictions = [
         Prediction(n, None, label, 0.25) for n, label in enumerate(["画像画像", "bee", "cow"])
     ]
-    line = picture_line(Classification("0.jpg", tuple(predictions)), width)
+    line = image_line(Classification("0.jpg", tuple(predictions)), width)
     assert line.count("25.0 %") == classes
     assert line.startswith("0.jpg  画像画像 25.0 %")
 
 
 def test_a_network_without_labels_shows_class_numbers():
-    line = picture_line(Classification("a", (Prediction(7, None, None, 0.5),)), 80)
+    line = image_line(Classification("a", (Prediction(7, None, None, 0.5),)), 80)
     assert line == "a  class 7 50.0 %"
 
 
@@ -31,5 +31,5 @@ def test_control_characters_are_escaped_and_letters_of_any_script_kept():
 @pytest.mark.parametrize("quiet", [False, True])
 def test_quantising_is_told_as_progress_is_and_not_to_who_wants_quiet(quiet, capsys):
     Report("classify", quiet).quantising(300)
-    expected = "quantising with 300 pictures, which the next run finds in the cache\n"
+    expected = "quantising with 300 images; the next run finds the result in the cache\n"
     assert capsys.readouterr() == ("", "" if quiet else expected)

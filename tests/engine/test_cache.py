@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import r2ncli
-from r2ncli import predictor
-from r2ncli.engine import cache
+from r2ncli.engine import cache, openvino
 from r2ncli.engine.cache import Entry, cache_folder, loaded_entry, read_entry, write_entry
 from r2ncli.errors import DeviceError
 
@@ -203,7 +202,7 @@ def test_what_cannot_be_loaded_though_just_made_is_an_error_and_is_not_kept(ther
 
 def test_a_processor_with_other_instructions_has_another_entry(pictures, tiny_weights, monkeypatch):
     first = rows(pictures, weights=tiny_weights)
-    monkeypatch.setattr(predictor, "cpu_flags", lambda: ["sse2"])
+    monkeypatch.setattr(openvino, "cpu_flags", lambda: ["sse2"])
     assert rows(pictures, weights=tiny_weights) == first
     assert len(files()) == 2
 

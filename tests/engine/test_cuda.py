@@ -28,10 +28,11 @@ from support.reference_weights import TINY, reference_network, relative_error
 import r2ncli
 from r2ncli.bench import bench
 from r2ncli.engine import POOLS, cuda, pytorch
-from r2ncli.engine.cuda import SLOTS, CudaEngine, quickest_form, suitable_batch_size
-from r2ncli.engine.devices import exact_settings, find_devices, find_precision, out_of_memory
+from r2ncli.engine.cuda import SLOTS, CudaEngine, fastest_form, suitable_batch_size
+from r2ncli.engine.devices import exact_settings, find_gpus, gpu_precisions, out_of_memory
 from r2ncli.engine.folding import FoldedNetwork
 from r2ncli.errors import DeviceError
+from r2ncli.options import RunOptions
 from r2ncli.outputs.results import read_record, read_rows
 
 GIB = 2**30
@@ -52,7 +53,7 @@ class LittleMemory(FoldedNetwork):
 def memory(monkeypatch):
     """The class of every network that is built; its `holds` may be changed."""
     kind = type("LittleMemory", (LittleMemory,), {})
-    monkeypatch.setattr(cuda, "quickest_form", lambda *_: (kind, None))
+    monkeypatch.setattr(cuda, "fastest_form", lambda *_: (kind, None))
     return kind
 
 
@@ -94,7 +95,7 @@ def test_a_busy_gpu_does_not_delay_the_others():
         busy.set()
         assert go_on.wait(60)
 
-    run._cards[0]._network.modules.register_forward_pre_hook(wait)
+    run._gpus[0]._network.modules.register_forward_pre_hook(wait)
     with ThreadPoolExecutor(1) as thread:
         held = thread.submit(run, noise(3))
         assert busy.wait(60)
@@ -107,7 +108,7 @@ def test_a_busy_gpu_does_not_delay_the_others():
 def test_the_first_batches_are_spread_over_the_gpus():
     run = cuda_engine(devices=[CPU, CPU])
     slots = [run._idle.get() for _ in range(run.description.streams)]
-    assert [slot.card for slot in slots] == run._cards * SLOTS
+    assert [slot.gpu for slot in slots] == run._gpus * SLOTS
 
 
 def test_a_batchs_memory_outlives_its_engine():
@@ -123,7 +124,7 @@ def test_a_batchs_memory_outlives_its_engine():
 
 def test_a_batch_that_memory_cannot_hold_is_an_error_that_says_so():
     with pytest.raises(
-        DeviceError, match=r"can be pinned for batches of 3 \(cpu:0\).*--batch-size"
+        DeviceError, match=r"can be pinned for batches of 3 \(cpu:0\).*`batch_size`"
     ):
         cuda_engine().empty_batch(10**9)
 
@@ -159,18 +160,18 @@ def test_settings_that_change_a_gpus_values_are_set_for_a_call_and_put_back():
 def test_fused_kernels_run_on_gpus_only():
     network = reference_network(TINY["v1"])
     for dtype in (torch.float32, torch.bfloat16):
-        form = quickest_form(network, ["fc"], "avg", SMALL, CPU, dtype)
+        form = fastest_form(network, ["fc"], "avg", SMALL, CPU, dtype)
         assert form == (FoldedNetwork, None)
 
 
 def test_slower_kernels_are_a_warning_with_the_reason(pictures, tiny_weights, monkeypatch):
     monkeypatch.setattr(pytorch, "TorchEngine", partial(CudaEngine, devices=[CPU]))
     reason = "cannot be built (no C compiler)"
-    monkeypatch.setattr(cuda, "quickest_form", lambda *_: (FoldedNetwork, reason))
+    monkeypatch.setattr(cuda, "fastest_form", lambda *_: (FoldedNetwork, reason))
     said = []
     options = {"weights": tiny_weights, "backend": "torch", "device": "cpu"}
     assert list(r2ncli.classify(pictures, on_warning=said.append, **options, batch_size=2))
-    assert said == [f"cpu:0: the quicker kernels {reason}, so torch's own run; see the README"]
+    assert said == [f"cpu:0: the faster kernels {reason}, so torch's own run; see the README"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -186,20 +187,18 @@ def test_kernels_may_round_differently_but_not_give_other_values(dtype):
 
 
 def test_the_gpus_are_named_by_their_numbers():
-    cards = [torch.device(f"cuda:{card}") for card in (0, 2, 3)]
-    assert cuda._names(cards[:1]) == "cuda:0"
-    assert cuda._names(cards) == "cuda:0,2,3"
+    gpus = [torch.device(f"cuda:{number}") for number in (0, 2, 3)]
+    assert cuda._names(gpus[:1]) == "cuda:0"
+    assert cuda._names(gpus) == "cuda:0,2,3"
 
 
 @pytest.mark.parametrize(
     ("capability", "able"),
-    [((9, 0), ["bf16", "fp16", "fp32"]), ((7, 5), ["fp16", "fp32"]), ((6, 1), ["fp32", "fp16"])],
+    [((9, 0), ("bf16", "fp16", "fp32")), ((7, 5), ("fp16", "fp32")), ((6, 1), ("fp32", "fp16"))],
 )
-def test_a_gpus_precision_is_the_fastest_that_it_does(capability, able, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _card: capability)
-    card = torch.device("cuda:0")
-    assert find_precision("auto", card) == able[0]
-    assert [find_precision(name, card) for name in able] == able
+def test_a_gpus_first_precision_is_the_fastest_that_keeps_top1(capability, able, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _gpu: capability)
+    assert gpu_precisions("cuda:0") == able
 
 
 @pytest.mark.parametrize(
@@ -212,7 +211,7 @@ def test_a_gpus_precision_is_the_fastest_that_it_does(capability, able, monkeypa
         ("Tesla T4", 14.6, 224, 4000, 64),
         ("NVIDIA GeForce RTX 4090", 23.5, 224, 4000, 256),
         ("NVIDIA L40S", 44, 224, 4000, 256),
-        ("a card of next year", 300, 224, 4000, 512),
+        ("a GPU of next year", 300, 224, 4000, 512),
         ("NVIDIA GeForce GTX 1050", 2, 224, 4000, 64),
         ("NVIDIA H100 80GB HBM3", 79, 448, 4000, 64),
         ("NVIDIA H100 80GB HBM3", 79, 256, 4000, 128),
@@ -262,9 +261,9 @@ def test_memory_for_not_even_one_image_is_an_error_that_names_the_device(memory)
     run = cuda_engine(batch_size=4)
     memory.holds = 0
     for _ in range(SLOTS + 1):  # no call waits for a slot that is not given back
-        with pytest.raises(DeviceError, match=r"^cpu:0 \(.*\): out of memory at batch size 4\. "):
+        with pytest.raises(DeviceError, match=r"^cpu:0 \(.*\): out of memory at batch size 4; "):
             run(noise(4))
-    with pytest.raises(DeviceError, match=r"^cpu:0 \(.*\): out of memory .* --batch-size"):
+    with pytest.raises(DeviceError, match=r"^cpu:0 \(.*\): out of memory .* `batch_size`"):
         cuda_engine(batch_size=4)
     memory.holds = 1000
     assert np.isfinite(run(noise(4))["fc"]).all()
@@ -272,7 +271,7 @@ def test_memory_for_not_even_one_image_is_an_error_that_names_the_device(memory)
 
 def test_outputs_of_a_call_that_failed_are_not_kept(memory):
     run = cuda_engine(outputs=["layer1", "fc"], batch_size=2)
-    network = run._cards[0]._network
+    network = run._gpus[0]._network
 
     def fail(_module, _inputs):
         raise torch.OutOfMemoryError("no room for layer2")
@@ -295,7 +294,7 @@ def test_only_too_little_memory_halves_a_batch():
         def fail(_module, _inputs, failure=failure):
             raise failure
 
-        hook = run._cards[0]._network.modules.register_forward_pre_hook(fail)
+        hook = run._gpus[0]._network.modules.register_forward_pre_hook(fail)
         with pytest.raises(kind, match=words):
             run(noise(4))
         hook.remove()
@@ -434,14 +433,15 @@ def test_a_run_goes_on_with_another_number_of_devices(
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 needs_two_gpus = pytest.mark.skipif(
-    not torch.cuda.is_available() or len(find_devices("cuda")) < 2,
+    not torch.cuda.is_available() or len(find_gpus("cuda")) < 2,
     reason="there are no two GPUs of one model",
 )
 
 
 def gpu_engine(network=None, outputs=("fc",), pool="none", name="auto", **options):
     """An engine in float32, of GPUs."""
-    return cuda_engine(network, outputs, pool, **{"devices": find_devices(name)} | options)
+    devices = [torch.device(gpu) for gpu in find_gpus(name)]
+    return cuda_engine(network, outputs, pool, **{"devices": devices} | options)
 
 
 @pytest.mark.cuda
@@ -477,12 +477,12 @@ def test_a_gpu_gives_every_layer(architecture, pool):
 @needs_gpu
 def test_a_replay_gives_what_the_network_gives_without_a_graph():
     run = gpu_engine(reference_network(TINY["v1b"]), ["fc", "layer2"], batch_size=8)
-    (card,) = run._cards
-    assert isinstance(card._graph, torch.cuda.CUDAGraph)
+    (gpu,) = run._gpus
+    assert isinstance(gpu._graph, torch.cuda.CUDAGraph)
     pixels = noise(8)
     outputs = run(pixels)
-    with torch.inference_mode(), exact_settings(card._device):
-        plain = card._network(torch.from_numpy(pixels).to(card._device))
+    with torch.inference_mode(), exact_settings(gpu._device):
+        plain = gpu._network(torch.from_numpy(pixels).to(gpu._device))
     for name, rows in outputs.items():
         assert relative_error(rows, plain[name].cpu()) < 1e-6
 
@@ -590,10 +590,10 @@ def test_several_gpus_give_the_same_rows():
 @needs_gpu
 def test_bench_measures_all_gpus_together(pictures, tiny_weights):
     report = bench(
-        [pictures], weights=tiny_weights, device="cuda", precisions=["fp32"], batch_sizes=[2],
-        seconds=0.02,
+        [pictures], options=RunOptions(device="cuda"), weights=tiny_weights, precisions=["fp32"],
+        batch_sizes=[2], seconds=0.02,
     )  # fmt: skip
-    assert report.engine.streams == SLOTS * len(find_devices("cuda"))
+    assert report.engine.streams == SLOTS * len(find_gpus("cuda"))
     assert all(speed.matmul_share > 0 for speed in report.model)
 
 

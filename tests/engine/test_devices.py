@@ -1,110 +1,85 @@
-"""Devices and precisions by name, and the backends for them."""
+"""The table of backends: which one runs on which devices, in which precisions."""
 
 from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from r2ncli import engine
-from r2ncli.engine import cpu_has_bf16, find_backend
-from r2ncli.engine.devices import find_devices, find_precision
+import r2ncli
+from r2ncli import engine, predictor
+from r2ncli.engine import BACKENDS, Backend, base, choose_backend, choose_precision
+from r2ncli.engine.devices import find_gpus
 from r2ncli.errors import DeviceError, UsageError
+from r2ncli.options import RunOptions
+from r2ncli.predictor import open_predictor
+
+OPENVINO, TORCH = BACKENDS
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Return a function that makes the driver and torch report GPUs of these models."""
+
+    def report(*models):
+        monkeypatch.setattr(base, "cuda_gpus", lambda: len(models))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(models))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(models))
+        names = {f"cuda:{number}": model for number, model in enumerate(models)}
+        monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _gpu: (9, 0))
+
+    return report
+
 
 # --- devices --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpu", "mps", "cuda:", "cuda:x", "cuda:-1", "cuda:01", "", "CPU"])
-def test_an_unknown_device_is_refused_with_those_there_are(name):
-    with pytest.raises(DeviceError, match=r"expected auto, cpu") as caught:
-        find_devices(name)
-    assert repr(name) in str(caught.value)
+@pytest.mark.parametrize("backend", ["auto", "torch", "openvino"])
+@pytest.mark.parametrize(
+    "name", ["gpu", "mps", "cuda:", "cuda:x", "cuda:-1", "cuda:01", "cuda:²", "", "CPU"]
+)
+def test_an_invalid_device_is_refused_with_the_valid_names(name, backend, gpus):
+    gpus()
+    with pytest.raises(DeviceError) as caught:
+        choose_backend(backend, name)
+    assert str(caught.value) == (
+        f"`device` {name!r} is not valid: use auto, cpu, cuda or cuda:N (no CUDA GPU was found)"
+    )
     assert caught.value.exit_code == 5
 
 
-def test_a_device_number_must_be_in_decimal_digits():
-    with pytest.raises(DeviceError, match="no device 'cuda:²'"):
-        find_devices("cuda:²")
+def test_an_invalid_device_is_refused_with_the_gpus_that_there_are(gpus):
+    gpus("H200", "H200")
+    with pytest.raises(DeviceError, match=r"\(CUDA GPUs found: cuda:0, cuda:1\)$"):
+        choose_backend("auto", "gpu")
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:99"])
-def test_a_gpu_where_there_is_none_is_refused(name, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(DeviceError, match=f"{name}'.* sees 0 CUDA cards. There are: cpu$"):
-        find_devices(name)
-    assert find_devices("auto") == (torch.device("cpu"),)
+def test_a_gpu_on_a_machine_without_one_is_refused(name, gpus):
+    gpus()
+    with pytest.raises(DeviceError, match=f"'{name}' is not available: torch found no CUDA GPU$"):
+        choose_backend("auto", name)
 
 
-def test_a_gpu_beyond_the_last_is_refused_with_those_there_are(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(DeviceError, match=r"sees 2 CUDA cards\. There are: cpu, cuda:0, cuda:1$"):
-        find_devices("cuda:99")
+def test_a_gpu_beyond_the_last_is_refused_with_those_that_there_are(gpus):
+    gpus("H200", "H200")
+    with pytest.raises(DeviceError, match=r"is not available: torch found cuda:0, cuda:1$"):
+        choose_backend("auto", "cuda:99")
 
 
-def test_auto_is_one_gpu_and_cuda_is_all_of_the_first_ones_model(monkeypatch):
-    models = ["NVIDIA H200", "NVIDIA T4", "NVIDIA H200"]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda card: models[card.index])
-    first, second, third = (torch.device(f"cuda:{card}") for card in range(3))
-    assert find_devices("auto") == (first,)
-    assert find_devices("cuda") == (first, third)
-    assert find_devices("cuda:1") == (second,)
-    assert find_devices("cpu") == (torch.device("cpu"),)
-
-
-# --- precisions -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("has_bf16", "able"), [(True, ["bf16", "fp32"]), (False, ["fp32"])])
-def test_auto_is_bfloat16_only_where_the_processor_has_it(has_bf16, able, monkeypatch):
-    monkeypatch.setattr(engine, "cpu_has_bf16", lambda: has_bf16)
-    cpu = torch.device("cpu")
-    assert find_precision("auto", cpu) == able[0]
-    assert [find_precision(name, cpu) for name in able] == able
-
-
-@pytest.mark.parametrize(
-    ("flags", "has"),
-    [
-        ("flags\t\t: fpu avx512f avx512_bf16 fma", True),
-        ("flags\t\t: fpu amx_tile amx_bf16", True),
-        ("Features\t: fp asimd bf16 i8mm", True),
-        ("flags\t\t: fpu avx512f avx2 fma", False),
-        ("bugs\t\t: spectre_v1", False),
-    ],
-)
-def test_bfloat16_in_hardware_is_read_from_the_processors_flags(flags, has, monkeypatch):
-    monkeypatch.setattr(engine, "_cpuinfo", lambda: ["processor\t: 0", flags])
-    assert cpu_has_bf16() == has
-
-
-# --- backends -------------------------------------------------------------------------
-
-
-def test_auto_is_openvino_on_a_cpu_and_torch_where_it_is_not_installed(monkeypatch):
-    assert find_backend("auto", "cpu") == "openvino"
-    monkeypatch.setattr(engine, "cuda_cards", lambda: 0)
-    assert find_backend("auto", "auto") == "openvino"
-    monkeypatch.setattr(engine, "find_spec", lambda _name: None)
-    assert find_backend("auto", "cpu") == "torch"
-    with pytest.raises(UsageError, match="'openvino' is not installed"):
-        find_backend("openvino", "cpu")
-
-
-def test_auto_is_torch_where_there_is_a_gpu(monkeypatch):
-    monkeypatch.setattr(engine, "cuda_cards", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert find_backend("auto", "auto") == find_backend("auto", "cuda:0") == "torch"
-    assert find_backend("openvino", "auto") == find_backend("auto", "cpu") == "openvino"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert find_backend("auto", "auto") == "openvino"  # torch was built without CUDA
-
-
-def test_openvino_on_a_gpu_is_refused():
-    with pytest.raises(UsageError, match="'openvino' runs on the CPU, not on 'cuda'"):
-        find_backend("openvino", "cuda")
+def test_auto_is_one_gpu_and_cuda_is_every_gpu_of_the_first_ones_model(gpus):
+    gpus("NVIDIA H200", "NVIDIA T4", "NVIDIA H200")
+    assert find_gpus("auto") == ("cuda:0",)
+    assert find_gpus("cuda") == ("cuda:0", "cuda:2")
+    assert find_gpus("cuda:1") == ("cuda:1",)
+    assert choose_backend("torch", "cuda") == (TORCH, ("cuda:0", "cuda:2"))
+    assert choose_backend("torch", "cpu") == (TORCH, ("cpu",))
 
 
 class Driver:
@@ -121,15 +96,173 @@ class Driver:
         return 0
 
 
-@pytest.mark.parametrize(("status", "cards"), [(0, 2), (100, 0)])
-def test_gpus_are_counted_by_the_driver(status, cards, monkeypatch):
-    monkeypatch.setattr(engine.ctypes, "CDLL", lambda _name: Driver(status))
-    assert engine.cuda_cards() == cards
+@pytest.mark.parametrize(("status", "gpus"), [(0, 2), (100, 0)])
+def test_gpus_are_counted_by_the_driver(status, gpus, monkeypatch):
+    monkeypatch.setattr(base.ctypes, "CDLL", lambda _name: Driver(status))
+    assert base.cuda_gpus() == gpus
 
 
 def test_without_a_driver_there_are_no_gpus(monkeypatch):
     def no_such_library(name):
         raise OSError(name)
 
-    monkeypatch.setattr(engine.ctypes, "CDLL", no_such_library)
-    assert engine.cuda_cards() == 0
+    monkeypatch.setattr(base.ctypes, "CDLL", no_such_library)
+    assert base.cuda_gpus() == 0
+
+
+# --- precisions -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda row: row.name)
+def test_auto_is_bfloat16_only_if_the_processor_has_it(backend, monkeypatch):
+    monkeypatch.setattr(base, "cpu_has_bf16", lambda: False)
+    assert choose_precision("auto", backend, ("cpu",)) == "fp32"
+    monkeypatch.setattr(base, "cpu_has_bf16", lambda: True)
+    supported = backend.load().precisions(("cpu",))
+    assert choose_precision("auto", backend, ("cpu",)) == supported[0] != "int8"
+    assert [choose_precision(name, backend, ("cpu",)) for name in supported] == [*supported]
+
+
+def test_an_unsupported_precision_is_refused_with_the_supported_ones(monkeypatch, gpus):
+    monkeypatch.setattr(base, "cpu_has_bf16", lambda: False)
+    for backend, devices, precision, supported in (
+        (OPENVINO, ("cpu",), "fp16", "fp32, int8"),
+        (OPENVINO, ("cpu",), "bf16", "fp32, int8"),
+        (TORCH, ("cpu",), "fp16", "fp32"),
+        (TORCH, ("cpu",), "int8", "fp32; `backend=openvino` supports it"),
+        (TORCH, ("cuda:0",), "int8", "bf16, fp16, fp32"),
+    ):
+        gpus("H200")
+        with pytest.raises(UsageError) as caught:
+            choose_precision(precision, backend, devices)
+        assert str(caught.value) == (
+            f"`precision={precision}` is not supported on {devices[0]} (supported: {supported})"
+        )
+
+
+@pytest.mark.parametrize(
+    ("flags", "has"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16 fma", True),
+        ("flags\t\t: fpu amx_tile amx_bf16", True),
+        ("Features\t: fp asimd bf16 i8mm", True),
+        ("flags\t\t: fpu avx512f avx2 fma", False),
+        ("bugs\t\t: spectre_v1", False),
+    ],
+)
+def test_bfloat16_in_hardware_is_read_from_the_processors_flags(flags, has, monkeypatch):
+    monkeypatch.setattr(base, "_cpuinfo", lambda: ["processor\t: 0", flags])
+    assert base.cpu_has_bf16() == has
+
+
+# --- backends -------------------------------------------------------------------------
+
+
+def test_auto_is_openvino_on_a_cpu_and_torch_if_it_is_not_installed(gpus, monkeypatch):
+    gpus()
+    assert choose_backend("auto", "cpu") == choose_backend("auto", "auto") == (OPENVINO, ("cpu",))
+    monkeypatch.setattr(engine, "find_spec", lambda name: None if name == "openvino" else object())
+    assert choose_backend("auto", "cpu") == (TORCH, ("cpu",))
+    with pytest.raises(UsageError, match="`backend=openvino` is not installed: pip install"):
+        choose_backend("openvino", "cpu")
+
+
+def test_auto_is_torch_on_a_gpu(gpus, monkeypatch):
+    gpus("H200", "H200")
+    assert (
+        choose_backend("auto", "auto") == choose_backend("auto", "cuda:0") == (TORCH, ("cuda:0",))
+    )
+    assert choose_backend("openvino", "auto") == (OPENVINO, ("cpu",))
+    assert choose_backend("auto", "cpu") == (OPENVINO, ("cpu",))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # torch without CUDA
+    assert choose_backend("auto", "auto") == (OPENVINO, ("cpu",))
+
+
+def test_openvino_on_a_gpu_is_refused():
+    with pytest.raises(
+        UsageError, match=r"`backend=openvino` does not run on `device=cuda` \(it runs on: cpu\)"
+    ):
+        choose_backend("openvino", "cuda")
+
+
+def test_the_devices_are_looked_up_once_for_a_run(tiny_weights, monkeypatch):
+    asked = []
+
+    def count(backend, device):
+        asked.append(device)
+        return choose_backend(backend, device)
+
+    monkeypatch.setattr(predictor, "choose_backend", count)
+    open_predictor(("fc",), RunOptions(weights=tiny_weights, device="cpu", backend="torch"))
+    assert asked == ["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"device": "gpu"}, DeviceError),
+        ({"precision": "fp16"}, UsageError),
+        ({"decode": "gpu"}, UsageError),
+        ({"backend": "torch", "precision": "int8", "calibration": "nowhere"}, UsageError),
+    ],
+)
+def test_what_needs_no_weights_is_checked_before_they_are_opened(options, error, monkeypatch):
+    monkeypatch.setattr(predictor, "open_checkpoint", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(error):
+        open_predictor(("fc",), RunOptions(**{"device": "cpu"} | options))
+
+
+DUMMY = """
+import numpy as np
+from r2ncli.engine.base import EngineDescription, ReadyNetwork, empty_pixels
+
+def precisions(devices):
+    return ("fp16",)
+
+class Engine:
+    description = EngineDescription("dummy", "dummy 1.0", "cpu", "none", "fp16", 4)
+
+    def empty_batch(self, side):
+        return empty_pixels(4, side)
+
+    def __call__(self, pixels):
+        return {"fc": np.tile(np.arange(6, dtype=np.float32), (4, 1))}
+
+def open_network(setup):
+    return ReadyNetwork(Engine(), "dummy", 6, {"fc": (6,)})
+"""
+WITH_DUMMY = """
+import r2ncli.engine as engine
+engine.BACKENDS = (engine.Backend("dummy", "dummy", ("cpu",), "dummy"), *engine.BACKENDS)
+from r2ncli.cli.app import app
+app()
+"""
+
+
+def test_a_new_backend_is_one_new_row(pictures, tiny_weights, tmp_path):
+    (tmp_path / "dummy.py").write_text(DUMMY)
+    path = os.pathsep.join([str(tmp_path), str(Path(r2ncli.__file__).parents[1])])
+
+    def r2n(*arguments):
+        return subprocess.run(
+            [sys.executable, "-c", WITH_DUMMY, *map(str, arguments)],
+            capture_output=True, text=True, check=True,
+            env=os.environ | {"PYTHONPATH": path, "COLUMNS": "200"},
+        ).stdout  # fmt: skip
+
+    assert "auto|dummy|openvino|torch" in r2n("classify", "--help")
+    out = tmp_path / "out.csv"
+    for backend in ("auto", "dummy"):
+        options = ("--backend", backend, "--device", "cpu", "--weights", tiny_weights)
+        r2n("classify", pictures, *options, "-o", out, "--overwrite", "-q")
+        record = json.loads(Path(f"{out}.run.json").read_text())
+        assert (record["backend"], record["precision"]) == ("dummy", "fp16")
+        assert out.read_text().count(",fox,") == 20
+
+
+@pytest.mark.parametrize("row", BACKENDS, ids=lambda row: row.name)
+def test_every_row_is_installed_and_names_its_module(row):
+    assert isinstance(row, Backend)
+    assert row.installed
+    assert row.runs_on("cpu")
+    assert callable(row.load().open_network)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from support.engines import (
-    CPU,
     ENGINES,
     FULL,
     global_state,
@@ -22,10 +21,9 @@ from support.engines import (
 )
 from support.reference_weights import KIT, TINY, reference_input, reference_network, relative_error
 
-from r2ncli import engine
 from r2ncli.architectures import DEFAULT_NETWORK, PUBLISHED, Architecture, Preprocessing
-from r2ncli.engine import Engine, devices, openvino
-from r2ncli.errors import UsageError
+from r2ncli.engine import POOLS, base, openvino
+from r2ncli.engine.base import Engine
 
 OpenEngine = Callable[..., Engine]
 
@@ -61,7 +59,7 @@ def cases(fast: dict[str, tuple[str, ...]], names: tuple[str, ...]) -> pytest.Ma
             for name in TINY
             for pool, size in (("avg", 64), ("max", 64), ("none", odd))
         ),
-        *(("cuda", "v1b", pool, 64) for pool in engine.POOLS),
+        *(("cuda", "v1b", pool, 64) for pool in POOLS),
     ],
 )
 def test_all_layers_at_once_are_the_plain_networks(
@@ -250,21 +248,6 @@ def test_the_description_says_what_runs(kind: str, library: str) -> None:
     assert description.library == library
     assert description.backend == library.split()[0]
     assert description.device_kind == "cpu"
-    assert description.device_model == engine.cpu_model() != ""
+    assert description.device_model == base.cpu_model() != ""
     assert (description.precision, description.batch_size) == ("fp32", 3)
     assert description.executed_batch_size is None
-
-
-@pytest.mark.parametrize(
-    "find_precision",
-    [lambda name: devices.find_precision(name, CPU), openvino.find_precision],
-    ids=["torch", "openvino"],
-)
-def test_a_precision_that_the_processor_cannot_do_is_refused_with_those_it_can(
-    find_precision: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine, "cpu_has_bf16", lambda: False)
-    assert find_precision("auto") == find_precision("fp32") == "fp32"
-    for name in ("bf16", "fp16", "int8", "half"):
-        with pytest.raises(UsageError, match=f"'{name}' on cpu.* fp32$"):
-            find_precision(name)

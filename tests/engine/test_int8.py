@@ -18,15 +18,16 @@ from support.reference_weights import TINY, reference_network, relative_error
 import r2ncli
 from r2ncli.architectures import Preprocessing
 from r2ncli.engine import quantization
-from r2ncli.engine.calibration import MOST_PICTURES, choose_sample, decoded, spread
-from r2ncli.engine.graph import folded, to_graph
+from r2ncli.engine.folding import folded
+from r2ncli.engine.graph import to_graph
 from r2ncli.engine.openvino import OpenVinoEngine, compiled
-from r2ncli.engine.quantization import quantized
+from r2ncli.engine.quantization import MOST_IMAGES, choose_sample, decoded, quantized, spread
 from r2ncli.errors import DeviceError, InputNotFoundError, OutputError, UsageError
 from r2ncli.images.decode import DecodeRules
 from r2ncli.model import conv_bn_pairs
+from r2ncli.options import RunOptions
 from r2ncli.outputs import results
-from r2ncli.predictor import open_classifier
+from r2ncli.predictor import open_predictor
 
 RULES = DecodeRules("exact")
 SIZE = Preprocessing(image_size=32, resize_size=36)
@@ -58,6 +59,10 @@ def int8(network, pixels, batch_size=3):
 
 def ignore(_warning):
     pass
+
+
+def open_classifier(**options):
+    return open_predictor(("fc",), RunOptions(**options))
 
 
 # --- the numbers ------------------------------------------------------------------------
@@ -111,7 +116,9 @@ def test_the_same_images_give_the_same_network():
 
 def test_a_network_that_is_not_quantised_is_not_taken_for_int8():
     graph = to_graph(reference_network(TINY["v1"]), ["fc"], "avg", SMALL, 1)
-    with pytest.raises(UsageError, match="'int8' on cpu: OpenVINO executes fp32"):
+    with pytest.raises(
+        UsageError, match="`precision=int8` is not supported on cpu: OpenVINO executes fp32"
+    ):
         OpenVinoEngine(compiled(graph, "int8"), ["fc"], "int8")
 
 
@@ -139,8 +146,8 @@ def test_what_nncf_says_of_a_failure_is_a_device_error():
 
 @pytest.mark.parametrize("count", [0, 1, 299, 300, 301, 600, 601, 1_000, 5_000, 12_345])
 def test_a_sample_is_spread_evenly_over_all_images(count):
-    taken = spread(iter(range(count)), MOST_PICTURES)
-    assert len(taken) == min(count, MOST_PICTURES)
+    taken = spread(iter(range(count)), MOST_IMAGES)
+    assert len(taken) == min(count, MOST_IMAGES)
     assert taken == sorted(set(taken))
     gaps = np.diff([*taken, count])
     assert len(taken) == 0 or taken[0] == 0
@@ -161,7 +168,7 @@ def test_a_sample_may_be_an_archive(pictures, tmp_path):
             archive.write(path, path.name)
     zipped = choose_sample(str(tmp_path / "all.zip"), RULES, 2, ignore)
     assert zipped.sha256 == choose_sample(pictures, RULES, 2, ignore).sha256
-    assert decoded(zipped, SIZE, RULES, 2, ignore).shape == (20, 32, 32, 3)
+    assert decoded(zipped, SIZE, ignore).shape == (20, 32, 32, 3)
 
 
 def test_images_that_fail_are_left_out_with_a_sentence(pictures):
@@ -169,10 +176,10 @@ def test_images_that_fail_are_left_out_with_a_sentence(pictures):
     (pictures / "00008.jpg").write_bytes(b"")
     said = []
     sample = choose_sample(pictures, RULES, 2, said.append)
-    pixels = decoded(sample, SIZE, RULES, 2, said.append)
+    pixels = decoded(sample, SIZE, said.append)
     assert pixels.shape == (18, 32, 32, 3)
     assert len(said) == 1
-    assert "leaves out 2 of 20 pictures that cannot be used, such as " in said[0]
+    assert "leaves out 2 of 20 images that cannot be used, such as " in said[0]
     assert "00007.jpg: not an image of a known format" in said[0]
 
 
@@ -180,18 +187,18 @@ def test_a_sample_that_changes_between_two_looks_is_refused(pictures):
     sample = choose_sample(pictures, RULES, 2, ignore)
     (pictures / "00007.jpg").write_bytes((pictures / "00008.jpg").read_bytes())
     with pytest.raises(InputNotFoundError, match="changed while they were read"):
-        decoded(sample, SIZE, RULES, 2, ignore)
+        decoded(sample, SIZE, ignore)
 
 
 def test_without_a_usable_image_there_is_no_calibration(tmp_path, tiny_weights):
     options = {"weights": tiny_weights, "precision": "int8"}
-    with pytest.raises(InputNotFoundError, match=r"no picture that can be used$"):
-        open_classifier(5, calibration=tmp_path, **options)
+    with pytest.raises(InputNotFoundError, match=r"no image can be used$"):
+        open_classifier(calibration=tmp_path, **options)
     (tmp_path / "a.jpg").write_bytes(b"no picture")
     with pytest.raises(InputNotFoundError, match=r"used: .*a\.jpg: not an image"):
-        open_classifier(5, calibration=tmp_path, **options)
+        open_classifier(calibration=tmp_path, **options)
     with pytest.raises(InputNotFoundError, match="no such file or folder"):
-        open_classifier(5, calibration=tmp_path / "missing", **options)
+        open_classifier(calibration=tmp_path / "missing", **options)
 
 
 # --- what is refused --------------------------------------------------------------------
@@ -200,10 +207,13 @@ def test_without_a_usable_image_there_is_no_calibration(tmp_path, tiny_weights):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"precision": "int8"}, "needs pictures to be calibrated with: give --calibration PATHS"),
-        ({"calibration": "."}, "--calibration is for --precision int8"),
-        ({"calibration": ".", "precision": "bf16"}, "--calibration is for --precision int8"),
-        ({"calibration": ".", "precision": "int8", "backend": "torch"}, "here backend 'torch'"),
+        ({"precision": "int8"}, "needs images to calibrate with: add `calibration`"),
+        ({"calibration": "."}, "`calibration` is for `precision=int8`"),
+        ({"calibration": ".", "precision": "bf16"}, "`calibration` is for `precision=int8`"),
+        (
+            {"calibration": ".", "precision": "int8", "backend": "torch"},
+            "is not supported on cpu .*; `backend=openvino` supports it",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_a_usage_error(options, sentence, pictures, tiny_weights):
@@ -211,23 +221,22 @@ def test_what_does_not_go_together_is_a_usage_error(options, sentence, pictures,
         r2ncli.classify(pictures, weights=tiny_weights, **options)
 
 
-@pytest.mark.parametrize("given", [{}, {"calibration": "."}])
-def test_features_are_never_int8(given, pictures, tiny_weights, tmp_path):
-    options = {"weights": tiny_weights, "precision": "int8", **given}
-    with pytest.raises(UsageError, match="'int8' is for classify alone"):
+def test_features_are_never_int8(pictures, tiny_weights, tmp_path):
+    options = {"weights": tiny_weights, "precision": "int8"}
+    with pytest.raises(UsageError, match="calibration"):
         r2ncli.extract(pictures, layers=["fc"], **options)
-    with pytest.raises(UsageError, match="'int8' is for classify alone"):
+    with pytest.raises(UsageError, match="calibration"):
         r2ncli.extract_to(tmp_path / "f.h5", pictures, **options)
 
 
 def test_without_nncf_the_extra_is_named(pictures, tiny_weights, monkeypatch):
     monkeypatch.setattr(quantization, "find_spec", lambda _name: None)
     with pytest.raises(UsageError, match=r"pip install 'r2ncli\[int8\]'"):
-        open_classifier(5, weights=tiny_weights, precision="int8", calibration=pictures)
+        open_classifier(weights=tiny_weights, precision="int8", calibration=pictures)
 
 
 def test_auto_is_never_int8(tiny_weights):
-    assert open_classifier(5, weights=tiny_weights).engine.description.precision in ("bf16", "fp32")
+    assert open_classifier(weights=tiny_weights).engine.description.precision in ("bf16", "fp32")
 
 
 # --- in a run ---------------------------------------------------------------------------
@@ -242,7 +251,7 @@ def test_a_run_records_int8_and_the_samples_digest(pictures, tiny_weights, tmp_p
     assert said == [20]
     assert record["precision"] == "int8"
     sample = choose_sample(pictures, RULES, 1, ignore)
-    assert record["calibration"] == {"sha256": sample.sha256, "pictures": 20}
+    assert record["calibration"] == {"sha256": sample.sha256, "images": 20}
     assert json.loads(Path(f"{out}.run.json").read_text()) == record
 
     never_again()
@@ -272,9 +281,9 @@ def test_another_sample_is_another_entry_of_the_cache_and_cannot_resume(
         r2ncli.classify_to(out, pictures, calibration=other, resume=True, **options)
     assert len(list((tmp_path / "cache").iterdir())) == 2
     never_again()
-    open_classifier(5, calibration=other, **options)
+    open_classifier(calibration=other, **options)
     with pytest.raises(AssertionError, match="quantised again"):
-        open_classifier(5, calibration=[other, pictures], **options)
+        open_classifier(calibration=[other, pictures], **options)
 
 
 @pytest.mark.slow

@@ -12,8 +12,7 @@ import pytest
 from support.engines import SMALL, needs_bf16, noise, openvino_engine
 from support.reference_weights import TINY, reference_network
 
-from r2ncli import engine
-from r2ncli.engine import openvino
+from r2ncli.engine import base, openvino
 from r2ncli.engine.graph import to_graph
 from r2ncli.engine.openvino import OpenVinoEngine
 from r2ncli.errors import DeviceError, UsageError
@@ -58,15 +57,17 @@ def test_openvino_is_imported_without_its_telemetry(tmp_path):
 
 def test_there_are_as_many_streams_as_asked_for_but_no_more_than_cores() -> None:
     description = openvino_engine(reference_network(TINY["v1"]), streams=2).description
-    assert description.streams == min(2, engine.cores())
-    assert 1 <= description.stream_threads <= engine.cores()
+    assert description.streams == min(2, base.cores())
+    assert 1 <= description.stream_threads <= base.cores()
 
 
 @needs_bf16
 def test_a_precision_that_does_not_run_is_refused(monkeypatch):
     network = reference_network(TINY["v1"])
     monkeypatch.setitem(openvino._HINTS, "bf16", "f32")
-    with pytest.raises(UsageError, match="'bf16' on cpu: OpenVINO executes fp32"):
+    with pytest.raises(
+        UsageError, match="`precision=bf16` is not supported on cpu: OpenVINO executes fp32"
+    ):
         openvino_engine(network, precision="bf16")
 
 

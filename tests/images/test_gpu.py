@@ -27,9 +27,11 @@ from r2ncli.architectures import Preprocessing
 from r2ncli.errors import DeviceError, UsageError
 from r2ncli.images.decode import DecodeRules, decode
 from r2ncli.images.jpeg import Jpeg, for_gpu
-from r2ncli.pipeline import open_walk, run
-from r2ncli.predictor import Pipeline, open_classifier
-from r2ncli.runs import run_record
+from r2ncli.options import NO_LISTENERS, RunOptions
+from r2ncli.pipeline import Classify, run
+from r2ncli.predictor import LOGITS, Predictor, open_predictor
+from r2ncli.runs import Run, run_record
+from r2ncli.sources.walk import Walk
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("torchcodec")
@@ -303,38 +305,44 @@ def mixed(tmp_path: Path) -> Path:
     return folder
 
 
+def everything(outputs: Any) -> Any:
+    """Keep all outputs of a batch."""
+    return outputs
+
+
 @pytest.fixture
-def pipelines(tiny_weights: Path, interpreted: Any) -> tuple[Pipeline, Pipeline]:
-    """One pipeline with `decode="exact"`, and the same with the GPU's decoder on the CPU."""
-    one = open_classifier(
-        1, weights=tiny_weights, device="cpu", backend="torch", decode="exact", batch_size=4
+def predictors(tiny_weights: Path, interpreted: Any) -> tuple[Predictor, Predictor]:
+    """A predictor with `decode="exact"`, and the same with the GPU's decoder on the CPU."""
+    options = RunOptions(
+        weights=tiny_weights, device="cpu", backend="torch", decode="exact", batch_size=4
     )
+    one = open_predictor((LOGITS,), options)
     rules = DecodeRules("gpu")
     decoder = interpreted.GpuDecoder([torch.device("cpu")], one.preprocessing, rules)
-    return one, replace(one, rules=rules, card_decoder=decoder)
+    return one, replace(one, rules=rules, gpu_decoder=decoder)
 
 
 def test_a_run_gives_the_rows_that_exact_gives(
-    mixed: Path, pipelines: tuple[Pipeline, Pipeline]
+    mixed: Path, predictors: tuple[Predictor, Predictor]
 ) -> None:
-    rows = []
-    for one in pipelines:
-        with open_walk([mixed]) as walk:
-            rows.append(list(run(walk, one)))
-    expected, ours = rows
-    assert [(row.name, row.error) for row in ours] == [(row.name, row.error) for row in expected]
-    assert [row.name[-6:-4] for row in ours if row.error] == ["2c", "2d", "3c"]
-    for row, as_exact in zip(ours, expected, strict=True):
-        assert row.outputs.keys() == as_exact.outputs.keys()
-        for layer, values in row.outputs.items():
-            np.testing.assert_array_equal(values, as_exact.outputs[layer])
+    results = []
+    for one in predictors:
+        with Walk([str(mixed)], print) as walk:
+            results.append(list(run(walk, one, everything)))
+    failed = []
+    for batch, as_exact in zip(*results, strict=True):
+        assert batch.names == as_exact.names
+        assert batch.errors == as_exact.errors
+        failed += [name for name, error in zip(batch.names, batch.errors, strict=True) if error]
+        np.testing.assert_array_equal(batch.columns[LOGITS], as_exact.columns[LOGITS])
+    assert [name[-6:-4] for name in failed] == ["2c", "2d", "3c"]
 
 
 def test_the_jpegs_of_a_batch_are_decoded_in_one_call(
-    mixed: Path, pipelines: tuple[Pipeline, Pipeline]
+    mixed: Path, predictors: tuple[Predictor, Predictor]
 ) -> None:
     batches: list[int] = []
-    decoder: Any = pipelines[1].card_decoder
+    decoder: Any = predictors[1].gpu_decoder
 
     class Counting:
         accept = decoder.accept
@@ -344,8 +352,9 @@ def test_the_jpegs_of_a_batch_are_decoded_in_one_call(
             return list(decoder(jpegs, pixels))
 
     counting: Any = Counting()
-    with open_walk([mixed]) as walk:
-        assert len(list(run(walk, replace(pipelines[1], card_decoder=counting)))) == 14
+    with Walk([str(mixed)], print) as walk:
+        results = run(walk, replace(predictors[1], gpu_decoder=counting), everything)
+        assert sum(map(len, results)) == 14
     assert (
         sum(batches) == 6
     )  # five intact ones, and one that is found to be corrupted only when decoded
@@ -353,23 +362,29 @@ def test_the_jpegs_of_a_batch_are_decoded_in_one_call(
 
 
 def test_a_failure_of_the_gpu_ends_the_run(
-    mixed: Path, pipelines: tuple[Pipeline, Pipeline]
+    mixed: Path, predictors: tuple[Predictor, Predictor]
 ) -> None:
     def failing(_encoded: list[torch.Tensor], **_options: Any) -> Any:
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
-    decoder: Any = pipelines[1].card_decoder
+    decoder: Any = predictors[1].gpu_decoder
     next(decoder._turns)._decode_jpeg = failing
-    with open_walk([mixed]) as walk, pytest.raises(DeviceError, match="failed while decoding"):
-        list(run(walk, pipelines[1]))
+    with (
+        Walk([str(mixed)], print) as walk,
+        pytest.raises(DeviceError, match="failed while decoding"),
+    ):
+        list(run(walk, predictors[1], everything))
 
 
 def test_the_decoder_and_its_version_are_in_the_record(
-    pipelines: tuple[Pipeline, Pipeline],
+    predictors: tuple[Predictor, Predictor],
 ) -> None:
     from importlib.metadata import version
 
-    as_exact, on_gpu = (run_record("classify", one, {}) for one in pipelines)
+    walk: Any = None
+    as_exact, on_gpu = (
+        run_record(Run(Classify(), RunOptions(), NO_LISTENERS, walk, one)) for one in predictors
+    )
     assert on_gpu["versions"]["torchcodec"] == version("torchcodec")
     assert on_gpu["decode_rules"]["decode"] == "gpu"
     assert on_gpu["fingerprint"] != as_exact["fingerprint"]
@@ -380,9 +395,9 @@ def test_the_decoder_and_its_version_are_in_the_record(
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
-def test_decoding_on_a_gpu_needs_a_gpu(tiny_weights: Path, backend: str) -> None:
-    with pytest.raises(UsageError, match=r"^decode 'gpu' is for a CUDA card, and this runs on"):
-        open_classifier(1, weights=tiny_weights, device="cpu", backend=backend, decode="gpu")
+def test_decoding_on_a_gpu_needs_a_gpu(backend: str) -> None:
+    with pytest.raises(UsageError, match=r"^`decode=gpu` needs a CUDA GPU, but this run uses cpu"):
+        open_predictor((LOGITS,), RunOptions(device="cpu", backend=backend, decode="gpu"))
 
 
 @pytest.mark.parametrize("library", ["torchcodec", "triton"])
@@ -391,9 +406,8 @@ def test_the_error_names_a_missing_library(library: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         predictor, "find_spec", lambda name: None if name == library else there(name)
     )
-    with pytest.raises(UsageError, match=rf"^decode 'gpu' needs {library}: pip install "):
-        predictor._check_decoding({"decode": "gpu"}, "cuda")
-    predictor._check_decoding({"decode": "exact"}, "cuda")
+    with pytest.raises(UsageError, match=rf"^`decode=gpu` needs {library}: pip install "):
+        predictor._check_gpu_decoding(["cuda:0"])
 
 
 def test_gpus_decode_in_turns(interpreted: Any) -> None:

@@ -158,7 +158,7 @@ def test_what_cannot_be_compared_is_a_usage_error(tmp_path):
     write(other, Hdf5Format({"layer4": (5,)}), features(3))
     with pytest.raises(UsageError, match=r"g\.h5 has layer4 \[5\]: features of other layers"):
         diff(layers, other)
-    with pytest.raises(UsageError, match="atol must be at least 0, not nan"):
+    with pytest.raises(UsageError, match="`atol` must be at least 0, not nan"):
         diff(six, six, atol=float("nan"))
     with pytest.raises(UsageError, match="the name must end in"):
         diff(six, tmp_path / "b.txt")

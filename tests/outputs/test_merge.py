@@ -128,7 +128,7 @@ def test_what_cannot_be_merged_is_a_usage_error(tmp_path, sharded):
         r2ncli.merge([], tmp_path / "all.csv")
     with pytest.raises(UsageError, match=re.escape("the same format, got .csv and .jsonl")):
         r2ncli.merge([*paths, *sharded(".jsonl")], tmp_path / "all.csv")
-    with pytest.raises(UsageError, match=r"ends in \.csv"):
+    with pytest.raises(UsageError, match=r"must end in \.csv"):
         r2ncli.merge(paths, tmp_path / "all.jsonl")
     with pytest.raises(UsageError, match="is one of the shards"):
         r2ncli.merge(paths, paths[1], overwrite=True)

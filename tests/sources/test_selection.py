@@ -165,7 +165,7 @@ def test_a_shard_of_no_image_at_all_is_no_image_found(tmp_path: Path, tiny_weigh
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "1/0", "a/b", "-1/2", "1/2/3", "", "1 / 2"])
 def test_a_bad_shard_is_a_usage_error(tmp_path: Path, shard: str) -> None:
-    with pytest.raises(UsageError, match="expected I/N") as raised:
+    with pytest.raises(UsageError, match="must be I/N") as raised:
         r2ncli.classify(tmp_path, shard=shard)
     assert raised.value.exit_code == 2
 
@@ -202,16 +202,16 @@ def why_nothing(*paths: str, **selection: Any) -> str:
 
 
 def test_an_empty_folder_says_which_suffixes_were_looked_for(here: Path) -> None:
-    text = why_nothing()
-    assert text.startswith("no image found (looked for files ending in avif bmp ")
+    text = why_nothing(".")
+    assert text.startswith("no image found (looked for files ending in apng avif ")
     assert text.endswith(" webp)")
 
 
 def test_other_suffixes_are_counted_and_named(here: Path) -> None:
     for name in ("a.txt", "b.TXT", "c.mp4", "README"):
         Path(name).touch()
-    text = why_nothing()
-    assert text.startswith("no image found (looked for files ending in avif ")
+    text = why_nothing(".")
+    assert text.startswith("no image found (looked for files ending in apng ")
     assert text.endswith("): files with other suffixes: 2 .txt, 1 without a suffix, 1 .mp4")
 
 

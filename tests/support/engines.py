@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from r2ncli.architectures import Preprocessing
-from r2ncli.engine import Engine, Pixels, cpu_has_bf16
+from r2ncli.engine.base import Engine, Pixels, cpu_has_bf16
 from r2ncli.engine.cuda import CudaEngine
 from r2ncli.engine.graph import to_graph
 from r2ncli.engine.openvino import OpenVinoEngine, compiled

@@ -295,10 +295,12 @@ def test_metadata_that_cannot_be_read_is_an_error(
     (tmp_path / "net.pth").touch()
     (tmp_path / "net.json").touch()
 
+    real = os.open
+
     def refusing(path: Path, *arguments: Any, **options: Any) -> Any:
-        if path.suffix == ".json":
+        if Path(path).suffix == ".json":
             raise PermissionError(errno.EACCES, "Permission denied", path)
-        return open(path, *arguments, **options)
+        return real(path, *arguments, **options)
 
     monkeypatch.setattr(os, "open", refusing)
     text = error_of(read_metadata, tmp_path / "net.pth")

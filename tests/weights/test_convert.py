@@ -300,7 +300,7 @@ def test_the_command_says_what_it_wrote(tiny_weights: Path, tmp_path: Path) -> N
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0
     assert done.stdout == ""
-    assert "mmpretrain names, the same logits bit by bit -> " in done.stderr
+    assert "mmpretrain names, logits bit-identical -> " in done.stderr
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 6
     assert "overwrite" in again.stderr

@@ -1,0 +1,264 @@
+"""What all backends share: the interface of an engine, and facts about this machine.
+
+An engine executes a network on a device in one precision. It takes a uint8 batch of pixels
+and returns named float32 arrays. Normalisation and pooling are part of what it runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from r2ncli.architectures import Architecture, Preprocessing
+from r2ncli.errors import DeviceError, UsageError
+
+if TYPE_CHECKING:
+    from r2ncli.engine.quantization import Sample
+    from r2ncli.weights.loading import Checkpoint
+
+Pixels = npt.NDArray[np.uint8]
+Outputs = Mapping[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class EngineDescription:
+    """What really runs: part of the run record.
+
+    Attributes
+    ----------
+    backend, library : str
+        The backend's name, and its library with the version.
+    device, device_model : str
+        ``cpu``, ``cuda:N`` or ``cuda:N,M``, and the name of the processor or the GPUs.
+    precision : str
+        The precision executed: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
+    batch_size : int
+        Images in every batch, the last one included (it is padded).
+    streams : int
+        Batches that it executes at the same time, each in a thread that calls it.
+    stream_threads : int
+        Most threads that compute one batch.
+    executed_batch_size : int or None
+        Fewest images that were computed at a time so far, if the memory was too small for a
+        whole batch; None otherwise.
+    remark : str or None
+        A sentence that says why something slower runs than the GPU could.
+    """
+
+    backend: str
+    library: str
+    device: str
+    device_model: str
+    precision: str
+    batch_size: int
+    streams: int = 1
+    stream_threads: int = 1
+    executed_batch_size: int | None = None
+    remark: str | None = None
+
+    @property
+    def device_kind(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return self.device.partition(":")[0]
+
+
+class Engine(Protocol):
+    """A network that is ready to run on a device."""
+
+    @property
+    def description(self) -> EngineDescription:
+        """What really runs."""
+
+    def empty_batch(self, side: int) -> Pixels:
+        """Allocate one batch of images of `side` pixels where the device reads it fastest.
+
+        Returns
+        -------
+        uint8 array [batch_size, side, side, 3]
+            C-contiguous, not initialised.
+
+        Raises
+        ------
+        DeviceError
+            There is not enough memory.
+        """
+
+    def __call__(self, pixels: Pixels) -> Outputs:
+        """Compute the outputs for one batch.
+
+        Parameters
+        ----------
+        pixels : uint8 array [batch_size, H, W, 3]
+            C-contiguous RGB; the caller may reuse it after the call.
+
+        Returns
+        -------
+        mapping of str to float32 array [batch_size, ...]
+            One array for each requested layer; the caller owns them.
+
+        Raises
+        ------
+        DeviceError
+            The device failed.
+        """
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a backend needs to get a network ready.
+
+    Attributes
+    ----------
+    load : callable
+        Loads the checkpoint's tensors and returns the checkpoint.
+    identity : mapping or None
+        What identifies the checkpoint in the cache of compiled networks; None means that
+        nothing is cached.
+    layers : tuple of str
+        The layers whose outputs are wanted.
+    pool : str
+        How feature maps are pooled: ``avg``, ``max`` or ``none``.
+    preprocessing : Preprocessing
+        How images become the network's input.
+    devices : tuple of str
+        ``cpu`` or GPUs of one model (see `choose_backend`).
+    precision : str
+        One of the backend's precisions for these devices.
+    batch_size : int or None
+        Images in a batch; None means a size that suits the device.
+    sample : Sample or None
+        The images that int8 is calibrated with.
+    on_warning, on_quantising : callable
+        As in `Listeners`.
+    """
+
+    load: Callable[[], Checkpoint]
+    identity: Mapping[str, Any] | None
+    layers: tuple[str, ...]
+    pool: str
+    preprocessing: Preprocessing
+    devices: tuple[str, ...]
+    precision: str
+    batch_size: int | None
+    sample: Sample | None
+    on_warning: Callable[[str], None]
+    on_quantising: Callable[[int], None]
+
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+        """Return the shape of one image's output by layer.
+
+        Raises
+        ------
+        UsageError
+            The network has no such layer.
+        """
+        from r2ncli.model import layer_shapes
+
+        shapes = layer_shapes(architecture, self.preprocessing.image_size)
+        for layer in self.layers:
+            if layer not in shapes:
+                near = get_close_matches(layer, shapes, n=3, cutoff=0.4)
+                hint = f"Did you mean {', '.join(near)}? " if near else ""
+                raise UsageError(
+                    f"no layer {layer!r}. {hint}r2n extract --list-layers prints all of them"
+                )
+        return {layer: pooled_shape(shapes[layer], self.pool) for layer in self.layers}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The part of the run record about a sample: its digest, and how many images were usable."""
+
+    sha256: str
+    images: int
+
+
+@dataclass(frozen=True)
+class ReadyNetwork:
+    """A network that is ready to run, and what is known of it (see `Predictor`)."""
+
+    engine: Engine
+    variant: str
+    classes: int
+    shapes: dict[str, tuple[int, ...]]
+    calibration: Calibration | None = None
+
+
+def empty_pixels(batch_size: int, side: int) -> Pixels:
+    """Allocate the pixels of a batch in pageable memory (see `Engine.empty_batch`)."""
+    try:
+        return np.empty((batch_size, side, side, 3), dtype=np.uint8)
+    except MemoryError as error:
+        raise DeviceError(
+            f"not enough memory for batches of {batch_size}: use a smaller `batch_size`"
+        ) from error
+
+
+def pooled_shape(shape: tuple[int, ...], pool: str) -> tuple[int, ...]:
+    """Return the shape of one image's features: (C, H, W) becomes (C,) if they are pooled."""
+    return shape[:1] if len(shape) == 3 and pool != "none" else shape
+
+
+def cuda_gpus() -> int:
+    """Count the CUDA GPUs that the driver shows to this process (see `CUDA_VISIBLE_DEVICES`)."""
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    except (OSError, AttributeError):  # there is no driver
+        return 0
+    return 0 if failed else count.value
+
+
+def cpu_precisions() -> tuple[str, ...]:
+    """Return the precisions that this processor supports in hardware, the fastest first."""
+    return ("bf16", "fp32") if cpu_has_bf16() else ("fp32",)
+
+
+def cores() -> int:
+    """Count the cores that this process may use; a container may allow fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_model() -> str:
+    """Return the processor's name, as the system reports it."""
+    for line in _cpuinfo():
+        if line.startswith(("model name", "Model")):
+            return line.partition(":")[2].strip()
+    import platform
+
+    return platform.processor() or platform.machine()
+
+
+def cpu_flags() -> list[str]:
+    """Return the instruction sets of this processor, or an empty list if they are not known.
+
+    Virtual processors with the same name may have different ones.
+    """
+    for line in _cpuinfo():
+        if line.startswith(("flags", "Features")):
+            return sorted(line.partition(":")[2].split())
+    return []
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether this processor multiplies bfloat16 in hardware."""
+    return not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(cpu_flags())
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
