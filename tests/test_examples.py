@@ -30,8 +30,8 @@ EXTRAS = (
     *("pillow_heif", "pyarrow", "segmentation_models_pytorch", "timm", "torchcodec"),
     *("ultralytics", "yaml"),
 )
-# but those that check a GPU: they need a checkout with its tests, and are no examples to copy
-SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if not path.stem.startswith("gpu_"))
+# gpu_pictures is a part of gpu_check and has no command line
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "gpu_pictures")
 
 
 def run_script(name: str, *arguments: str) -> int:
