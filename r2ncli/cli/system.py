@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from r2ncli.cli.options import Json, Quiet, with_run_options
-from r2ncli.cli.terminal import print_json, print_table, say
+from r2ncli.cli.terminal import print_json, print_table, say, terminal_width
 from r2ncli.options import BENCH, BENCH_PRECISIONS, BENCH_SECONDS, RunOptions
 
 if TYPE_CHECKING:
@@ -74,11 +74,11 @@ def bench(
         print_json(report.as_dict())
         return 0
     engine = report.engine
-    latencies = ("p50 ms", "p90", "p95", "p99")
+    latencies = ("p50 ms", "p90", "p95", "p99")[:: _every()]
     print_table(
         f"model only, {report.weights} weights, {engine.device} ({engine.device_model}), "
         f"{engine.library}",
-        ("precision", "batch", "images/s", *latencies, "% of matmul peak"),
+        ("precision", "batch", "images/s", *latencies, "% of matmul peak" if _every() == 1 else "% peak"),
         [
             (
                 speed.precision,
@@ -116,4 +116,9 @@ def _milliseconds(speed: ModelSpeed | StageSpeed) -> list[str]:
         *(speed.latency_p50_ms, speed.latency_p90_ms),
         *(speed.latency_p95_ms, speed.latency_p99_ms),
     )
-    return ["" if one is None else f"{one:,.1f}" for one in percentiles]
+    return ["" if one is None else f"{one:,.1f}" for one in percentiles[:: _every()]]
+
+
+def _every() -> int:
+    """A narrow terminal has room for the first and the last latency only."""
+    return 1 if terminal_width() >= 80 else 3
