@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from operator import index
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -381,11 +381,6 @@ def options_of(command: str, *, to_file: bool) -> Iterator[tuple[Field[Any], Opt
         option: Option = declared.metadata["option"]
         if command in option.commands and (to_file or not option.to_file):
             yield declared, option
-
-
-def as_keywords(options: RunOptions) -> dict[str, Any]:
-    """`options` as the keywords that give them."""
-    return asdict(options)
 
 
 def _checked(name: str, value: Any, hints: dict[str, Any], option: Option) -> Any:

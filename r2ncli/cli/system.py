@@ -78,7 +78,13 @@ def bench(
     print_table(
         f"model only, {report.weights} weights, {engine.device} ({engine.device_model}), "
         f"{engine.library}",
-        ("precision", "batch", "images/s", *latencies, "% of matmul peak" if _every() == 1 else "% peak"),
+        (
+            "precision",
+            "batch",
+            "images/s",
+            *latencies,
+            "% of matmul peak" if _every() == 1 else "% peak",
+        ),
         [
             (
                 speed.precision,
