@@ -302,7 +302,7 @@ class RunOptions:
         if self.precision == INT8 and self.calibration is None:
             raise UsageError(
                 "`precision=int8` needs images to calibrate with: add `calibration` with "
-                "images like those to be classified; 300 suffice"
+                "images like those to be classified; 300 suffice (int8 is for classify only)"
             )
         if self.precision != INT8 and self.calibration is not None:
             raise UsageError("`calibration` is for `precision=int8`: give both, or neither")
