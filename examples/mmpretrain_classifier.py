@@ -1,11 +1,13 @@
-"""The checkpoint in mmpretrain, as a backbone with its head.
+"""Load a checkpoint into mmpretrain, as a backbone with its head, and compare the logits.
 
     pip install '.[interop]'
     python examples/mmpretrain_classifier.py res2net50_v1b_26w_4s-3cf99910.pth
+    python examples/mmpretrain_classifier.py res2net50_v1b_26w_4s    # the official weights
 
-The network of this file has deep_stem=True and avg_down=True in mmpretrain's terms: three
-3x3 convolutions as its stem, and shortcuts that average before their convolution. What is
-widely copied, deep_stem=False and avg_down=False, does not load it.
+In mmpretrain's terms, the network of this file has deep_stem=True and avg_down=True: its stem
+is three 3x3 convolutions, and its shortcuts average before their convolution. Many published
+instructions say deep_stem=False and avg_down=False, which cannot load it.
+The exit code is 1 if the logits differ.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from mmpretrain.models import ImageClassifier
+from torch import nn
 
 import r2ncli
 
@@ -31,33 +33,54 @@ BACKBONE = {
 }
 
 
-def classifier(backbone: dict[str, object]) -> ImageClassifier:
-    """mmpretrain's classifier of ImageNet's 1000 classes, untrained."""
-    return ImageClassifier(
+def classifier(backbone: dict[str, object], classes: int = 1000) -> nn.Module:
+    """Return mmpretrain's classifier, untrained."""
+    try:
+        from mmpretrain import models
+    except ModuleNotFoundError as error:
+        raise r2ncli.UsageError(
+            f"{error.name} is not installed: pip install '.[interop]'"
+        ) from error
+
+    model: nn.Module = models.ImageClassifier(
         backbone=backbone,
         neck={"type": "GlobalAveragePooling"},
-        head={"type": "LinearClsHead", "num_classes": 1000, "in_channels": 2048},
-    ).eval()
+        head={"type": "LinearClsHead", "num_classes": classes, "in_channels": 2048},
+    )
+    return model.eval()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Compare a checkpoint here and in mmpretrain.")
-    parser.add_argument("weights", help="a checkpoint of res2net50_v1b_26w_4s")
+    parser = argparse.ArgumentParser(
+        description="Compare a checkpoint's logits in r2n and mmpretrain."
+    )
+    parser.add_argument("weights", help="a checkpoint of res2net50_v1b_26w_4s, or this name")
     options = parser.parse_args(arguments)
 
+    network = r2ncli.load_model(options.weights)
+    theirs = classifier(BACKBONE, network.fc.out_features)
     with TemporaryDirectory() as folder:
         converted = Path(folder, "mmpretrain.pth")
         r2ncli.convert(options.weights, converted, to="mmpretrain")
-        theirs = classifier(BACKBONE)
-        theirs.load_state_dict(torch.load(converted, weights_only=True), strict=True)
+        try:
+            theirs.load_state_dict(torch.load(converted, weights_only=True), strict=True)
+        except RuntimeError as error:
+            raise r2ncli.CheckpointError(
+                f"{options.weights}: holds {network.architecture.describe()}, which does not fit "
+                f"mmpretrain's {BACKBONE}"
+            ) from error
 
     pixels = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
-        ours = r2ncli.load_model(options.weights)(pixels)
+        ours = network(pixels)
         difference = (theirs(pixels) - ours).abs().max() / ours.abs().max()
-    print(f"logits differ by {difference:.1e} of the largest")
+    print(f"largest difference of the logits: {difference:.1e} of the largest logit")
     return 0 if difference < 1e-5 else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except r2ncli.R2NError as error:  # expected: one sentence, not a traceback
+        print(f"mmpretrain_classifier: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,10 +1,11 @@
-"""The most similar pictures, by the features that ``r2n extract`` wrote.
+"""Find the most similar images by the features that ``r2n extract`` wrote.
 
     r2n extract photos -o features.h5
+    python examples/nearest_neighbours.py features.h5
     python examples/nearest_neighbours.py features.h5 --query photos/cat.jpg -k 3
 
-Similarity is the cosine of the angle between two pictures' features, 1 for the same
-picture. The features are read a piece at a time: memory does not depend on their number.
+Similarity is the cosine of the angle between two images' features: 1 for equal images. The
+features are read in chunks, so that memory does not depend on the number of images.
 """
 
 from __future__ import annotations
@@ -12,77 +13,94 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import numpy.typing as npt
 
+from r2ncli import InputNotFoundError, R2NError, UsageError
+
 Array = npt.NDArray[np.float32]
 Neighbour = tuple[float, str]  # cosine similarity, path
 
-PIECE_BYTES = 32_000_000
-QUERIES = 5  # how many pictures are asked for where none is named
+CHUNK_BYTES = 32_000_000
+QUERIES = 5  # how many images are queried if none is named
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Find similar pictures by their features.")
+    parser = argparse.ArgumentParser(description="Find similar images by their features.")
     parser.add_argument("features", help="HDF5 file that r2n extract wrote")
-    parser.add_argument("--layer", help="default: the file's first")
+    parser.add_argument("--layer", help="name of a layer in the file (default: the first)")
     parser.add_argument(
-        "--query", metavar="PATH", help=f"as in the file (default: its first {QUERIES} pictures)"
+        "--query",
+        metavar="PATH",
+        help=f"path of an image, as in the file (default: its first {QUERIES} images)",
     )
-    parser.add_argument("-k", type=int, default=5, help="neighbours of each (default %(default)s)")
+    parser.add_argument(
+        "-k", type=int, default=5, help="neighbours per image (default %(default)s)"
+    )
     options = parser.parse_args(arguments)
     if options.k < 1:
-        parser.error("-k must be at least 1")
-    try:
-        with h5py.File(options.features) as file:
-            layer = options.layer or next(iter(file["features"]))
-            rows = query_rows(file, options.query)
-            answers = nearest_neighbours(file, layer, rows, options.k)
-            for row, neighbours in zip(rows, answers, strict=True):
-                print(path_of(file, row))
-                for similarity, path in neighbours:
-                    print(f"  {similarity:.4f}  {path}")
-    except (OSError, LookupError) as error:
-        text = error.args[0] if isinstance(error, LookupError) else error
-        print(f"nearest_neighbours: {options.features}: {text}", file=sys.stderr)
-        return 1
+        raise UsageError("-k must be at least 1")
+    with open_features(options.features) as file:
+        layer = options.layer or next(iter(file["features"]))
+        rows = query_rows(file, options.query)
+        answers = nearest_neighbours(file, layer, rows, options.k)
+        for row, neighbours in zip(rows, answers, strict=True):
+            print(path_of(file, row))
+            for similarity, path in neighbours:
+                print(f"  {similarity:.4f}  {path}")
     return 0
 
 
+def open_features(path: str) -> h5py.File:
+    """Open a file that `r2n extract` wrote."""
+    if not Path(path).is_file():
+        raise InputNotFoundError(f"{path}: no such file")
+    try:
+        file = h5py.File(path)
+    except OSError as error:
+        raise InputNotFoundError(f"{path}: not an HDF5 file") from error
+    if not file.get("features") or "paths" not in file or "status" not in file:
+        raise InputNotFoundError(f"{path}: not the output of r2n extract")
+    return file
+
+
 def query_rows(file: h5py.File, query: str | None) -> list[int]:
-    """The row of the picture `query`; None stands for the first few that have features."""
+    """Return the row of the image `query`; for None, the first rows that have features."""
     paths, status = file["paths"], file["status"]
     found: list[int] = []
     for start in range(0, len(paths), 100_000):
-        piece = slice(start, start + 100_000)
-        wanted = status[piece] == b"ok"
+        chunk = slice(start, start + 100_000)
+        wanted = status[chunk] == b"ok"
         if query is not None:
-            wanted &= paths[piece] == query.encode()
+            wanted &= paths[chunk] == query.encode()
         found += (start + np.flatnonzero(wanted)).tolist()
         if len(found) >= (QUERIES if query is None else 1):
             break
     if not found:
-        raise LookupError(f"no picture {query!r} with features" if query else "no features")
+        image = "image" if query is None else f"image {query!r}"
+        raise InputNotFoundError(f"{file.filename}: no {image} with features")
     return found[: QUERIES if query is None else 1]
 
 
 def nearest_neighbours(
     file: h5py.File, layer: str, rows: Sequence[int], k: int
 ) -> list[list[Neighbour]]:
-    """The `k` most similar pictures to each of `rows`, itself left out, the best first.
+    """Return the `k` images that are most similar to each of `rows`, the best first.
 
-    Of equally similar ones the first in the file comes first.
+    An image is not its own neighbour. Equally similar images stay in the file's order.
     """
     if layer not in file["features"]:
-        raise LookupError(f"no layer {layer!r}, there are: {', '.join(file['features'])}")
+        layers = ", ".join(file["features"])
+        raise UsageError(f"{file.filename}: no layer {layer!r}; its layers: {layers}")
     dataset = file["features"][layer]
     queries = unit_vectors(np.stack([dataset[row] for row in rows]))
     best = np.full((len(rows), k), -np.inf, dtype=np.float32)
     best_rows = np.full((len(rows), k), -1)
-    for start, vectors, failed in pieces(dataset, file["status"]):
+    for start, vectors, failed in chunks(dataset, file["status"]):
         similarities = queries @ vectors.T
         similarities[:, failed] = -np.inf
         for number, row in enumerate(rows):
@@ -100,18 +118,18 @@ def nearest_neighbours(
     ]
 
 
-def pieces(
+def chunks(
     dataset: h5py.Dataset, status: h5py.Dataset
 ) -> Iterator[tuple[int, Array, npt.NDArray[np.bool_]]]:
-    """Runs of rows: the first one's number, their unit vectors [n, D], and which failed [n]."""
-    step = max(1, PIECE_BYTES // (4 * int(np.prod(dataset.shape[1:]))))
+    """Yield chunks of rows: the first row's number, unit vectors [n, D], which rows failed [n]."""
+    step = max(1, CHUNK_BYTES // (4 * int(np.prod(dataset.shape[1:]))))
     for start in range(0, len(dataset), step):
         failed = status[start : start + step] != b"ok"
         yield start, unit_vectors(dataset[start : start + step]), failed
 
 
 def unit_vectors(features: npt.NDArray[Any]) -> Array:
-    """Each picture's features [n, ...] as one vector of length 1, float32 [n, D]."""
+    """Return each image's features [n, ...] as one vector of length 1, float32 [n, D]."""
     vectors = features.reshape(len(features), -1).astype(np.float32)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit: Array = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
@@ -124,4 +142,8 @@ def path_of(file: h5py.File, row: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except R2NError as error:  # expected: one sentence, not a traceback
+        print(f"nearest_neighbours: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,9 +1,10 @@
-"""Res2Net in a polyp segmenter of PraNet's kind: stem and layers called one by one.
+"""Train a polyp segmenter like PraNet, which calls stem and layers one by one.
 
     python examples/polyp_segmentation.py --weights res2net50_v1b_26w_4s-3cf99910.pth
+    python examples/polyp_segmentation.py --weights demo --steps 2 --size 64    # a quick check
 
-Such code keeps the network as `self.resnet` and walks it by the published names. The
-pictures are generated, a reddish blob each; yours go where `pictures` is called.
+Such code keeps the network as `self.resnet` and calls its parts by the published names.
+The images are generated, each with a reddish blob. To use your own, replace `generated_images`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import r2ncli
 
 
 class PolypSegmenter(nn.Module):
-    """Maps of one class [N, 1, H, W] from the three deeper layers, summed at layer2's size."""
+    """Gives logits of one class [N, 1, H, W] from layer2 to layer4, summed at layer2's size."""
 
     def __init__(self, weights: str, channels: int = 32) -> None:
         super().__init__()
@@ -32,7 +33,7 @@ class PolypSegmenter(nn.Module):
         self.decide = nn.Conv2d(channels, 1, 3, padding=1)
 
     def layers(self, x: Tensor) -> list[Tensor]:
-        """The outputs of layer1 to layer4."""
+        """Return the outputs of layer1 to layer4."""
         x = self.resnet.conv1(x)
         x = self.resnet.bn1(x)
         x = self.resnet.relu(x)
@@ -51,8 +52,8 @@ class PolypSegmenter(nn.Module):
         return logits
 
 
-def pictures(count: int, size: int) -> tuple[Tensor, Tensor]:
-    """Pictures [N, 3, H, W], normalised, and masks [N, 1, H, W]."""
+def generated_images(count: int, size: int) -> tuple[Tensor, Tensor]:
+    """Return images [N, 3, H, W], normalised, and masks [N, 1, H, W]."""
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     centres = torch.randint(size // 4, 3 * size // 4, (count, 2, 1, 1))
     masks = (y - centres[:, 0]) ** 2 / 2 + (x - centres[:, 1]) ** 2 < (size // 6) ** 2
@@ -61,17 +62,19 @@ def pictures(count: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train a segmenter on generated pictures.")
+    parser = argparse.ArgumentParser(description="Train a segmenter on generated images.")
     parser.add_argument("--weights", default="res2net50_v1b_26w_4s", help="file or published name")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--size", type=int, default=352, help="pixels (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="default %(default)s")
+    parser.add_argument(
+        "--size", type=int, default=352, help="of an image, in pixels (default %(default)s)"
+    )
     options = parser.parse_args(arguments)
 
     torch.manual_seed(0)
     model = PolypSegmenter(options.weights)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     for step in range(options.steps):
-        images, masks = pictures(2, options.size)
+        images, masks = generated_images(2, options.size)
         loss = binary_cross_entropy_with_logits(model(images), masks)
         optimizer.zero_grad()
         loss.backward()
@@ -81,4 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except r2ncli.R2NError as error:  # expected: one sentence, not a traceback
+        print(f"polyp_segmentation: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

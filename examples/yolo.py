@@ -1,9 +1,11 @@
-"""YOLO (ultralytics) on Res2Net, through its TorchVision module, trained for an epoch.
+"""Train YOLO (ultralytics) on Res2Net, through its TorchVision module, for one epoch.
 
     pip install '.[interop]'
     python examples/yolo.py --weights res2net50_v1b_26w_4s-3cf99910.pth
+    python examples/yolo.py --images 4 --size 64    # downloads the official weights
 
-The pictures are generated, a bright rectangle each; with yours, give `train` their YAML.
+The images are generated, each with a bright rectangle. To use your own, give `train` the
+YAML file of your data set.
 """
 
 from __future__ import annotations
@@ -16,19 +18,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 from torch import nn
-from ultralytics import YOLO
 
-import r2ncli.torchvision_models  # noqa: F401  # registers the networks for TorchVision
+import r2ncli.torchvision_models  # registers the networks for TorchVision
 
 
 def configuration(weights: str, classes: int) -> dict[str, Any]:
-    """A model of three scales: what ultralytics otherwise reads from a YAML file.
+    """Return a model of three scales, as ultralytics otherwise reads it from a YAML file.
 
-    TorchVision unwraps the network: its outputs 12, 13 and 14 (0 is the picture, the deep
-    stem's seven modules count one by one) are layer2, layer3 and layer4.
+    The TorchVision module splits the network: its outputs 12, 13 and 14 (0 is the image, and
+    the deep stem's seven modules count one by one) are layer2, layer3 and layer4.
     """
     name, literal = "res2net50_v1b_26w_4s", repr(weights)  # ultralytics evaluates literals
     return {
@@ -53,14 +53,16 @@ def configuration(weights: str, classes: int) -> dict[str, Any]:
 
 
 def keep_eps(model: nn.Module) -> None:
-    """Give the backbone's batch norms their eps back: ultralytics sets all to 1e-3."""
+    """Restore eps of the backbone's batch norms, which ultralytics sets to 1e-3."""
     for module in model.model[0].modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 1e-5
 
 
-def write_pictures(folder: Path, count: int, size: int) -> Path:
-    """A data set as ultralytics wants it: pictures, a text of boxes for each, and a YAML."""
+def write_images(folder: Path, count: int, size: int) -> Path:
+    """Write a data set for ultralytics (images, text files of boxes) and return its YAML file."""
+    import yaml
+
     random = np.random.default_rng(0)
     for name in ("images", "labels"):
         (folder / name).mkdir()
@@ -80,11 +82,20 @@ def write_pictures(folder: Path, count: int, size: int) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train YOLO on generated pictures.")
+    parser = argparse.ArgumentParser(description="Train YOLO on generated images.")
     parser.add_argument("--weights", default="DEFAULT", help="file or DEFAULT (the official ones)")
-    parser.add_argument("--pictures", type=int, default=8)
-    parser.add_argument("--size", type=int, default=320, help="pixels (default %(default)s)")
+    parser.add_argument("--images", type=int, default=8, help="how many (default %(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=320, help="of an image, in pixels (default %(default)s)"
+    )
     options = parser.parse_args(arguments)
+    try:
+        import yaml
+        from ultralytics import YOLO
+    except ModuleNotFoundError as error:
+        raise r2ncli.UsageError(
+            f"{error.name} is not installed: pip install '.[interop]'"
+        ) from error
 
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -94,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model.add_callback("on_train_start", lambda trainer: keep_eps(trainer.model))
         model.add_callback("on_train_start", lambda trainer: keep_eps(trainer.ema.ema))
         model.train(
-            data=write_pictures(folder, options.pictures, options.size),
+            data=write_images(folder, options.images, options.size),
             imgsz=options.size,
             epochs=1,
             batch=2,
@@ -108,4 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except r2ncli.R2NError as error:  # expected: one sentence, not a traceback
+        print(f"yolo: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

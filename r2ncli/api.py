@@ -15,7 +15,6 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from os import PathLike as OsPathLike
 from typing import Any, TypeVar, get_type_hints
 
@@ -27,6 +26,13 @@ from r2ncli.runs import Paths
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+OUTPUT = (
+    "The file to write; the suffix says the format. It grows in ``OUT.partial/`` until it is whole."
+)
+PATHS = (
+    "Images, folders, archives, patterns, ``@list`` files, ``-`` (names on standard input) and "
+    "URLs; one or a sequence. None means the current folder, an empty sequence no input."
+)
 LISTENERS = {
     "on_warning": "Called with a sentence, say about what is left out.",
     "on_progress": "Called with a `Progress` after each image.",
@@ -62,18 +68,31 @@ def _complete(command: str, *, to_file: bool = False) -> Callable[[F], F]:
         function.__signature__ = written.replace(  # type: ignore[attr-defined]
             parameters=parameters
         )
-        helps = {f.name: option.help for f, option in options_of(command, to_file=to_file)}
-        documented = "\n".join(
-            f"{name}\n" + textwrap.indent(textwrap.fill(text, 84), "    ")
-            for name, text in {**helps, **LISTENERS}.items()
-        )
-        start, marker, end = inspect.cleandoc(function.__doc__ or "").partition("\n\nReturns")
-        if not marker:
-            start, marker, end = start.partition("\n\nYields")
-        function.__doc__ = f"{start}\n{documented}{marker}{end}"
+        texts = {"output": OUTPUT, "paths": PATHS} if to_file else {"paths": PATHS}
+        texts |= {f.name: option.help for f, option in options_of(command, to_file=to_file)}
+        sections = ["", "Parameters", "----------"]
+        for name, text in (texts | LISTENERS).items():
+            sections += [name, textwrap.indent(textwrap.fill(text, 84), "    ")]
+        sections += _RESULT_TO_FILE if to_file else _RESULT
+        function.__doc__ = "\n".join([function.__doc__ or "", *sections])
         return function
 
     return complete
+
+
+_RAISES = ["", "Raises", "------", "R2NError"]
+_RESULT = [
+    *("", "Yields", "------"),
+    "One record per input; an image that cannot be used has an `error`.",
+    *_RAISES,
+    "    At the call: an option, a path, the weights or the device does not fit.",
+]
+_RESULT_TO_FILE = [
+    *("", "Returns", "-------", "dict", "    The run record, as it is stored with the output."),
+    *_RAISES,
+    "    Before anything is written if an argument does not fit; later if the device or the disk",
+    "    fails: finished blocks are kept then.",
+]
 
 
 def _parsed(
@@ -96,55 +115,20 @@ def _parsed(
             near = get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"unexpected keyword argument {name!r}{hint}")
-    names = {listener.name for listener in fields(Listeners)}
-    heard = {name: given[name] for name in names & given.keys() if given[name] is not None}
-    options = {name: value for name, value in given.items() if name not in names}
+    heard = {name: given[name] for name in LISTENERS if given.get(name) is not None}
+    options = {name: value for name, value in given.items() if name not in LISTENERS}
     return RunOptions(**options), Listeners(**heard)
 
 
 @_complete(CLASSIFY)
 def classify(paths: Paths = None, **options: Any) -> Iterator[Classification]:
-    """Classify images: the most probable classes of each, in input order.
-
-    Parameters
-    ----------
-    paths
-        Images, folders, archives, patterns, ``@list`` files, ``-`` (names on standard input) and
-        URLs; one or a sequence. None means the current folder, an empty sequence no input.
-
-    Yields
-    ------
-    Classification
-        One per input. An image that cannot be used is one with its `error`.
-
-    Raises
-    ------
-    R2NError
-        At the call: an option, a path, the weights or the device does not fit.
-    """
+    """Classify images: the most probable classes of each, in input order."""
     return runs.records(Classify(), paths, *_parsed(CLASSIFY, options))
 
 
 @_complete(EXTRACT)
 def extract(paths: Paths = None, **options: Any) -> Iterator[Features]:
-    """Extract features: the outputs of layers for each image, in input order.
-
-    Parameters
-    ----------
-    paths
-        Images, folders, archives, patterns, ``@list`` files, ``-`` (names on standard input) and
-        URLs; one or a sequence. None means the current folder, an empty sequence no input.
-
-    Yields
-    ------
-    Features
-        One per input. An image that cannot be used is one with its `error`.
-
-    Raises
-    ------
-    R2NError
-        At the call: an option, a path, the weights or the device does not fit.
-    """
+    """Extract features: the outputs of layers for each image, in input order."""
     return runs.records(Extract(), paths, *_parsed(EXTRACT, options))
 
 
@@ -152,27 +136,7 @@ def extract(paths: Paths = None, **options: Any) -> Iterator[Features]:
 def classify_to(
     output: str | OsPathLike[str], paths: Paths = None, **options: Any
 ) -> dict[str, Any]:
-    """Classify images into a file, as ``r2n classify -o`` does.
-
-    Parameters
-    ----------
-    output
-        A name that ends in .csv, .jsonl or .parquet. While the run goes on, its finished blocks
-        are in ``OUT.partial/``.
-    paths
-        As for `classify`.
-
-    Returns
-    -------
-    dict
-        The run record, as in ``OUT.run.json``.
-
-    Raises
-    ------
-    R2NError
-        Before anything is written if an argument does not fit; later if the device or the disk
-        fails: finished blocks are kept then.
-    """
+    """Classify images into a .csv, .jsonl or .parquet file, as ``r2n classify -o`` does."""
     return runs.run_to_file(Classify(), output, paths, *_parsed(CLASSIFY, options, to_file=True))
 
 
@@ -180,25 +144,5 @@ def classify_to(
 def extract_to(
     output: str | OsPathLike[str], paths: Paths = None, **options: Any
 ) -> dict[str, Any]:
-    """Extract features into a file, as ``r2n extract -o`` does.
-
-    Parameters
-    ----------
-    output
-        A name that ends in .h5. While the run goes on, its finished blocks are in
-        ``OUT.partial/``.
-    paths
-        As for `extract`.
-
-    Returns
-    -------
-    dict
-        The run record, as in the root attributes of the file.
-
-    Raises
-    ------
-    R2NError
-        Before anything is written if an argument does not fit; later if the device or the disk
-        fails: finished blocks are kept then.
-    """
+    """Extract features into an .h5 file, as ``r2n extract -o`` does."""
     return runs.run_to_file(Extract(), output, paths, *_parsed(EXTRACT, options, to_file=True))

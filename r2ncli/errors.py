@@ -1,15 +1,18 @@
 """The errors a user can meet, one exit code each.
 
 R2NError
-├── UsageError            2   an option, or a combination of them, that cannot be
+├── UsageError            2   an invalid option value or combination of options
 ├── InputNotFoundError    3   an argument that does not exist, or no image found
 ├── CheckpointError       4   weights absent, altered or unfit
 ├── DeviceError           5   a device that is not there or fails
 ├── OutputError           6   an output that exists, is locked, full or does not fit
-└── FailedInputError      7   a picture failed, and was to end the run
+└── FailedInputError      7   an image failed in a run with `on_error=fail`
 
-A picture that cannot be read is not in this tree: it is a row that says why.
-Anything that is no R2NError is a bug (exit 1, with its traceback).
+An image that cannot be read is not in this tree: it becomes a row that says why. Any other
+exception is a bug (exit code 1, with its traceback).
+
+Messages name options as Python keywords in backticks, `max_bytes` or `resume=True`; the command
+line prints them as --max-bytes and --resume.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ class R2NError(Exception):
 
 
 class UsageError(R2NError):
-    """An option's value, or a combination of options, that cannot be."""
+    """An invalid option value or combination of options."""
 
     exit_code = 2
 
@@ -52,11 +55,10 @@ class OutputError(R2NError):
 
 
 class FailedInputError(R2NError):
-    """A picture that cannot be used, in a run that was to end at the first."""
+    """An image that cannot be used, in a run that ends at the first one."""
 
     exit_code = 7
 
 
 class ImageError(Exception):
-    """Why one picture cannot be used. It never reaches the user as an error: it becomes
-    the `error` of the picture's row."""
+    """Why one image cannot be used; it becomes the `error` of the image's row."""

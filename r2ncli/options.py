@@ -360,12 +360,15 @@ class Listeners:
         Takes a `DownloadProgress` while weights are downloaded.
     on_quantising : callable
         Takes the number of calibration images before the network is quantised to int8.
+    on_ready : callable
+        Is called when the network is ready and the first images are about to be computed.
     """
 
     on_warning: Callable[[str], None] = _ignore
     on_progress: Callable[[Progress], None] = _ignore
     on_download: Callable[[DownloadProgress], None] = _ignore
     on_quantising: Callable[[int], None] = _ignore
+    on_ready: Callable[[], None] = lambda: None
 
 
 NO_LISTENERS = Listeners()

@@ -40,6 +40,7 @@ from r2ncli.outputs.rows import (
     features,
 )
 from r2ncli.predictor import LOGITS, Predictor
+from r2ncli.sources.content import Stamp
 from r2ncli.sources.walk import Input
 from r2ncli.weights.checkpoints import Labels
 
@@ -160,11 +161,12 @@ def run(
     pending: deque[Future[Batch | None]] = deque()
     stopped = threading.Event()
 
-    def read_and_decode(source: Input, pixels: Pixels) -> Outcome:
+    def read_and_decode(batch: _Batch, number: int, source: Input) -> Outcome:
+        pixels = batch.pixels[number]
         if stopped.is_set():
             return "interrupted"
         try:
-            content = source.read(predictor.rules.max_bytes).content
+            content, batch.stamps[number] = source.read(predictor.rules.max_bytes)
             pixels[...] = decode(content, predictor.preprocessing, predictor.rules)
         except ImageError as error:
             pixels[...] = 0
@@ -173,7 +175,7 @@ def run(
 
     def decide(batch: _Batch, number: int, source: Input) -> None:
         try:
-            outcome: Outcome | BaseException = read_and_decode(source, batch.pixels[number])
+            outcome: Outcome | BaseException = read_and_decode(batch, number, source)
         except BaseException as error:  # raised where the batch is used
             outcome = error
         batch.decide(number, outcome)
@@ -189,7 +191,7 @@ def run(
         count = len(batch.names)
         columns = {name: column[:count] for name, column in keep(engine(batch.pixels)).items()}
         buffers.append(batch.pixels)
-        return Batch(batch.names, errors, columns)
+        return Batch(batch.names, errors, columns, batch.stamps)
 
     decoders = _Threads(workers, "r2n-decode")
     fetchers = _Threads(FETCHERS, "r2n-fetch")
@@ -249,6 +251,8 @@ class _Batch:
     ----------
     names : list of str
         In the order in which they were added.
+    stamps : list of Stamp or None
+        Of the files that they were read from.
     pixels : uint8 array [batch_size, H, W, 3]
     ready : Event
         Set when it is closed and every image has its outcome.
@@ -256,6 +260,7 @@ class _Batch:
 
     def __init__(self, pixels: Pixels) -> None:
         self.names: list[str] = []
+        self.stamps: list[Stamp | None] = []
         self.pixels = pixels
         self.ready = threading.Event()
         self._outcomes: list[Outcome | BaseException] = []
@@ -265,6 +270,7 @@ class _Batch:
     def add(self, name: str) -> int:
         """Add an image; return its number."""
         self.names.append(name)
+        self.stamps.append(None)
         self._outcomes.append(None)
         return len(self.names) - 1
 

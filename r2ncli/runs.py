@@ -30,7 +30,7 @@ from r2ncli.sources.names import printable
 from r2ncli.sources.selection import no_image_found
 from r2ncli.sources.walk import Input, Walk
 
-SCHEMA = 1
+SCHEMA = 2
 
 Paths = Sequence[PathLike] | PathLike | None
 Record = dict[str, Any]
@@ -83,6 +83,7 @@ def open_run(task: Task, paths: Paths, options: RunOptions, listeners: Listeners
     """
     walk = Walk(_as_sequence(paths), listeners.on_warning, options.selection())
     predictor = open_predictor(task.layers(options), options, listeners)
+    listeners.on_ready()
     return Run(task, options, listeners, walk, predictor)
 
 

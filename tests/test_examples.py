@@ -1,11 +1,14 @@
-"""The examples do what they say: a trained network that r2n uses, neighbours that are near."""
+"""The examples work, show their help without extras, and end expected errors in a sentence."""
 
 from __future__ import annotations
 
+import runpy
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import h5py
 import numpy as np
@@ -14,12 +17,191 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from support.networks import TINY_ARCHITECTURE
-from support.scripts import example
+from support.scripts import EXAMPLES, example
 
 import r2ncli
 from r2ncli.weights.checkpoints import find_checkpoint, read_metadata
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
+
+EXTRAS = (
+    *("fsspec", "mmcv", "mmengine", "mmpretrain", "nncf", "onnx", "onnxruntime", "onnxscript"),
+    *("pillow_heif", "pyarrow", "segmentation_models_pytorch", "timm"),
+    *("ultralytics", "yaml"),
+)
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+
+
+def run_script(name: str, *arguments: str) -> int:
+    """Run an example as `python examples/NAME.py` does, in this process; return its exit code."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(EXAMPLES)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+# --- every example ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_example_shows_its_help_without_any_extra(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for library in EXTRAS:
+        monkeypatch.setitem(sys.modules, library, None)  # importing it raises ModuleNotFoundError
+    assert run_script(name, "--help") == 0
+    printed = capsys.readouterr()
+    assert "usage: " in printed.out.lower()
+    assert printed.err == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "library", "command"),
+    [
+        ("mmpretrain_classifier", ["demo"], "mmpretrain", "pip install '.[interop]'"),
+        ("timm_res2net50d", ["demo"], "timm", "pip install timm"),
+        ("unet", [], "segmentation_models_pytorch", "pip install '.[interop]'"),
+        ("yolo", [], "ultralytics", "pip install '.[interop]'"),
+    ],
+)
+def test_a_missing_extra_ends_in_a_sentence_with_the_command_that_installs_it(
+    name: str,
+    arguments: list[str],
+    library: str,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", ModuleType("yaml"))
+    monkeypatch.setitem(sys.modules, library, None)
+    assert run_script(name, *arguments) == 2
+    assert capsys.readouterr().err == f"{name}: {library} is not installed: {command}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "code", "complaint"),
+    [
+        ("deeplabv3", ["--weights", "absent"], 4, "no such weights: 'absent'"),
+        ("deeplabv3", [], 4, "cannot download"),  # the tests have no network
+        ("faster_rcnn", ["--weights", "absent"], 4, "no such weights: 'absent'"),
+        ("fine_tune", ["absent"], 3, "absent: no such folder"),
+        ("fine_tune", ["colours/red"], 3, "expected one folder of images per class"),
+        ("fine_tune", ["colours", "--val", "absent"], 3, "absent: no such folder"),
+        ("fine_tune", ["colours", "--val", "1.5"], 2, "must be at least 0 and below 1"),
+        ("fine_tune", ["colours", "--val", "other"], 3, "its class folders are blue, pink"),
+        ("fine_tune", ["colours", "--weights", "absent"], 4, "no such weights: 'absent'"),
+        ("fine_tune", ["colours", "--device", "cuda:99"], 5, "--device cuda:99: torch cannot"),
+        ("fine_tune", ["colours", "-o", "mine.pth"], 2, "must end in .safetensors"),
+        ("fine_tune", ["colours", "-o", "absent/mine.safetensors"], 6, "no folder absent"),
+        ("fine_tune", ["broken"], 3, "broken/blue/0.png: cannot be read as an image"),
+        ("mmpretrain_classifier", ["absent"], 4, "no such weights: 'absent'"),
+        ("nearest_neighbours", ["absent.h5"], 3, "absent.h5: no such file"),
+        ("nearest_neighbours", ["text.txt"], 3, "text.txt: not an HDF5 file"),
+        ("nearest_neighbours", ["other.h5"], 3, "other.h5: not the output of r2n extract"),
+        ("polyp_segmentation", ["--weights", "absent"], 4, "no such weights: 'absent'"),
+        ("timm_res2net50d", ["absent"], 4, "no such weights: 'absent'"),
+        ("timm_res2net50d", ["demo"], 4, "10 classes, expected res2net50_v1b_26w_4s"),
+        ("train_demo", ["absent"], 3, "absent: no such file"),
+        ("train_demo", ["text.txt"], 3, "text.txt: neither a folder nor a zip file"),
+        ("train_demo", ["colours"], 3, "expected train/ and test/ with a folder per class"),
+        ("train_demo", [".", "--export", "absent.pth"], 4, "absent.pth: cannot be read"),
+        ("train_demo", [".", "-o", "absent/demo.safetensors"], 6, "no folder absent"),
+        ("train_demo", [".", "--state", "text.txt"], 4, "text.txt: not the state of a training"),
+    ],
+)
+def test_an_expected_error_ends_in_a_sentence_and_its_exit_code(
+    name: str,
+    arguments: list[str],
+    code: int,
+    complaint: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(data / "test", tmp_path / "colours")
+    for folder in ("train", "test"):
+        (tmp_path / folder).symlink_to(data / folder)
+    for folder, label in (("other", "blue"), ("other", "pink"), ("broken", "blue")):
+        (tmp_path / folder / label).mkdir(parents=True)
+        (tmp_path / folder / label / "0.png").write_bytes(b"no image")
+    (tmp_path / "text.txt").write_text("text")
+    h5py.File(tmp_path / "other.h5", "w").close()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "timm", ModuleType("timm"))  # errors come before its use
+    if name == "fine_tune" and "--weights" not in arguments:
+        arguments = [*arguments, "--weights", "demo"]
+
+    assert run_script(name, *arguments) == code
+
+    error = capsys.readouterr().err
+    assert error.startswith(f"{name}: ")
+    assert complaint in error
+    assert error.count("\n") == 1
+
+
+# --- fine_tune --------------------------------------------------------------------------
+
+
+def test_fine_tuning_says_what_it_does_before_torch_is_imported(data: Path) -> None:
+    program = f"""
+import sys, fine_tune
+fine_tune.fine_tune = lambda options: print("torch" in sys.modules)
+fine_tune.main([{str(data / "train")!r}, "--weights", "demo"])
+"""
+    path = [str(EXAMPLES), str(EXAMPLES.parent)]
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {path}{program}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    first, torch_imported = done.stdout.splitlines()
+    assert first.startswith("Fine-tuning demo on ")
+    assert torch_imported == "False"
+
+
+def test_a_gpu_with_too_little_memory_is_a_device_error_that_advises_a_smaller_batch(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(_options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    fine_tune = example("fine_tune", monkeypatch)
+    monkeypatch.setattr(fine_tune, "fine_tune", out_of_memory)
+    with pytest.raises(r2ncli.DeviceError, match="out of memory at --batch-size 16"):
+        fine_tune.main([str(data / "train")])
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (0.01, 3), (0.25, 6), (0.99, 21)])
+def test_the_seed_decides_which_images_of_each_class_are_held_out(
+    fraction: float, count: int, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fine_tune = example("fine_tune", monkeypatch)
+
+    def split(seed: int) -> SimpleNamespace:
+        photos = data / "train"
+        kept, held, _ = fine_tune.datasets(photos, fraction, seed, r2ncli.Preprocessing())
+        return SimpleNamespace(kept=kept.indices, held=held.indices, photos=held.dataset)
+
+    first, again, other = split(0), split(0), split(1)
+    assert (first.kept, first.held) == (again.kept, again.held)
+    assert sorted(first.kept + first.held) == list(range(24))
+    assert len(first.held) == count
+    assert first.held != other.held or not count
+    for indices in (first.kept, first.held) if count else (first.kept,):
+        counts = np.bincount([first.photos.targets[index] for index in indices])
+        assert counts.tolist() == [len(indices) // 3] * 3
+
+
+def test_the_validation_accuracy_is_that_of_r2n(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "mine.safetensors")
+    arguments = ["--val", str(data / "test"), "--weights", "demo", "--epochs", "1", "-o", output]
+    assert run_script("fine_tune", str(data / "train"), *arguments) == 0
+
+    rows = list(r2ncli.classify(data / "test", weights=output, topk=1, precision="fp32"))
+    right = sum(row.predictions[0].label == Path(row.path).parent.name for row in rows)
+    assert f"validation accuracy {100 * right / 6:.1f} %" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -46,8 +228,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / split / label).mkdir(parents=True)
             for number in range(count):
                 pixels = np.array(colour) + random.integers(-30, 31, (32, 32, 3))
-                picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-                picture.save(folder / split / label / f"{number:04d}.png")
+                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+                image.save(folder / split / label / f"{number:04d}.png")
     return folder
 
 
@@ -99,15 +281,15 @@ def interrupted_on_call(number: int, function: Callable[..., object]) -> Callabl
 
 
 def test_the_state_of_another_training_is_refused(
-    train_demo: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train_demo: ModuleType, data: Path, tmp_path: Path
 ) -> None:
     output = str(tmp_path / "demo.safetensors")
     assert train_demo.main([str(data), "--epochs", "1", "-o", output]) == 0
-    assert train_demo.main([str(data), "--epochs", "2", "-o", output]) == 1
-    assert "Give another --state" in capsys.readouterr().err
+    with pytest.raises(r2ncli.OutputError, match="Give another --state"):
+        train_demo.main([str(data), "--epochs", "2", "-o", output])
 
 
-def test_an_export_is_small_and_says_labels_preprocessing_recipe_and_accuracy(
+def test_an_export_is_small_and_states_labels_preprocessing_recipe_and_accuracy(
     train_demo: ModuleType, data: Path, tmp_path: Path
 ) -> None:
     output, state = tmp_path / "demo.safetensors", tmp_path / "state.pth"
@@ -127,7 +309,7 @@ def test_an_export_is_small_and_says_labels_preprocessing_recipe_and_accuracy(
     assert metadata["accuracy"]["precision"] == "fp32"
 
 
-def test_a_checkpoint_is_exported_without_training_from_a_zip_file_too(
+def test_a_checkpoint_is_exported_without_training_and_with_data_in_a_zip_file(
     train_demo: ModuleType, data: Path, tmp_path: Path
 ) -> None:
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
@@ -140,7 +322,7 @@ def test_a_checkpoint_is_exported_without_training_from_a_zip_file_too(
     assert second.read_bytes() == first.read_bytes()
 
 
-def test_the_shipped_network_says_how_it_was_trained_and_how_good_it_is() -> None:
+def test_the_shipped_network_states_how_it_was_trained_and_its_accuracy() -> None:
     shipped = find_checkpoint("demo")
     assert shipped.stat().st_size <= 2_500_000
     metadata = read_metadata(shipped)
@@ -162,7 +344,7 @@ def test_the_nearest_neighbour_of_an_image_is_its_copy(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copy(pictures / "00007.jpg", pictures / "copy.jpg")
-    (pictures / "00003.jpg").write_bytes(b"no picture")
+    (pictures / "00003.jpg").write_bytes(b"no image")
     features = tmp_path / "features.h5"
     r2ncli.extract_to(features, pictures, weights=tiny_weights, precision="fp32")
     query = str(pictures / "00007.jpg")
@@ -176,14 +358,14 @@ def test_the_nearest_neighbour_of_an_image_is_its_copy(
     assert not any("00003.jpg" in line for line in nearest)
 
 
-def test_neighbours_found_in_small_pieces_are_those_of_the_whole(
+def test_neighbours_found_in_small_chunks_are_those_of_the_whole_file(
     neighbours: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vectors = np.random.default_rng(0).normal(size=(50, 2, 3)).astype(np.float32)
     failed = np.arange(50) % 7 == 0
     vectors[failed] = np.nan
     with feature_file(tmp_path / "features.h5", vectors, failed) as file:
-        monkeypatch.setattr(neighbours, "PIECE_BYTES", 4 * 24)  # four rows
+        monkeypatch.setattr(neighbours, "CHUNK_BYTES", 4 * 24)  # four rows
         found = neighbours.nearest_neighbours(file, "layer4", [1, 30], 5)
 
     unit = vectors.reshape(50, 6) / np.linalg.norm(vectors.reshape(50, 6), axis=1, keepdims=True)
@@ -195,35 +377,31 @@ def test_neighbours_found_in_small_pieces_are_those_of_the_whole(
         np.testing.assert_allclose([s for s, _ in nearest], similarities[expected], rtol=1e-5)
 
 
-def test_without_a_query_the_first_images_with_features_are_asked_for(
+def test_without_a_query_the_first_images_with_features_are_queried(
     neighbours: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failed = np.arange(10) == 1
     feature_file(tmp_path / "features.h5", np.eye(10, dtype=np.float32), failed).close()
     assert neighbours.main([str(tmp_path / "features.h5"), "-k", "1"]) == 0
-    asked = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
-    assert asked == ["0.jpg", "2.jpg", "3.jpg", "4.jpg", "5.jpg"]
+    queried = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert queried == ["0.jpg", "2.jpg", "3.jpg", "4.jpg", "5.jpg"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--query", "1.jpg"], "no picture '1.jpg' with features"),  # which failed
-        (["--query", "absent.jpg"], "no picture 'absent.jpg' with features"),
-        (["--layer", "layer9"], "no layer 'layer9', there are: layer4"),
+        (["--query", "1.jpg"], "no image '1.jpg' with features"),  # which failed
+        (["--query", "absent.jpg"], "no image 'absent.jpg' with features"),
+        (["--layer", "layer9"], "no layer 'layer9'; its layers: layer4"),
     ],
 )
-def test_what_the_file_does_not_have_is_said_in_a_sentence(
-    neighbours: ModuleType,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    complaint: str,
+def test_an_image_or_layer_that_is_not_in_the_file_is_named(
+    neighbours: ModuleType, tmp_path: Path, arguments: list[str], complaint: str
 ) -> None:
     failed = np.arange(4) == 1
     feature_file(tmp_path / "features.h5", np.eye(4, dtype=np.float32), failed).close()
-    assert neighbours.main([str(tmp_path / "features.h5"), *arguments]) == 1
-    assert complaint in capsys.readouterr().err
+    with pytest.raises(r2ncli.R2NError, match=complaint):
+        neighbours.main([str(tmp_path / "features.h5"), *arguments])
 
 
 def feature_file(path: Path, vectors: np.ndarray, failed: np.ndarray) -> h5py.File:

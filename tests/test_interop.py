@@ -1,4 +1,4 @@
-"""The network at home in other systems: each example loads the weights strictly, and runs."""
+"""The weights in other libraries: each example loads them strictly, and runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAME = "res2net50_v1b_26w_4s"
 
 
 def has_all_of(part: nn.Module, weights: str | Path) -> bool:
-    """Whether `part` is the whole of these weights but the classifier, under the same names."""
+    """Whether `part` has all of these weights but the classifier, under the same names."""
     expected = load_model(weights).state_dict()
     del expected["fc.weight"], expected["fc.bias"]
     own = part.state_dict()
@@ -73,7 +73,7 @@ def test_deeplabv3_with_output_stride_8_learns(
     assert last < first
 
 
-def test_a_converted_backbone_loads_strictly_into_what_torchvision_keeps_of_a_network(
+def test_a_converted_backbone_loads_strictly_into_torchvisions_layer_getter(
     tiny_weights: Path, tmp_path: Path
 ) -> None:
     r2ncli.convert(tiny_weights, tmp_path / "backbone.pth", to="torchvision-backbone")
@@ -82,7 +82,7 @@ def test_a_converted_backbone_loads_strictly_into_what_torchvision_keeps_of_a_ne
     assert has_all_of(kept, tiny_weights)
 
 
-# --- code that walks the network, and fine-tuning -----------------------------------------
+# --- code that calls the layers, and fine-tuning ------------------------------------------
 
 
 def test_stem_and_layers_called_one_by_one_give_what_forward_gives(
@@ -125,8 +125,8 @@ def test_a_fine_tuned_network_is_what_r2n_classifies_with(
         (tmp_path / "photos" / label).mkdir(parents=True)
         for number in range(6):
             pixels = np.array(colour) + random.integers(-30, 31, (40, 40, 3))
-            picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-            picture.save(tmp_path / "photos" / label / f"{number}.png")
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            image.save(tmp_path / "photos" / label / f"{number}.png")
     photos, mine = str(tmp_path / "photos"), str(tmp_path / "mine.safetensors")
 
     arguments = [photos, "--weights", "demo", "--epochs", "12", "--batch-size", "4", "-o", mine]
@@ -151,7 +151,7 @@ def test_timm_gives_the_same_logits(
 ) -> None:
     pytest.importorskip("timm")
     assert example("timm_res2net50d", monkeypatch).main([str(reference_file)]) == 0
-    assert "of the largest" in capsys.readouterr().out
+    assert "of the largest logit" in capsys.readouterr().out
 
 
 @pytest.mark.interop
@@ -169,6 +169,9 @@ def test_mmpretrain_gives_the_same_logits_with_the_deep_stem_and_no_other(
     with pytest.raises(RuntimeError, match="Missing key"):
         mmpretrain.classifier(widespread).load_state_dict(converted, strict=True)
 
+    with pytest.raises(r2ncli.CheckpointError, match="10 classes, which does not fit"):
+        mmpretrain.main(["demo"])
+
     # they are right for v1, whose stem is one convolution
     v1 = tmp_path / "v1.pth"
     torch.save(reference_state_dict("res2net50_26w_4s"), v1)
@@ -182,14 +185,18 @@ def test_a_unet_with_a_registered_encoder_trains(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     needs("interop", "segmentation_models_pytorch")
+    from segmentation_models_pytorch.encoders import get_encoder
+
     unet = example("unet", monkeypatch)
     model = unet.segmenter("demo")
     assert has_all_of(model.encoder.network, "demo")
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 1, 64, 64)
-    dilated = unet.smp.encoders.get_encoder("res2net", output_stride=8)
+    dilated = get_encoder("res2net", output_stride=8)
     sizes = [feature.shape[-1] for feature in dilated(torch.zeros(1, 3, 64, 64))]
     assert sizes == [64, 32, 16, 8, 8, 8]
 
+    with pytest.raises(r2ncli.CheckpointError, match="no such weights"):
+        unet.main(["--weights", "absent"])
     assert unet.main(["--weights", "demo", "--steps", "4", "--size", "64"]) == 0
     first, *_, last = losses(capsys.readouterr().out)
     assert last < first
@@ -200,11 +207,13 @@ YOLO = """
 import sys
 from pathlib import Path
 import torch, yaml, yolo
+from ultralytics import YOLO
+from r2ncli import CheckpointError
 from r2ncli.weights.loading import load_model
 
 weights, folder = sys.argv[1:]
 Path(folder, "yolo.yaml").write_text(yaml.safe_dump(yolo.configuration(weights, classes=1)))
-model = yolo.YOLO(Path(folder, "yolo.yaml"), task="detect").model
+model = YOLO(Path(folder, "yolo.yaml"), task="detect").model
 yolo.keep_eps(model)
 network = load_model(weights)
 pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -214,13 +223,19 @@ with torch.no_grad():
 for output, feature in zip(outputs[12:15], expected, strict=True):
     assert torch.equal(output, feature)
 assert len(outputs) == 15
-assert yolo.main(["--weights", weights, "--pictures", "4", "--size", "64"]) == 0
+assert yolo.main(["--weights", weights, "--images", "4", "--size", "64"]) == 0
+try:
+    yolo.main(["--weights", "demo", "--images", "4"])
+except CheckpointError:
+    pass
+else:
+    raise AssertionError("another network was accepted")
 print("trained")
 """
 
 
 @pytest.mark.interop
-def test_yolo_has_the_layers_outputs_and_trains(
+def test_yolo_gets_the_outputs_of_the_layers_and_trains(
     reference_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needs("interop", "ultralytics")

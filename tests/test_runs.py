@@ -298,6 +298,36 @@ def test_resume_refuses_other_inputs_and_names_the_first(
         r2ncli.classify_to(tmp_path / "x.csv", pictures, weights=tiny_weights, resume=True)
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_resume_refuses_an_image_that_was_replaced_under_its_name(
+    tmp_path, pictures, tiny_weights, finished
+):
+    out = tmp_path / "x.csv"
+    stop = None if finished else stop_after(12)
+    options = {"weights": tiny_weights, "batch_size": 4}
+    with suppress(StopAfterError):
+        r2ncli.classify_to(out, pictures, on_progress=stop, **options)
+    shutil.copyfile(pictures / "00008.jpg", pictures / "00007.jpg")
+    with pytest.raises(OutputError, match=r"00007\.jpg changed since it was read: it had"):
+        r2ncli.classify_to(out, pictures, resume=True, **options)
+    r2ncli.classify_to(out, pictures, overwrite=True, **options)
+    (tmp_path / "x.csv.inputs").unlink()
+    (pictures / "00007.jpg").touch()
+    r2ncli.classify_to(out, pictures, resume=True, **options)  # only names are known
+
+
+def test_an_output_of_inputs_without_files_leaves_no_stamps_of_an_earlier_one(
+    tmp_path, pictures, tiny_weights
+):
+    out = tmp_path / "x.csv"
+    r2ncli.classify_to(out, pictures, weights=tiny_weights)
+    assert (tmp_path / "x.csv.inputs").stat().st_size == 20 * 16
+    r2ncli.classify_to(
+        out, "http://127.0.0.1:9/a.jpg", weights=tiny_weights, overwrite=True, timeout=0.2
+    )
+    assert not (tmp_path / "x.csv.inputs").exists()
+
+
 def test_resume_refuses_another_backend(tmp_path, pictures, tiny_weights):
     options = {"weights": tiny_weights, "device": "cpu", "precision": "fp32"}
     r2ncli.classify_to(tmp_path / "x.csv", pictures, backend="torch", **options)
@@ -528,6 +558,7 @@ def test_with_nothing_failed_there_is_nothing_to_retry(tmp_path, pictures, tiny_
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "pictures",
         "x.csv",
+        "x.csv.inputs",
         "x.csv.run.json",
     ]
 
@@ -632,15 +663,16 @@ def test_a_compressed_archive_is_walked_to_its_end_with_room_for_one_picture(
     options = {"weights": tiny_weights, "batch_size": 2, "workers": 1}
     for content, more in ((bytes(len(whole)), {}), (whole, {then: True})):
         (pictures / "00007.jpg").write_bytes(content)
-        with tarfile.open(archive, "w:gz") as file:
-            file.add(pictures, "p")
+        if not (then == "resume" and more):  # a changed archive is not resumed
+            with tarfile.open(archive, "w:gz") as file:
+                file.add(pictures, "p")
         if then == "resume" and not more:
             with pytest.raises(StopAfterError):
                 r2ncli.classify_to(out, archive, on_progress=stop_after(9), **options)
         else:
             counts = r2ncli.classify_to(out, archive, **more, **options)["counts"]
     assert counts == {"inputs": 20, "ok": 20 - (then == "resume"), "failed": then == "resume"}
-    assert r2ncli.classify_to(out, archive, resume=True, **options)["counts"] == counts
+    assert r2ncli.classify_to(out, archive, **{then: True}, **options)["counts"] == counts
 
 
 @pytest.mark.slow

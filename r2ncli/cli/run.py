@@ -80,14 +80,9 @@ def _classify_to_stdout(
     from r2ncli.runs import run_to_stream
 
     lines = is_terminal(sys.stdout) and output is None and format is None
-    write_batch = _write_lines if lines else _writer_of_text(format or "csv")
+    write = _write_lines if lines else _writer_of_text(format or "csv")
     with Report("classify", quiet, bar=not lines, failures=not lines) as report:
         report.preparing()
-
-        def write(batch: Batch) -> None:
-            report.prepared()  # so that no progress line stands in the results
-            write_batch(batch)
-
         record = run_to_stream(Classify(), write, paths or None, options, _listeners(report))
         return report.summary(_executed(record))
 
@@ -186,7 +181,9 @@ def _listeners(report: Report) -> Listeners:
     def warning(text: str) -> None:
         report.sentence(for_command_line(text))
 
-    return Listeners(warning, report.row, report.download, report.quantising)
+    return Listeners(
+        warning, report.row, report.download, report.quantising, on_ready=report.prepared
+    )
 
 
 def _executed(record: dict[str, Any]) -> str:

@@ -111,16 +111,13 @@ class Report:
             self._show("preparing the network", 0, None, "(a first run takes longer)")
 
     def prepared(self) -> None:
-        """Note that the network is ready; the first results follow."""
-        if self._started == self._created:
-            self._started = time.monotonic()
-            if not self._with_bar:
-                self._end_bar()
+        """Note that the network is ready, and that results may follow on stdout."""
+        self._started = time.monotonic()
+        self._end_bar()
 
     def row(self, progress: Progress) -> None:
         """Report one finished row."""
         if self.progress is None:
-            self.prepared()
             self._begun_at = progress.done - 1
         self.progress = progress
         if progress.error is not None and self.failures:
@@ -215,7 +212,7 @@ class Report:
 
 def _duration(seconds: float) -> str:
     if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+        return f"{seconds:.{2 if seconds < 1 else 1 if seconds < 10 else 0}f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d} min"

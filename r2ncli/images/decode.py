@@ -2,21 +2,33 @@
 
 The rules below decide the pixels. Whoever changes one raises the version in `DecodeRules`.
 
-- EXIF orientation is applied; for HEIC, the orientation in its container. Of an animation the
-  first frame is decoded, of a HEIC its primary image.
-- Transparency is composited on white; palettes, greyscale and CMYK become RGB.
+- The content of a file decides its format, not its suffix.
+- EXIF orientation is applied; for HEIC, the orientation in its container, as its standard says.
+- Of an animation, a multipage TIFF or an MPO the first frame is decoded, of a HEIC its primary
+  image.
+- Transparency is composited on white; palettes, greyscale and CMYK become RGB. CMYK without a
+  profile is inverted ink.
 - Colours are converted to sRGB: an embedded ICC profile is applied to the resized pixels, in
   the image's own colour space (RGB, greyscale, CMYK) and in eight bits, whatever its depth.
   The intent is relative colorimetric with black point compensation. A corrupted profile, one
-  of another colour space, and colours declared without a profile (PNG's gAMA, EXIF's tags) are
-  ignored.
+  of another colour space, those of BMP, GIF and JPEG 2000, which Pillow does not read, and
+  colours declared without a profile (PNG's gAMA and cHRM, EXIF's tags, the code points of AVIF
+  and HEIC) are ignored.
 - 16 bits: greyscale is v / 257, rounded; colour is the high byte, as Pillow reads it. The
   depth that the file declares decides (a TIFF may have 12 bits), never the image's values.
 - 32-bit integers and floats declare no range: white is the smallest of 1 (floats only), 255
-  and 65535 that is not less than any value.
+  and 65535 that is not less than any value. Larger values, negative ones and NaN are errors,
+  and so is colour of 32 bits, which Pillow cannot open.
 - The crop is resized in one step out of the whole image (`Image.resize(box=...)`, bilinear,
-  antialiased). The pixels equal those of resizing first and cropping then, without the cost
-  of resizing an image of 65,000 x 2 as a whole.
+  antialiased): by default the centre 224 x 224 of a short side of 256. The pixels equal those
+  of resizing first and cropping then, without the cost of resizing an image of 65,000 x 2 as a
+  whole. With ``decode="exact"`` they are within one grey level of torchvision's transforms.
+- With ``decode="auto"`` a JPEG whose short side is at least four times the resize target is
+  decoded at 1/2, 1/4 or 1/8 of its size, never below twice that target.
+
+A file that ends before its image data does is an error. Corruption that leaves something to
+decode is not seen: inside a JPEG, which its decoder repairs, in formats without checksums, which
+are most, and in a plain-text PNM that is cut inside its last number.
 """
 
 from __future__ import annotations

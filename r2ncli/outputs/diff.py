@@ -1,7 +1,8 @@
-"""Compares two results: which rows, classes and values differ, and by how much.
+"""Compare two outputs: which rows, classes and values differ, and by how much.
 
-For upgrades, precisions and machines. Both are read side by side; rows whose names come in
-another order (merged shards) wait for each other, of features their numbers only.
+It answers what an upgrade, a precision or another machine changed. Both are read side by side.
+Where rows come in another order (merged shards), they wait in memory for their match: of
+features only the row numbers wait.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ class Names:
     examples: tuple[str, ...] = ()
 
     def including(self, name: str) -> Names:
-        """These and one more."""
+        """Add a name."""
         return Names(self.count + 1, (*self.examples, name)[:EXAMPLES])
 
 
 @dataclass(frozen=True)
 class Largest:
-    """A largest difference, infinite where one value is no number, and the row that has it."""
+    """A largest difference, infinite if one value is not a number, and its row."""
 
     difference: float = 0.0
     path: str | None = None
@@ -52,7 +53,7 @@ class Largest:
 
 @dataclass(frozen=True)
 class Difference:
-    """What two results do not share.
+    """How two outputs differ.
 
     Attributes
     ----------
@@ -61,17 +62,17 @@ class Difference:
     kind : str
         ``rows`` or ``features``.
     atol : float
-        Differences up to it count as none.
+        Values that differ by no more than this count as equal.
     rows_a, rows_b, compared : int
-        How many rows each has, and how many are there and ok in both.
+        Rows of each, and rows that are ok in both.
     only_in_a, only_in_b, status_changed, beyond_atol : Names
-        Rows of one alone, rows that failed in one alone, and rows with a value further apart.
+        Rows in one output only, rows that failed in one only, rows beyond `atol`.
     top1_changed : Names or None
-        Rows whose most probable class is another one; None for features.
+        Rows with another most probable class; None for features.
     largest : dict of str to Largest
-        Of the probabilities of classes that both rows have, or of each layer's features.
+        The largest difference of probabilities, or of each layer's features.
     settings : dict of str to tuple, or None
-        The settings that decide values and are not the same; None where a run record is missing.
+        Settings that decide values and differ; None if a run record is missing.
     """
 
     a: str
@@ -95,7 +96,7 @@ class Difference:
         return any(names.count for names in self.changes().values())
 
     def changes(self) -> dict[str, Names]:
-        """Every way in which rows can differ, under the names of `as_dict`."""
+        """The rows that differ, by kind, under the names of `as_dict`."""
         names = {
             "only_in_a": self.only_in_a,
             "only_in_b": self.only_in_b,
@@ -106,7 +107,7 @@ class Difference:
         return {key: value for key, value in names.items() if value is not None}
 
     def as_dict(self) -> dict[str, Any]:
-        """As ``r2n diff --json`` prints it; a difference that is no number is null."""
+        """As ``r2n diff --json`` prints it; a difference that is not finite is null."""
         return {
             "schema": 1,
             "a": self.a,

@@ -1,4 +1,4 @@
-"""Joins the outputs of a run's shards into the output of one run."""
+"""Join the outputs of the shards of a run into one output."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def merge(
     shards : sequence of path
         All of them, in any order.
     output : path
-        Ends as they do.
+        A name with the same suffix.
     overwrite : bool
-        Replace what is there.
+        Replace an existing output.
     on_progress : callable, optional
         Takes the number of rows that are copied, after each batch.
 
@@ -49,10 +49,10 @@ def merge(
     Raises
     ------
     UsageError
-        There is no shard, or the names do not end alike.
+        There is no shard, or the suffixes differ.
     InputNotFoundError, OutputError
         One is not there, is missing among 1 to N or there twice, was made with other settings,
-        or is damaged; or `output` exists or cannot be written.
+        or is corrupted; or `output` exists or cannot be written.
     """
     paths = [existing_result(shard) for shard in shards]
     suffixes = sorted({path.suffix.lower() for path in paths})

@@ -1,4 +1,4 @@
-"""Results become files: finished blocks in ``OUT.partial/``, joined and renamed at the end.
+"""Write an output as finished blocks in ``OUT.partial/``, joined and renamed at the end.
 
 A run's output grows as blocks of at most 256 rows or 64 MB, each written under a
 temporary name, fsynced and renamed: a block that exists is whole. At the end they are
@@ -24,6 +24,8 @@ from r2ncli.files import reason, remove_lock, sync, take_lock, write_whole
 from r2ncli.outputs.damage import DAMAGE
 from r2ncli.outputs.formats import Format, Record, format_of
 from r2ncli.outputs.rows import Batch
+from r2ncli.outputs.stamps import pack_stamps, read_stamps, stamps_path
+from r2ncli.sources.content import Stamp
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -35,7 +37,9 @@ CHOICES = "`overwrite` starts again, `resume` continues it"
 REMOVED = "removed.json"  # what the record of a run is called while its blocks are removed
 
 # every name that r2n gives to a file of a partial folder
-OURS = re.compile(r"lock|run\.json|removed\.json|final\.json|joined\.\w+|block-\d{8}\.\w+|.*\.tmp")
+OURS = re.compile(
+    r"lock|run\.json|removed\.json|final\.json|joined\.\w+|(block|inputs)-\d{8}\.\w+|.*\.tmp"
+)
 
 
 class PartialOutput:
@@ -48,7 +52,7 @@ class PartialOutput:
     Attributes
     ----------
     again : str
-        What an error tells the user to do afterwards.
+        How an error tells the user to continue.
     done : int
         Rows in finished blocks.
     """
@@ -104,13 +108,13 @@ class PartialOutput:
             )
         return record
 
-    def names(self) -> Iterator[tuple[str, bool]]:
-        """Name of each finished row, and whether it failed.
+    def names(self) -> Iterator[tuple[str, bool, Stamp | None]]:
+        """Name of each finished row, whether it failed, and the stamp of its file.
 
         Raises
         ------
         OutputError
-            A block is missing or damaged.
+            A block is missing or corrupted.
         """
         for number, block in enumerate(self.blocks()):
             if block.stem != f"block-{number:08d}":
@@ -118,20 +122,24 @@ class PartialOutput:
                     f"{self.folder}: block {number} is missing. `overwrite` starts again"
                 )
             try:
-                yield from self.format.read_block(block)
+                stamps = read_stamps(self._stamps_of(number))
+                for (name, failed), stamp in zip(
+                    self.format.read_block(block), stamps, strict=False
+                ):
+                    yield name, failed, stamp
             except DAMAGE as error:
                 raise OutputError(
                     f"{block}: corrupted ({error}). `overwrite` starts again"
                 ) from error
 
     def begin(self, record: Record) -> None:
-        """Start from nothing: the run record first."""
+        """Remove what is there and write the run record."""
         self._empty_folder()
         self._next_block = 0
         self._write("run.json", json_bytes(record))
 
     def amend(self, record: Record) -> None:
-        """Take `record` in place of the one that was begun with; the blocks stay."""
+        """Replace the stored run record; the blocks are kept."""
         self._write("run.json", json_bytes(record))
 
     def append(self, batch: Batch) -> None:
@@ -148,6 +156,10 @@ class PartialOutput:
         if not self._batches:
             return
         name = f"block-{self._next_block:08d}{self.format.block_suffix}"
+        stamps = [stamp for batch in self._batches for stamp in batch.stamps or [None] * len(batch)]
+        # not synced: stamps that are lost in a power cut are not compared, and no row is lost
+        with suppress(OSError):  # a full disk is told of when the block is written
+            self._stamps_of(self._next_block).write_bytes(pack_stamps(stamps))
         self._write(name, self.format.pack(self._batches))
         # An interrupt before this writes the same block once more under the same name; none can
         # come in between, for signals are seen at calls and jumps only.
@@ -172,6 +184,7 @@ class PartialOutput:
             if not self.format.holds_record:
                 self._write("final.json", json_bytes(record))
                 os.replace(self.folder / "final.json", record_path(self.output))
+            self._finish_stamps(len(blocks))
             os.replace(joined, self.output)
             sync(self.output.parent)
         except OSError as error:
@@ -182,6 +195,28 @@ class PartialOutput:
             ) from error
         self._remove_folder()
         self._release()
+
+    def _stamps_of(self, block: int) -> Path:
+        return self.folder / f"inputs-{block:08d}.stamps"
+
+    def _finish_stamps(self, blocks: int) -> None:
+        """Join the stamps of all blocks beside the output; leave none of an earlier output."""
+        joined = self.folder / "joined.inputs"
+        known = False
+        with open(joined, "wb") as file:
+            for block in range(blocks):
+                try:
+                    stamps = self._stamps_of(block).read_bytes()
+                except OSError:
+                    known = False
+                    break
+                known = known or stamps.strip(b"\xff") != b""
+                file.write(stamps)
+        if known:
+            os.replace(joined, stamps_path(self.output))
+        else:
+            with suppress(FileNotFoundError):
+                os.remove(stamps_path(self.output))
 
     def _locked(self) -> BaseFileLock:
         """Take the folder's lock, and create the folder if it does not exist."""
@@ -202,7 +237,7 @@ class PartialOutput:
             self.folder.rmdir()
 
     def _empty_folder(self) -> None:
-        """Remove what r2n wrote, so that a kill in between leaves what is no run.
+        """Remove what r2n wrote, so that a kill in between leaves no resumable run.
 
         The record gets another name first and goes last: blocks beside that name are of a
         run that has ended, and go when the folder is entered next.
@@ -220,7 +255,7 @@ class PartialOutput:
             self._lock = None
 
     def _write(self, name: str, content: bytes) -> None:
-        """Write a file of the folder so that it is there whole or not at all."""
+        """Write a file of the folder completely or not at all."""
         try:
             write_whole(self.folder / name, [content])
         except OSError as error:
@@ -284,7 +319,7 @@ def partial_folder(output: Path) -> Path:
 
 
 def begun_record(output: Path) -> dict[str, Any] | None:
-    """The record that an unfinished output was begun with; None where there is none to read."""
+    """The run record of an unfinished output; None if it cannot be read."""
     try:
         record = json.loads((partial_folder(output) / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

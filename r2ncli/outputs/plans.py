@@ -7,7 +7,6 @@ was wanted.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from itertools import islice
@@ -19,8 +18,9 @@ from r2ncli.images.decoders import may_be_added
 from r2ncli.options import RunOptions
 from r2ncli.outputs.partial import PartialOutput, refuse_existing
 from r2ncli.outputs.record import EXECUTED, differing_settings, in_words
-from r2ncli.outputs.results import read_batches, read_names, read_record
+from r2ncli.outputs.results import known_stamps, read_batches, read_names, read_record
 from r2ncli.outputs.rows import Batch
+from r2ncli.sources.content import Stamp, stamp_of
 from r2ncli.sources.walk import Input
 
 Record = dict[str, Any]
@@ -104,13 +104,17 @@ class Resumed(Fresh):
         yield from inputs
 
     def _skip_done(self, inputs: Iterator[Input]) -> None:
-        for name, failed in self.output.names():
+        for name, failed, stamp in self.output.names():
             found = next(inputs, None)
-            _check_name(self.output.folder, name, found)
+            _check_input(self.output.folder, name, found, self._compared(failed, stamp))
             del found  # it may hold its bytes, and an archive the next until these are free
             self.done += 1
             self.failed += failed
         self.output.done = self.done
+
+    def _compared(self, failed: bool, stamp: Stamp | None) -> Stamp | None:
+        """The stamp that a kept row's file must still have, if any."""
+        return None if failed else stamp
 
 
 class Retried(Resumed):
@@ -160,6 +164,9 @@ class Retried(Resumed):
         for _ in computed:  # none: this walks to the end, where a new input would be found
             raise AssertionError("more rows were tried again than had failed")
 
+    def _compared(self, failed: bool, stamp: Stamp | None) -> Stamp | None:
+        return None  # files may be mended meanwhile, and the archives that hold them
+
     def _first_row(self) -> int:
         """How many rows the blocks have; they are not counted yet when the first is read."""
         return sum(1 for _ in self.output.names()) if self._begun else 0
@@ -178,8 +185,15 @@ class Finished(Fresh):
 
     def todo(self, inputs: Iterator[Input]) -> Iterator[Input]:
         if self._compares:
-            deque(_failed_inputs(self.output.output, inputs), maxlen=0)  # a loop holds an input
+            self._compare(inputs)
         yield from ()
+
+    def _compare(self, inputs: Iterator[Input]) -> None:
+        out = self.output.output
+        for (name, failed), stamp in zip(read_names(out), known_stamps(out), strict=False):
+            _check_input(out, name, next(inputs, None), None if failed else stamp)
+        if (found := next(inputs, None)) is not None:
+            _check_input(out, None, found)
 
     def finish(self, done: int, failed: int) -> Record:
         return self.record
@@ -220,24 +234,35 @@ def _failed_inputs(out: Path, inputs: Iterator[Input], start: int = 0) -> Iterat
     """
     for name, failed in islice(read_names(out), start, None):
         found = next(inputs, None)
-        _check_name(out, name, found)
+        _check_input(out, name, found)
         if failed:
             assert found is not None
             yield found
         del found  # it may hold its bytes, and an archive the next until these are free
     if (found := next(inputs, None)) is not None:
-        _check_name(out, None, found)
+        _check_input(out, None, found)
 
 
-def _check_name(where: Path, name: str | None, found: Input | None) -> None:
-    if found is not None and found.name == name:
+def _check_input(
+    where: Path, name: str | None, found: Input | None, stamp: Stamp | None = None
+) -> None:
+    """Raise unless `found` is the input `name`, and its file the one that `stamp` is of."""
+    if found is None or found.name != name:
+        raise OutputError(
+            f"{where}: cannot be resumed because the inputs changed: it has "
+            f"{name if name is not None else 'no more rows'}, now there is "
+            f"{found.name if found is not None else 'no more input'}. "
+            "Give a new output for the new inputs, or `overwrite` to start again"
+        )
+    if stamp is None or found.path is None:
         return
-    raise OutputError(
-        f"{where}: cannot be resumed because the inputs changed: it has "
-        f"{name if name is not None else 'no more rows'}, now there is "
-        f"{found.name if found is not None else 'no more input'}. "
-        "Give a new output for the new inputs, or `overwrite` to start again"
-    )
+    now = stamp_of(found.path)
+    if now != stamp:
+        raise OutputError(
+            f"{where}: cannot be resumed because {name} changed since it was read: it had "
+            f"{stamp.size:,} bytes, now it has {now.size if now else 0:,}, or another "
+            "modification time. `overwrite` starts again"
+        )
 
 
 def _keep_executed_batch_size(record: Record, begun: Record) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from os import PathLike as OsPathLike
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from r2ncli.outputs.damage import damage_as_error
 from r2ncli.outputs.formats import Format, format_of
 from r2ncli.outputs.partial import record_path
 from r2ncli.outputs.rows import CLASSES, Batch, classifications, features
+from r2ncli.outputs.stamps import read_stamps, stamps_path
+from r2ncli.sources.content import Stamp
 
 
 def existing_result(output: str | OsPathLike[str]) -> Path:
@@ -87,10 +91,17 @@ def read_batches(output: Path, start: int = 0) -> Iterator[Batch]:
     """
     with damage_as_error(output):
         count = start
+        stamps = islice(known_stamps(output), start, None)
         for batch in format_of(output).read(output, start):
-            yield batch
+            yield replace(batch, stamps=[*islice(stamps, len(batch))])
             count += len(batch)
         _check_count(output, count)
+
+
+def known_stamps(output: Path) -> Iterator[Stamp | None]:
+    """The stamp of the file that each row of a finished output came from, as far as known."""
+    rows = read_record(output).get("counts", {}).get("inputs")
+    return read_stamps(stamps_path(output), rows)
 
 
 def read_rows(output: Path) -> Iterator[Any]:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from r2ncli.sources.content import Stamp
+
 Array = npt.NDArray[np.float32]
 
 CLASSES, FEATURES = "classes", "features"  # what the rows of an output hold
@@ -60,28 +62,33 @@ class Batch:
         `PROBABILITY` (float32 [N, k]) and, where they are known, `WNID` and `LABEL` (objects,
         str or None, [N, k]), most probable first; for features one column per layer. The
         values of a failed input mean nothing.
+    stamps : sequence of Stamp or None
+        Size and time of the local file that an input was read from; empty where none is known.
     """
 
     names: Sequence[str]
     errors: Sequence[str | None]
     columns: Mapping[str, npt.NDArray[Any]]
+    stamps: Sequence[Stamp | None] = ()
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, rows: slice) -> Batch:
         columns = {name: column[rows] for name, column in self.columns.items()}
-        return Batch(self.names[rows], self.errors[rows], columns)
+        return Batch(self.names[rows], self.errors[rows], columns, self.stamps[rows])
 
     def with_rows(self, rows: Sequence[int], other: Batch) -> Batch:
         """This batch, in which all that is known of `rows`, their names aside, is `other`'s."""
         errors = [*self.errors]
+        stamps = [*(self.stamps or [None] * len(self))]
         columns = {name: column.copy() for name, column in self.columns.items()}
         for place, row in enumerate(rows):
             errors[row] = other.errors[place]
+            stamps[row] = other.stamps[place] if other.stamps else None
         for name, column in columns.items():
             column[list(rows)] = other.columns[name]
-        return Batch(self.names, errors, columns)
+        return Batch(self.names, errors, columns, stamps)
 
     @property
     def failed(self) -> int:

@@ -41,7 +41,7 @@ def find_images(
     ----------
     paths : sequence of str or path
         Images, which are always tried; folders, which are searched for `SUFFIXES`; archives;
-        patterns; ``@list``; ``-``; URLs. An empty sequence means the current folder.
+        patterns; ``@list``; ``-``; URLs.
     warn : callable
         Takes a sentence about a link back to an ancestor, which is not followed.
     selection : Selection
@@ -59,7 +59,7 @@ def find_images(
     UsageError
         No installed library opens such URLs; before anything is yielded.
     """
-    arguments = [os.fspath(path) for path in paths] or ["."]
+    arguments = [os.fspath(path) for path in paths]
     budget = Budget(BYTES_AHEAD if stop else float("inf"), stop or threading.Event())
     search = Search(warn, selection, budget, left_out or LeftOut(selection))
     # each begins here, so that a missing argument is an error before anything runs
@@ -82,7 +82,7 @@ class Walk:
     found : int
         How many inputs of this shard were found so far; the total once the walk ended.
     any_found : bool
-        Whether any input was found, of whatever shard.
+        Whether any input was found, of whatever shard, or `paths` is empty.
     ended : bool
         Whether everything was found.
     left_out : LeftOut
@@ -96,7 +96,7 @@ class Walk:
         selection: Selection = Selection(),  # noqa: B008  frozen
     ) -> None:
         self.found = 0
-        self.any_found = False
+        self.any_found = not paths  # nothing to find is not an error
         self.ended = False
         self.left_out = LeftOut(selection)
         self._shard = selection.shard

@@ -16,7 +16,6 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import h5py
 import pytest
@@ -518,16 +517,6 @@ def test_bench_prints_tables_and_json(r2n, pictures, tiny_weights):
 # --- help -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "command", ["classify", "extract", "diff", "merge", "verify-weights", "bench"]
-)
-def test_every_command_has_an_example_and_is_in_the_readme(r2n, command):
-    ended = r2n(command, "--help", check=0)
-    assert f"Example: r2n {command}" in " ".join(ended.stdout.split())
-    readme = Path(__file__).parents[2] / "README.md"
-    assert f"r2n {command}" in readme.read_text(encoding="utf-8")
-
-
 def test_version(r2n):
     assert r2n("--version", check=0).stdout == f"r2n {r2ncli.__version__}\n"
 
@@ -542,3 +531,130 @@ def test_the_command_works_in_another_thread_than_the_main_one(pictures, tiny_we
     thread.start()
     thread.join()
     assert ended[0].exit_code == 0
+
+
+# --- what a first user tries ------------------------------------------------------------------
+
+
+def test_help_of_a_command_is_shown_by_name(r2n):
+    for command in ("classify", "verify-weights"):
+        assert r2n("help", command, check=0).stdout == r2n(command, "--help", check=0).stdout
+    assert "Checkpoints" in r2n("help", check=0).stdout
+    assert r2n("-V", check=0).stdout == r2n("--version", check=0).stdout
+
+
+def test_help_shows_defaults_and_choices(r2n):
+    shown = " ".join(r2n("classify", "--help", check=0, env={"COLUMNS": "160"}).stdout.split())
+    assert "[default: auto]" in shown
+    assert re.search(r"--backend\s+auto\|\w+\|\w+", shown)
+    assert "<bool>" not in shown.replace("--help", "")[: shown.index("--help")]
+
+
+@pytest.mark.parametrize(
+    ("typed", "suggested"),
+    [("--weards", "--weights"), ("--topK", "--topk"), ("--model", None), ("--verbose", None)],
+)
+def test_an_unknown_option_is_answered_with_a_near_one_or_none(r2n, typed, suggested):
+    said = r2n("classify", typed, "x", check=2).stderr
+    assert typed in said
+    assert re.findall(r"ossible options?: ([^)]+)\)", said) == ([suggested] if suggested else [])
+
+
+def test_stdout_may_be_json_lines(r2n, pictures, tiny_weights):
+    arguments = ("classify", pictures, "--weights", tiny_weights, "--topk", 2, "-q")
+    lines = r2n(*arguments, "--format", "jsonl", check=0).stdout.splitlines()
+    rows = rows_of(r2n(*arguments, check=0).stdout)
+    assert [json.loads(line)["path"] for line in lines] == [row["path"] for row in rows]
+    assert [str(json.loads(line)["index_1"]) for line in lines] == [row["index_1"] for row in rows]
+    assert "--format" in r2n(*arguments, "--format", "csv", "-o", "x.csv", check=2).stderr
+
+
+@pytest.mark.parametrize("arguments", ["-h", "classify -h", "--show-completion", "-V"])
+def test_help_into_a_closed_pipe_is_no_error(arguments):
+    command = f"{sys.executable} -m r2ncli {arguments} | true; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(
+        ["bash", "-c", command],
+        env={**WARM, "SHELL": "/bin/bash"},
+        capture_output=True,
+        check=False,
+    )
+    assert b"Traceback" not in ended.stderr
+    assert (ended.returncode, ended.stdout) == (0, b"")
+
+
+def test_ctrl_c_while_the_program_is_loaded_is_130():
+    """The interrupt strikes in the first import of the command line."""
+    program = (
+        "import os, signal, sys, r2ncli.__main__ as main\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'r2ncli.cli':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "main.main()\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env=WARM, capture_output=True, check=False, preexec_fn=heed_interrupts,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (130, b"r2n: interrupted\n")
+
+
+def test_a_fresh_run_over_an_empty_shard_tells_of_no_images(r2n, tmp_path, pictures, tiny_weights):
+    name = pictures / "00000.jpg"
+    shards = [r2n("classify", name, "--weights", tiny_weights, "--shard", f"{n}/2",
+                  "-o", tmp_path / f"{n}.csv", check=0).stderr for n in (1, 2)]  # fmt: skip
+    assert sorted(said.split()[0] for said in shards) == ["0", "1"]
+    assert not any("nothing left" in said for said in shards)
+
+
+def test_an_empty_list_is_no_image_found(r2n, tmp_path, tiny_weights):
+    (tmp_path / "empty.txt").touch()
+    ended = r2n("classify", "@empty.txt", "--weights", tiny_weights, cwd=tmp_path, check=3)
+    assert "no image found" in ended.stderr
+    assert "empty.txt" in ended.stderr
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_result_lines_fit_the_terminal(tmp_path, make_pictures, tiny_weights, columns):
+    folder = make_pictures(tmp_path / "a folder with a rather long name" / "and another one", 3)
+    seen, code = in_a_terminal(
+        "classify", folder, "-q", "--weights", tiny_weights, columns=columns, cwd=tmp_path
+    )
+    lines = seen.replace("\r\n", "\n").splitlines()
+    assert code == 0
+    assert len(lines) == 3
+    assert all(len(line) <= columns and "…" in line and ".jpg  " in line for line in lines)
+
+
+def test_a_first_run_says_what_it_prepares(tmp_path, pictures, tiny_weights):
+    seen, code = in_a_terminal(
+        "classify", "--weights", tiny_weights, "-o", tmp_path / "x.csv", cwd=pictures
+    )
+    assert code == 0
+    assert "preparing the network" in seen
+    assert seen.index("preparing the network") < seen.index("20 images in")
+
+
+def test_the_shell_completes_values(tmp_path):
+    def completed(line):
+        environment = {**WARM, "_R2N_COMPLETE": "complete_bash", "COMP_WORDS": line,
+                       "COMP_CWORD": str(len(line.split(" ")) - 1)}  # fmt: skip
+        ended = subprocess.run(
+            [sys.executable, "-m", "r2ncli"], env=environment, capture_output=True, check=False
+        )
+        return ended.stdout.decode().split()
+
+    assert completed("r2n classify --precision b") == ["bf16"]
+    assert completed("r2n classify --device cu") == ["cuda", "cuda:0"]
+    assert "res2net50_v1b_26w_4s" in completed("r2n classify --weights res2net50")
+    assert completed("r2n extract --pool m") == ["max"]
+    assert "layer3.0" in completed("r2n extract --layer layer3")
+
+
+def test_layers_of_a_published_network_need_no_checkpoint(r2n, tmp_path):
+    environment = {"TORCH_HOME": str(tmp_path)}
+    ended = r2n("extract", "--list-layers", env=environment, check=0)
+    assert ["layer3", "1024 x 14 x 14"] in [
+        line.split(maxsplit=1) for line in ended.stdout.splitlines()
+    ]

@@ -184,7 +184,7 @@ def test_rows_do_not_depend_on_how_they_fell_into_blocks(tmp_path, suffix, monke
                 append(partial, row)
                 if n in flush_at:
                     partial.flush()
-            assert [name for name, _ in partial.names()] == [row.path for row in rows][
+            assert [name for name, *_ in partial.names()] == [row.path for row in rows][
                 : partial.done
             ]
             partial.finish({})

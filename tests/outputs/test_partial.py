@@ -27,7 +27,7 @@ def test_a_block_is_there_after_every_256_rows_and_the_output_only_at_the_end(tm
             append(partial, classified(f"{n}.jpg", 0.5, 0.5))
         assert len(partial.blocks()) == 2
         assert partial.done == 2 * BLOCK_ROWS
-        assert [name for name, _ in partial.names()] == [f"{n}.jpg" for n in range(512)]
+        assert [name for name, *_ in partial.names()] == [f"{n}.jpg" for n in range(512)]
         assert not output.exists()
         partial.finish({"r": 2})
     assert len(read_csv(output)) == 513
@@ -124,7 +124,12 @@ def test_a_full_disk_is_one_sentence_and_keeps_the_finished_blocks(
     assert "`resume`" in ended.stdout
     assert ended.stderr == ""
     left = sorted(path.name for path in (tmp_path / f"f.{suffix}.partial").iterdir())
-    assert left == [*(f"block-{n:08d}.{block}" for n in range(rows // 100)), "lock", "run.json"]
+    blocks = range(rows // 100)
+    assert left == [
+        *(f"block-{n:08d}.{block}" for n in blocks),
+        *(f"inputs-{n:08d}.stamps" for n in blocks),
+        *("lock", "run.json"),
+    ]
     assert not out.exists()
 
 

@@ -60,7 +60,7 @@ def write(name: str, content: bytes) -> str:
 
 
 def found(*paths: str, max_bytes: int = 10**9) -> list[Input]:
-    return list(find_images(paths, print, Selection(max_bytes=max_bytes)))
+    return list(find_images(paths or ["."], print, Selection(max_bytes=max_bytes)))
 
 
 def outcomes(*paths: str, max_bytes: int = 10**9) -> dict[str, bytes | str]:

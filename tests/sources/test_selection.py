@@ -79,7 +79,7 @@ def test_exclude_leaves_out_images_and_whole_folders(
 
 
 def names(*paths: str, **selection: Any) -> list[str]:
-    return [source.name for source in find_images(paths, print, Selection(**selection))]
+    return [source.name for source in find_images(paths or ["."], print, Selection(**selection))]
 
 
 def test_an_excluded_folder_is_not_even_listed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,7 @@ def why_nothing(*paths: str, **selection: Any) -> str:
 
 
 def test_an_empty_folder_says_which_suffixes_were_looked_for(here: Path) -> None:
-    text = why_nothing()
+    text = why_nothing(".")
     assert text.startswith("no image found (looked for files ending in apng avif ")
     assert text.endswith(" webp)")
 
@@ -210,7 +210,7 @@ def test_an_empty_folder_says_which_suffixes_were_looked_for(here: Path) -> None
 def test_other_suffixes_are_counted_and_named(here: Path) -> None:
     for name in ("a.txt", "b.TXT", "c.mp4", "README"):
         Path(name).touch()
-    text = why_nothing()
+    text = why_nothing(".")
     assert text.startswith("no image found (looked for files ending in apng ")
     assert text.endswith("): files with other suffixes: 2 .txt, 1 without a suffix, 1 .mp4")
 

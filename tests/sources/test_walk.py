@@ -35,7 +35,7 @@ def found(*paths: str | os.PathLike[str]) -> list[Input]:
     def unexpected(sentence: str) -> None:
         raise AssertionError(sentence)
 
-    return list(find_images(paths, unexpected))
+    return list(find_images(paths or ["."], unexpected))
 
 
 def names(*paths: str | os.PathLike[str]) -> list[str]:
@@ -44,7 +44,9 @@ def names(*paths: str | os.PathLike[str]) -> list[str]:
 
 def names_and_warnings(*paths: str) -> tuple[list[str], list[str]]:
     warnings: list[str] = []
-    some = islice(find_images(paths, warnings.append), 1000)  # an endless walk would fail too
+    some = islice(
+        find_images(paths or ["."], warnings.append), 1000
+    )  # an endless walk would fail too
     return [source.name for source in some], warnings
 
 
@@ -410,7 +412,7 @@ def test_what_a_user_may_not_read_is_a_failed_row(tmp_path: Path) -> None:
         "folder = os.open('.', os.O_RDONLY)\n"
         "if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "os.fchdir(folder)\n"
-        "for source in find_images([], print):\n"
+        "for source in find_images(['.'], print):\n"
         "    try: print(source.name, source.read(10).content)\n"
         "    except ImageError as error: print(source.name, error)\n"
     )
@@ -554,7 +556,7 @@ def test_the_stamp_costs_no_further_call(here: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_walk_gives_what_find_images_gives_and_then_knows_the_total(here: Path) -> None:
     touch(*(f"{folder}/{name}.jpg" for folder in "abc" for name in range(20)))
-    with Walk([], print) as walk:
+    with Walk(["."], print) as walk:
         assert [source.name for source in walk] == names()
         assert walk.ended
         assert walk.found == 60
@@ -578,7 +580,7 @@ def test_the_first_input_comes_before_the_walk_has_ended(
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", waiting)
-    with Walk([], print) as walk:
+    with Walk(["."], print) as walk:
         inputs = iter(walk)
         assert next(inputs).name == "a/1.jpg"
         assert not walk.ended
@@ -597,7 +599,7 @@ def test_no_more_names_wait_than_are_allowed(here: Path, monkeypatch: pytest.Mon
             yield produced[-1]
 
     monkeypatch.setattr(walking, "find_images", endless)
-    with Walk([], print) as walk:
+    with Walk(["."], print) as walk:
         inputs = iter(walk)
         for taken in range(1, 20):
             next(inputs)
@@ -617,7 +619,7 @@ def wait_until(condition: Any) -> None:
 def test_leaving_a_walk_early_ends_its_thread(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walking, "NAMES_AHEAD", 2)
     touch(*(f"{name:03d}.jpg" for name in range(50)))
-    with Walk([], print) as walk:
+    with Walk(["."], print) as walk:
         assert next(iter(walk)).name == "000.jpg"
         assert "r2n-walk" in {thread.name for thread in threading.enumerate()}
     assert "r2n-walk" not in {thread.name for thread in threading.enumerate()}
@@ -627,7 +629,7 @@ def test_leaving_a_walk_early_ends_its_thread(here: Path, monkeypatch: pytest.Mo
 def test_a_walk_that_nobody_reads_ends_too(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walking, "NAMES_AHEAD", 1)
     touch("a.jpg", "b.jpg", "c.jpg")
-    with pytest.raises(RuntimeError, match="the user's own"), Walk([], print):
+    with pytest.raises(RuntimeError, match="the user's own"), Walk(["."], print):
         raise RuntimeError("the user's own")
     assert "r2n-walk" not in {thread.name for thread in threading.enumerate()}
 
@@ -640,7 +642,7 @@ def test_an_error_in_the_walk_is_raised_where_it_is_used(
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(walking, "find_images", failing)
-    with Walk([], print) as walk:
+    with Walk(["."], print) as walk:
         inputs = iter(walk)
         assert next(inputs).name == "a.jpg"
         with pytest.raises(ZeroDivisionError, match="a bug"):
@@ -725,7 +727,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_the_old_one(
 
 def test_a_folder_that_vanishes_during_the_walk_is_a_failed_row(here: Path) -> None:
     touch("a/1.jpg", "b/2.jpg", "c/3.jpg")
-    walk = find_images([], print)
+    walk = find_images(["."], print)
     assert next(walk).name == "a/1.jpg"
     os.rename("b", ".gone")
     missing, other = walk
@@ -950,10 +952,10 @@ def test_a_name_that_waits_takes_little_memory(here: Path) -> None:
     os.makedirs(folder)
     for name in range(2000):
         os.mknod(f"{folder}/picture_{name:07d}.jpg")
-    list(find_images([], print))
+    list(find_images(["."], print))
     tracemalloc.start()
     try:
-        waiting = list(find_images([], print))
+        waiting = list(find_images(["."], print))
         held = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()

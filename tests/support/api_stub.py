@@ -46,7 +46,9 @@ def stub() -> str:
         for field, _ in options_of(command, to_file=to_file):
             lines.append(f"    {field.name}: {field.type} = {_text(field.default)},")
         lines += [
-            f"    {field.name}: {_listener(field)} | None = None," for field in fields(Listeners)
+            f"    {field.name}: {_listener(field)} | None = None,"
+            for field in fields(Listeners)
+            if field.name in api.LISTENERS
         ]
         parts.append("\n".join([*lines, f") -> {result}: ...\n"]))
     return "\n".join(parts)
