@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CLASSIFY, EXTRACT, BENCH = "classify", "extract", "bench"
 RUNS, ALL = (CLASSIFY, EXTRACT), (CLASSIFY, EXTRACT, BENCH)
-DECODES = (AUTO, "exact", "gpu")
+DECODES = (AUTO, "exact")
 DTYPES = ("float32", "float16")
 ON_ERROR = ("continue", "fail")
 BENCH_PRECISIONS = (AUTO, "fp32")
@@ -207,8 +207,7 @@ class RunOptions:
     )
     decode: str = _option(
         "auto",
-        "Decode large JPEGs at reduced size (auto), every image at full size (exact), or baseline "
-        "JPEGs on the GPU (gpu; needs the extra gpu-decode).",
+        "Decode large JPEGs at reduced size (auto), or every image at full size (exact).",
         IMAGES,
         choices=DECODES,
     )

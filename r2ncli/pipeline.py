@@ -2,9 +2,6 @@
 
     inputs ──► decode threads ──► batches ──► a thread per stream ──► results, in input order
 
-With ``decode="gpu"`` the decode threads hand on the JPEGs that a GPU decodes as they are, and
-the stream's thread has them decoded into its batch.
-
 All queues are bounded: as many batches are under way as keep the threads and the engine's
 streams busy, however many images there are.
 """
@@ -26,7 +23,6 @@ import numpy.typing as npt
 from r2ncli.engine.base import Outputs, Pixels
 from r2ncli.errors import FailedInputError, ImageError
 from r2ncli.images.decode import decode
-from r2ncli.images.jpeg import Jpeg
 from r2ncli.options import CLASSIFY, EXTRACT, RunOptions
 from r2ncli.outputs.formats import Format
 from r2ncli.outputs.record import labels_digest
@@ -49,7 +45,7 @@ from r2ncli.sources.walk import Input
 from r2ncli.weights.checkpoints import Labels
 
 Columns = Mapping[str, npt.NDArray[Any]]  # of a batch, by name
-Outcome = Jpeg | str | None  # of an image: for the GPU, why it failed, or decoded
+Outcome = str | None  # of an image: why it failed, or None
 
 FETCHERS = 16  # threads that wait for networks, far more than cores
 
@@ -156,7 +152,7 @@ def run(
     An image that fails keeps its place and its reason; its neighbours do not notice. `keep`
     gives what is wanted of a batch's outputs; it works in the engine's threads.
     """
-    engine, workers, gpu_decoder = predictor.engine, predictor.workers, predictor.gpu_decoder
+    engine, workers = predictor.engine, predictor.workers
     batch_size = engine.description.batch_size
     streams = engine.description.streams
     ahead = 1 + streams + -(-2 * workers // batch_size)  # batches under way: all threads busy
@@ -171,11 +167,11 @@ def run(
             return "interrupted"
         try:
             content, batch.stamps[number] = source.read(predictor.rules.max_bytes)
+            pixels[...] = decode(content, predictor.preprocessing, predictor.rules)
         except ImageError as error:
-            return failed(error, pixels)
-        if gpu_decoder is not None and (jpeg := gpu_decoder.accept(content)) is not None:
-            return jpeg
-        return decode_into(pixels, content)
+            pixels[...] = 0
+            return str(error)
+        return None
 
     def decide(batch: _Batch, number: int, source: Input) -> None:
         try:
@@ -184,30 +180,11 @@ def run(
             outcome = error
         batch.decide(number, outcome)
 
-    def decode_into(pixels: Pixels, content: bytes) -> str | None:
-        try:
-            pixels[...] = decode(content, predictor.preprocessing, predictor.rules)
-        except ImageError as error:
-            return failed(error, pixels)
-        return None
-
-    def failed(error: ImageError, pixels: Pixels) -> str:
-        pixels[...] = 0
-        return str(error)
-
-    def decode_on_gpu(outcomes: list[Outcome], pixels: Pixels) -> list[str | None]:
-        jpegs = {i: found for i, found in enumerate(outcomes) if isinstance(found, Jpeg)}
-        errors = [None if isinstance(found, Jpeg) else found for found in outcomes]
-        if gpu_decoder is not None and jpegs:
-            for i in gpu_decoder(jpegs, pixels):
-                errors[i] = decode_into(pixels[i], jpegs[i].content)
-        return errors
-
     def finish(batch: _Batch) -> Batch | None:
         while not batch.ready.wait(0.2):
             if stopped.is_set():
                 return None
-        errors = decode_on_gpu(batch.outcomes(), batch.pixels)
+        errors = batch.outcomes()
         if stopped.is_set():
             return None
         batch.pixels[len(batch.names) :] = 0

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from r2ncli.architectures import Preprocessing
-from r2ncli.engine import CUDA, Backend, choose_backend, choose_precision
+from r2ncli.engine import Backend, choose_backend, choose_precision
 from r2ncli.engine.base import Calibration, Engine, Setup, cores
-from r2ncli.errors import UsageError
 from r2ncli.images.decode import DecodeRules
 from r2ncli.options import NO_LISTENERS, Listeners, RunOptions
 from r2ncli.weights.checkpoints import CheckpointFile, Labels, open_checkpoint
 
 if TYPE_CHECKING:
     from r2ncli.engine.quantization import Sample
-    from r2ncli.images.gpu import GpuDecoder
     from r2ncli.weights.loading import Checkpoint
 
 LOGITS = "fc"  # the module whose output the logits are
-GPU = "gpu"
 MAX_WORKERS = 256
 
 
@@ -46,8 +42,6 @@ class Predictor:
         How feature maps are pooled, and the shape of one image's output by layer.
     calibration : Calibration or None
         What int8 was calibrated with.
-    gpu_decoder : GpuDecoder or None
-        Decodes JPEGs on the GPU.
     """
 
     engine: Engine
@@ -62,7 +56,6 @@ class Predictor:
     pool: str
     shapes: dict[str, tuple[int, ...]]
     calibration: Calibration | None = None
-    gpu_decoder: GpuDecoder | None = None
 
 
 def open_predictor(
@@ -127,24 +120,9 @@ def assemble_predictor(
 
 
 def _checked(options: RunOptions) -> tuple[Backend, tuple[str, ...], str]:
-    """Choose the backend, the devices and the precision; check that the devices can decode."""
+    """Choose the backend, the devices and the precision, and check that they fit."""
     backend, devices = choose_backend(options.backend, options.device)
-    precision = choose_precision(options.precision, backend, devices)
-    if options.decode == GPU:
-        _check_gpu_decoding(devices)
-    return backend, devices, precision
-
-
-def _check_gpu_decoding(devices: Sequence[str]) -> None:
-    """Raise a UsageError if there is no GPU to decode on, or a library for it is missing."""
-    if not devices[0].startswith(CUDA):
-        raise UsageError(
-            f"`decode=gpu` needs a CUDA GPU, but this run uses {devices[0]}: use `device=cuda` "
-            "if there is a GPU, or `decode=auto`"
-        )
-    for library, source in (("torchcodec", "'r2ncli[gpu-decode]'"), ("triton", "triton")):
-        if find_spec(library) is None:
-            raise UsageError(f"`decode=gpu` needs {library}: pip install {source}")
+    return backend, devices, choose_precision(options.precision, backend, devices)
 
 
 def _calibration_sample(options: RunOptions, listeners: Listeners) -> Sample | None:
@@ -197,17 +175,7 @@ def _opened(
         pool=setup.pool,
         shapes=ready.shapes,
         calibration=ready.calibration,
-        gpu_decoder=_gpu_decoder(setup, options) if options.decode == GPU else None,
     )
-
-
-def _gpu_decoder(setup: Setup, options: RunOptions) -> GpuDecoder:
-    import torch
-
-    from r2ncli.images.gpu import GpuDecoder
-
-    gpus = [torch.device(name) for name in setup.devices]
-    return GpuDecoder(gpus, setup.preprocessing, options.decode_rules())
 
 
 def _workers(options: RunOptions) -> int:

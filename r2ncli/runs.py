@@ -211,7 +211,7 @@ def run_record(opened: Run, packages: Sequence[str] = ()) -> Record:
         "versions": {
             "r2n": __version__,
             "engine": description.library,
-            **decoder_versions(predictor.rules.decode),
+            **decoder_versions(),
             "numpy": version("numpy"),
             "h5py": version("h5py"),
             "python": ".".join(map(str, sys.version_info[:3])),

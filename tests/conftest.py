@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +17,6 @@ from support.reference_weights import reference_state_dict
 
 from r2ncli.architectures import DEFAULT_NETWORK
 from r2ncli.model import Res2Net
-
-if not torch.cuda.is_available():  # Triton's kernels are interpreted; set before their import
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

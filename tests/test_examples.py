@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import runpy
 import shutil
 import subprocess
@@ -27,11 +26,10 @@ COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 
 EXTRAS = (
     *("fsspec", "mmcv", "mmengine", "mmpretrain", "nncf", "onnx", "onnxruntime", "onnxscript"),
-    *("pillow_heif", "pyarrow", "segmentation_models_pytorch", "timm", "torchcodec"),
+    *("pillow_heif", "pyarrow", "segmentation_models_pytorch", "timm"),
     *("ultralytics", "yaml"),
 )
-# gpu_pictures is a part of gpu_check and has no command line
-SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "gpu_pictures")
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 
 def run_script(name: str, *arguments: str) -> int:
@@ -414,82 +412,3 @@ def feature_file(path: Path, vectors: np.ndarray, failed: np.ndarray) -> h5py.Fi
     file.create_dataset("paths", data=[f"{n}.jpg" for n in range(len(vectors))], dtype=text)
     file.create_dataset("status", data=["failed" if f else "ok" for f in failed], dtype=text)
     return file
-
-
-# --- gpu_check --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.delitem(sys.modules, "gpu_pictures", raising=False)
-    return example("gpu_check", monkeypatch)
-
-
-@pytest.mark.slow
-def test_every_section_of_the_check_of_a_gpu_runs_on_a_cpu_as_far_as_it_can(
-    gpu_check: ModuleType, tmp_path: Path
-) -> None:
-    output, photos = tmp_path / "check.json", str(EXAMPLES / "photos")
-    arguments = ["--device", "cpu", "--quick", "--pictures", photos, "-o", str(output)]
-    command = [sys.executable, str(EXAMPLES / "gpu_check.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-
-    assert done.returncode == 0, (done.stdout, done.stderr)
-    sections = json.loads(output.read_text())["sections"]
-    assert list(sections) == list(gpu_check.NAMES)
-    assert [name for name, found in sections.items() if not found.get("whole")] == []
-    left_out = {
-        (section, name)
-        for section, found in sections.items()
-        for name, value in found.items()
-        if isinstance(value, str) and value.startswith(("skipped", "not measured", "left out"))
-    }
-    gpu = "r2n --decode gpu"
-    absent = {("decoding", "torchcodec")}  # it is an extra
-    assert left_out - absent == {("memory", "skipped"), ("decoding", gpu), ("end_to_end", gpu)}
-    checks = [check["what"] for found in sections.values() for check in found["checks"]]
-    assert sum("the same bytes" in what for what in checks) == 12
-    assert sum("against" in what for what in checks) == 6
-
-
-def test_a_section_that_takes_too_long_is_an_error_of_its_own(gpu_check: ModuleType) -> None:
-    found = gpu_check.section_found("environment", 0.1, ["cpu", "1", ""])
-    assert found["error"] == "stopped after 0 s"
-
-
-def test_only_numbers_that_are_not_proven_fail_the_check(
-    gpu_check: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    section = gpu_check.Section("cpu", True, "", 60, tmp_path / "found.json")
-    section.reaches("model alone", 1.2, 3)
-    section.within_limit("near", [1.0, 2.00001], [1.0, 2.0], "fp32")
-    assert gpu_check.summary({"model": section.found}) == 0
-    assert gpu_check.summary({"decoding": {"error": "absent", "checks": []}}) == 0
-    assert gpu_check.summary({"numbers": {"error": "absent", "checks": []}}) == 1
-    section.within_limit("nowhere", [1.0, np.nan], [1.0, 2.0], "fp32")
-    assert gpu_check.summary({"model": section.found}) == 1
-
-    assert json.loads((tmp_path / "found.json").read_text())["checks"][2]["value"] == "nan"
-    printed = capsys.readouterr().out
-    assert "MISSED model alone: 1.2 (at least 3)" in printed
-    assert "FAIL   nowhere" in printed
-
-
-def test_the_steady_part_of_a_program_leaves_its_start_out(
-    gpu_check: ModuleType, tmp_path: Path
-) -> None:
-    from gpu_pictures import watched
-
-    out = tmp_path / "out.csv"
-    program = f"""
-import time
-time.sleep(1)
-with open({str(out)!r}, "w") as file:
-    for _ in range(50):
-        print("row", file=file, flush=True)
-        time.sleep(0.02)
-"""
-    section = gpu_check.Section("cpu", True, "", 60, tmp_path / "found.json")
-    found = watched(section, [sys.executable, "-c", program], out, 50)
-    assert found["whole"]["images/s"] < 25
-    assert found["whole"]["images/s"] < found["steady"]["images/s"] < 51

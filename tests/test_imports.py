@@ -26,9 +26,7 @@ WITH_TORCH = {
     *("model", "torchvision_models"),
     *("weights/structure", "weights/loading", "weights/verify"),
     *("weights/compare", "weights/convert"),
-    *("engine/devices", "engine/folding", "engine/kernels", "engine/fused"),
-    *("engine/pytorch", "engine/cuda", "engine/graph"),
-    "images/gpu",
+    *("engine/devices", "engine/folding", "engine/pytorch", "engine/cuda", "engine/graph"),
 }
 WITH_TORCHVISION = {"torchvision_models"}  # the one file that is for its users
 WITH_TERMINAL = {"cli"}

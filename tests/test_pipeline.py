@@ -230,6 +230,11 @@ def test_an_option_that_cannot_be_is_refused_before_any_weights_are_looked_for(p
         r2ncli.classify(pictures, weights="nothing.pth", device="tpu")
 
 
+def test_decoding_on_a_gpu_is_refused_with_the_ways_there_are(pictures):
+    with pytest.raises(UsageError, match="`decode` must be one of auto, exact, not 'gpu'"):
+        r2ncli.classify(pictures, decode="gpu")
+
+
 def test_a_wrong_layer_gets_the_nearest_right_ones(pictures, tiny_weights):
     with pytest.raises(UsageError, match=r"no layer 'layr3'\. Did you mean layer3"):
         r2ncli.extract(pictures, weights=tiny_weights, layers=["layr3"])

@@ -50,8 +50,6 @@ class EngineDescription:
     executed_batch_size : int or None
         Fewest images that were computed at a time so far, if the memory was too small for a
         whole batch; None otherwise.
-    remark : str or None
-        A sentence that says why something slower runs than the GPU could.
     """
 
     backend: str
@@ -63,7 +61,6 @@ class EngineDescription:
     streams: int = 1
     stream_threads: int = 1
     executed_batch_size: int | None = None
-    remark: str | None = None
 
     @property
     def device_kind(self) -> str:

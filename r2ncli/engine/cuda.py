@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from itertools import chain
 from math import prod
 from queue import SimpleQueue
@@ -31,7 +30,7 @@ from torch import Tensor
 from r2ncli.architectures import Preprocessing
 from r2ncli.engine.base import EngineDescription, Outputs, Pixels, cpu_model, pooled_shape
 from r2ncli.engine.devices import DTYPES, device_errors, exact_settings, out_of_memory
-from r2ncli.engine.folding import FoldedNetwork, InferenceNetwork
+from r2ncli.engine.folding import FoldedNetwork
 from r2ncli.errors import DeviceError
 from r2ncli.model import Res2Net, layer_shapes
 
@@ -131,15 +130,7 @@ class CudaEngine:
             streams=SLOTS * len(devices),
         )
         shape, dtype = (batch_size, side, side, 3), DTYPES[precision]
-        with device_errors(str(first), _model(first), batch_size):
-            form, reason = fastest_form(network, outputs, pool, preprocessing, first, dtype)
-        if form is not FoldedNetwork:  # so that the fingerprints of the two forms differ
-            library = f"{self._description.library}, triton {version('triton')}"
-            self._description = replace(self._description, library=library)
-        if reason:
-            remark = f"{first}: the faster kernels {reason}, so torch's own run; see the README"
-            self._description = replace(self._description, remark=remark)
-        network_on = partial(form, network, outputs, pool, preprocessing, dtype=dtype)
+        network_on = partial(FoldedNetwork, network, outputs, pool, preprocessing, dtype=dtype)
         self._gpus = [_Gpu(device, network_on, shape) for device in devices]
         slots = [gpu.new_slots() for gpu in self._gpus]
         self._idle: SimpleQueue[_Slot] = SimpleQueue()
@@ -165,55 +156,6 @@ class CudaEngine:
             return slot.gpu.outputs(slot, pixels)
         finally:
             self._idle.put(slot)
-
-
-def fastest_form(
-    network: Res2Net,
-    outputs: Sequence[str],
-    pool: str,
-    preprocessing: Preprocessing,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[Callable[..., InferenceNetwork], str | None]:
-    """Return the form of `network` to run on a GPU: `FusedNetwork` if it works, or `FoldedNetwork`.
-
-    The second value says why `FusedNetwork` does not run on a GPU that should support it.
-
-    Its kernels need tensor cores for half precision (Ampere or later), and Triton needs a C
-    compiler to build them. Their results are compared with torch's own functions on the GPU
-    before the first image, so that a compiler bug does not give wrong rows.
-    """
-    if device.type != "cuda" or dtype == torch.float32:
-        return FoldedNetwork, None
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return FoldedNetwork, None
-    side = preprocessing.image_size
-    pixels = torch.arange(2 * side * side * 3, device=device) % 251
-    pixels = pixels.to(torch.uint8).view(2, side, side, 3)
-    with exact_settings(device), torch.inference_mode(), torch.cuda.device(device):
-        try:
-            from r2ncli.engine.fused import FusedNetwork
-
-            fused, folded = (
-                form(network, outputs, pool, preprocessing, device, dtype)(pixels)
-                for form in (FusedNetwork, FoldedNetwork)
-            )
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except (
-            Exception
-        ) as error:  # no Triton, no C compiler, or one that fails, whatever it raises
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return FoldedNetwork, f"cannot be built ({reason})"
-        if not all(_alike(fused[name], folded[name], dtype) for name in outputs):
-            return FoldedNetwork, "are wrong"
-    return FusedNetwork, None
-
-
-def _alike(ours: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether rounding explains the difference; a wrong kernel differs much more."""
-    error, most = (ours - expected).abs().max(), expected.abs().max()
-    return bool(error <= 8 * torch.finfo(dtype).eps * most)  # false for NaN
 
 
 def _names(devices: Sequence[torch.device]) -> str:
@@ -266,7 +208,7 @@ class _Gpu:
     def __init__(
         self,
         device: torch.device,
-        network_on: Callable[[torch.device], InferenceNetwork],
+        network_on: Callable[[torch.device], FoldedNetwork],
         shape: tuple[int, ...],
     ) -> None:
         self.rows = shape[0]
@@ -356,8 +298,8 @@ class _Gpu:
         if self._on_gpu:
             self._outputs = {}  # freed for those of the capture
             graph = torch.cuda.CUDAGraph()
-            # thread_local: other threads may do what a capture forbids, such as allocating
-            # memory to decode on the GPU
+            # thread_local: other threads of the caller's program may do what a capture forbids,
+            # such as allocating memory on the GPU
             mode = "thread_local"
             with (
                 _capturing,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import torch
@@ -18,12 +18,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from r2ncli.architectures import Preprocessing
 from r2ncli.model import Res2Net, conv_bn_pairs
 
-# uint8 [N, H, W, 3] on its device → outputs by layer, float32, contiguous, on the device
-InferenceNetwork = Callable[[Tensor], dict[str, Tensor]]
-
 
 class FoldedNetwork:
-    """An `InferenceNetwork` of torch's own functions; several threads may call it at once.
+    """A copy of a Res2Net for inference; several threads may call it at once.
 
     Parameters
     ----------
@@ -59,38 +56,28 @@ class FoldedNetwork:
         self._captured = threading.local()
         fast = rewritten(network, outputs).to(device, dtype)
         self.modules = fast.to(memory_format=torch.channels_last)
-        self._shift, self._scale = normalisation(preprocessing, device)
+        self._shift, self._scale = 255 * torch.tensor(  # in grey levels
+            (preprocessing.mean, preprocessing.std), dtype=torch.float32, device=device
+        )
         for name in outputs:
             self.modules.get_submodule(name).register_forward_hook(
-                lambda _module, _inputs, output, name=name: self.capture(name, output)
+                lambda _module, _inputs, output, name=name: self._capture(name, output)
             )
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
-        # NHWC in memory is channels_last
-        self.modules(self.normalised(pixels).permute(0, 3, 1, 2))
-        return self.captured()
+        """Return the outputs by layer, float32 and contiguous, for uint8 pixels [N, H, W, 3].
 
-    def normalised(self, pixels: Tensor) -> Tensor:
-        """Return the normalised pixels [N, H, W, 3], which the network takes."""
-        return ((pixels - self._shift) / self._scale).to(self._dtype)
+        The pixels are on the network's device, and so are the outputs.
+        """
+        x = ((pixels - self._shift) / self._scale).to(self._dtype)
+        self.modules(x.permute(0, 3, 1, 2))  # NHWC in memory is channels_last
+        captured = vars(self._captured)  # of this thread; an output that is given is dropped
+        return {name: captured.pop(name) for name in self._outputs}
 
-    def capture(self, name: str, output: Tensor) -> None:
+    def _capture(self, name: str, output: Tensor) -> None:
         """Keep a copy of an output, because the next activation works in place."""
         full = output.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         vars(self._captured)[name] = pooled(full, self._pool)
-
-    def captured(self) -> dict[str, Tensor]:
-        """Return the outputs of this thread's last forward pass, and drop them."""
-        captured = vars(self._captured)
-        return {name: captured.pop(name) for name in self._outputs}
-
-
-def normalisation(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation in grey levels, float32 [3] each."""
-    in_grey_levels = 255 * torch.tensor(
-        (preprocessing.mean, preprocessing.std), dtype=torch.float32, device=device
-    )
-    return in_grey_levels[0], in_grey_levels[1]
 
 
 def pooled(full: Tensor, pool: str) -> Tensor:

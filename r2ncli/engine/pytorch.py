@@ -50,8 +50,6 @@ def open_network(setup: Setup) -> ReadyNetwork:
             precision=setup.precision,
             batch_size=setup.batch_size,
         )
-    if engine.description.remark:
-        setup.on_warning(engine.description.remark)
     return ReadyNetwork(engine, checkpoint.variant, network.architecture.classes, shapes)
 
 

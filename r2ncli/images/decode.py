@@ -39,7 +39,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, JpegImagePlugin
 from PIL.Image import Resampling
-from PIL.ImageCms import ImageCmsTransform
 
 from r2ncli.architectures import Preprocessing
 from r2ncli.errors import ImageError
@@ -107,27 +106,8 @@ def _decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) ->
     left, top, right, bottom = (edge / scale for edge in box)
     square = (preprocessing.image_size, preprocessing.image_size)
     resized = stored.resize(square, Resampling.BILINEAR, box=(left, top, right, bottom))
-    return finished(resized, orientation, to_srgb)
-
-
-def finished(resized: Image.Image, orientation: int, to_srgb: ImageCmsTransform | None) -> Pixels:
-    """Convert a resized image to sRGB and turn it upright: uint8 [height, width, 3]."""
     rgb = resized.convert("RGB") if to_srgb is None else to_srgb.apply(resized)
     return np.asarray(turned_upright(rgb, orientation))
-
-
-def header_rules(content: bytes) -> tuple[int, ImageCmsTransform | None]:
-    """Read the orientation and the transform to sRGB from a greyscale or RGB image's header.
-
-    Raises
-    ------
-    ImageError
-        The header cannot be read.
-    """
-    image, _ = _open(content)
-    with image:
-        profile = image.info.get("icc_profile")
-        return exif_orientation(image), conversion(profile, image.mode, image.mode)
 
 
 def _open(content: bytes) -> tuple[Image.Image, Codec]:
@@ -136,7 +116,7 @@ def _open(content: bytes) -> tuple[Image.Image, Codec]:
     unavailable = None
     for decoder in DECODERS:
         codec = decoder.codec
-        if codec is None or not (answer := codec.accept(head)):
+        if not (answer := codec.accept(head)):
             continue
         if isinstance(answer, str):
             unavailable = answer

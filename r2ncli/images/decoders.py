@@ -68,27 +68,24 @@ class Decoder:
         The format, as error messages name it.
     suffixes : tuple of str
         Suffixes under which a walk finds it, in lower case.
-    load : callable or None
-        Imports what decodes the format on the CPU and returns its functions; None for a GPU.
+    load : callable
+        Imports what decodes the format and returns its functions.
     libraries : tuple of Library
         The libraries that decide its pixels.
     extra : str or None
         The extra of r2n that installs an optional library.
-    mode : str or None
-        The only mode of decoding (see `DecodeRules`) that uses it; None if all do.
     """
 
     name: str
     suffixes: tuple[str, ...]
-    load: Callable[[], Codec] | None
+    load: Callable[[], Codec]
     libraries: tuple[Library, ...]
     extra: str | None = None
-    mode: str | None = None
 
     @cached_property
-    def codec(self) -> Codec | None:
-        """The functions that decode the format on the CPU, loaded once."""
-        return None if self.load is None else self.load()
+    def codec(self) -> Codec:
+        """The functions that decode the format, loaded once."""
+        return self.load()
 
     @property
     def hint(self) -> str:
@@ -141,11 +138,8 @@ _PILLOW = Library("pillow", lambda: version("pillow"))
 _LIBJPEG = Library("libjpeg", _libjpeg_version, may_be_absent=True)
 _LITTLECMS = Library("littlecms2", _littlecms_version)  # converts colours and decodes no format
 _PILLOW_HEIF = Library("pillow-heif", lambda: installed_version("pillow-heif"), may_be_absent=True)
-_TORCHCODEC = Library("torchcodec", lambda: installed_version("torchcodec"))
 
 _BASE = (_PILLOW, _LITTLECMS)
-
-GPU_JPEG = Decoder("JPEG on a GPU", (), None, (_TORCHCODEC,), extra="gpu-decode", mode="gpu")
 
 DECODERS = (  # in the order in which a file's first bytes are compared
     Decoder(
@@ -176,27 +170,20 @@ DECODERS = (  # in the order in which a file's first bytes are compared
     Decoder("ICO", (".ico",), _by_rules_of("pillow", "ICO"), _BASE),
     Decoder("PPM", (".ppm", ".pgm", ".pbm", ".pnm"), _by_pillow("PPM", "PpmImagePlugin"), _BASE),
     Decoder("DIB", (".dib",), _by_pillow("DIB", "BmpImagePlugin"), _BASE),
-    GPU_JPEG,
 )
 
 SUFFIXES = tuple(suffix for decoder in DECODERS for suffix in decoder.suffixes)
 
 
-def decoder_versions(mode: str | None = None) -> dict[str, str | None]:
+def decoder_versions() -> dict[str, str | None]:
     """Versions of the libraries that decide pixels, for the run record.
-
-    Parameters
-    ----------
-    mode : str, optional
-        The mode of decoding that runs; a decoder that only another mode uses is left out.
 
     Returns
     -------
     dict
         From a library's name to its version; None where it is not installed.
     """
-    used = [decoder for decoder in DECODERS if decoder.mode in (None, mode)]
-    libraries = {library.name: library for decoder in used for library in decoder.libraries}
+    libraries = {library.name: library for decoder in DECODERS for library in decoder.libraries}
     return {name: library.version() for name, library in libraries.items()}
 
 

@@ -16,8 +16,7 @@ class DecodeRules:
     ----------
     decode : str
         ``exact``: every pixel as Pillow decodes it at full size; ``auto``: a JPEG that is much
-        larger than the network's input is decoded at 1/2, 1/4 or 1/8 of its size; ``gpu``:
-        JPEGs that a GPU can decode are decoded there (see `images.jpeg`), the others as ``exact``.
+        larger than the network's input is decoded at 1/2, 1/4 or 1/8 of its size.
     max_pixels, max_bytes : int
         A larger image or file becomes a failed row.
     version : int

@@ -34,7 +34,7 @@ def deciding_settings(record: dict[str, Any]) -> dict[str, Any]:
         "calibration": ("sha256",),
         "versions": (
             *("r2n", "engine"),
-            *decoder_versions("gpu"),
+            *decoder_versions(),
             *(name for format in FORMATS.values() for name in format.packages),
         ),
         # older records hold the rules in words, which the version replaces

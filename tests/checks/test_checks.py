@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.scripts import CHECKS, example
 
-EXTRAS = ("timm", "nncf", "pyarrow", "pillow_heif", "fsspec", "torchcodec", "onnx", "onnxscript")
+EXTRAS = ("timm", "nncf", "pyarrow", "pillow_heif", "fsspec", "onnx", "onnxscript")
 
 
 @pytest.mark.parametrize("name", ["stress", "compare_peers"])

@@ -317,7 +317,7 @@ def test_list_layers_prints_names_and_shapes(r2n, tiny_weights):
         (["extract", "--pool", "mean"], 2, "'mean' is not one of"),
         (["classify", "--precision", "int4"], 2, "'int4' is not one of"),
         (["classify", "--decode", "fast"], 2, "'fast' is not one of"),
-        (["classify", "--device", "cpu", "--decode", "gpu"], 2, "--decode gpu needs a CUDA GPU"),
+        (["classify", "--decode", "gpu"], 2, "'gpu' is not one of 'auto', 'exact'"),
         (["classify", "--overwrite"], 2, "-o"),
         (["classify", "--retry-failed"], 2, "-o"),
         (["classify", "--retry-failed", "--resume", "-o", "x.csv"], 2, "give one of them"),

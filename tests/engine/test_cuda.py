@@ -26,9 +26,10 @@ from support.engines import (
 from support.reference_weights import TINY, reference_network, relative_error
 
 import r2ncli
+from r2ncli.architectures import PUBLISHED
 from r2ncli.bench import bench
 from r2ncli.engine import POOLS, cuda, pytorch
-from r2ncli.engine.cuda import SLOTS, CudaEngine, fastest_form, suitable_batch_size
+from r2ncli.engine.cuda import SLOTS, CudaEngine, suitable_batch_size
 from r2ncli.engine.devices import exact_settings, find_gpus, gpu_precisions, out_of_memory
 from r2ncli.engine.folding import FoldedNetwork
 from r2ncli.errors import DeviceError
@@ -53,7 +54,7 @@ class LittleMemory(FoldedNetwork):
 def memory(monkeypatch):
     """The class of every network that is built; its `holds` may be changed."""
     kind = type("LittleMemory", (LittleMemory,), {})
-    monkeypatch.setattr(cuda, "fastest_form", lambda *_: (kind, None))
+    monkeypatch.setattr(cuda, "FoldedNetwork", kind)
     return kind
 
 
@@ -155,35 +156,6 @@ def test_settings_that_change_a_gpus_values_are_set_for_a_call_and_put_back():
 
 
 # --- what runs ----------------------------------------------------------------------------
-
-
-def test_fused_kernels_run_on_gpus_only():
-    network = reference_network(TINY["v1"])
-    for dtype in (torch.float32, torch.bfloat16):
-        form = fastest_form(network, ["fc"], "avg", SMALL, CPU, dtype)
-        assert form == (FoldedNetwork, None)
-
-
-def test_slower_kernels_are_a_warning_with_the_reason(pictures, tiny_weights, monkeypatch):
-    monkeypatch.setattr(pytorch, "TorchEngine", partial(CudaEngine, devices=[CPU]))
-    reason = "cannot be built (no C compiler)"
-    monkeypatch.setattr(cuda, "fastest_form", lambda *_: (FoldedNetwork, reason))
-    said = []
-    options = {"weights": tiny_weights, "backend": "torch", "device": "cpu"}
-    assert list(r2ncli.classify(pictures, on_warning=said.append, **options, batch_size=2))
-    assert said == [f"cpu:0: the faster kernels {reason}, so torch's own run; see the README"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_kernels_may_round_differently_but_not_give_other_values(dtype):
-    random = torch.Generator().manual_seed(0)
-    values = torch.randn((2, 1000), generator=random)
-    rounded = values.to(dtype).float()
-    assert cuda._alike(rounded, values, dtype)
-    shifted = values.roll(1, dims=1)
-    damaged = values.clone()
-    damaged[1, 7] = torch.nan
-    assert not any(cuda._alike(wrong, values, dtype) for wrong in (shifted, damaged, -values))
 
 
 def test_the_gpus_are_named_by_their_numbers():
@@ -438,6 +410,9 @@ needs_two_gpus = pytest.mark.skipif(
 )
 
 
+TOLERANCES = {"fp32": 1e-4, "fp16": 3e-3, "bf16": 1e-2}  # relative to the plain network in fp32
+
+
 def gpu_engine(network=None, outputs=("fc",), pool="none", name="auto", **options):
     """An engine in float32, of GPUs."""
     devices = [torch.device(gpu) for gpu in find_gpus(name)]
@@ -446,18 +421,46 @@ def gpu_engine(network=None, outputs=("fc",), pool="none", name="auto", **option
 
 @pytest.mark.cuda
 @needs_gpu
-@pytest.mark.parametrize(
-    ("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 3e-3), ("bf16", 1e-2)]
-)
-def test_a_gpu_gives_the_plain_networks_logits(precision, tolerance):
-    if precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("this GPU has no bfloat16")
-    network, pixels = reference_network("res2net50_v1b_26w_4s"), noise(2, 224)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_gpu_gives_the_logits_of_every_published_network(name):
+    network, pixels = reference_network(name), noise(2, 224)
     with torch.no_grad():
         expected = network(normalised(pixels, FULL))
-    run = gpu_engine(network, batch_size=2, preprocessing=FULL, precision=precision)
-    assert run.description.precision == precision
-    assert relative_error(run(pixels)["fc"], expected) < tolerance
+    for precision in gpu_precisions(find_gpus("auto")[0]):
+        run = gpu_engine(network, batch_size=2, preprocessing=FULL, precision=precision)
+        assert run.description.precision == precision
+        assert relative_error(run(pixels)["fc"], expected) < TOLERANCES[precision], precision
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_rows_of_several_batches_on_gpus_come_in_input_order(pictures, tiny_weights, precision):
+    options = {"weights": tiny_weights, "batch_size": 3, "layers": ["layer2"]}
+    ours = list(r2ncli.extract(pictures, device="cuda", precision=precision, **options))
+    assert [row.path for row in ours] == [f"{pictures}/{n:05d}.jpg" for n in range(20)]
+    plain = list(r2ncli.extract(pictures, device="cpu", precision="fp32", **options))
+    for number, row in enumerate(ours):
+        errors = [relative_error(row.features["layer2"], p.features["layer2"]) for p in plain]
+        assert np.argmin(errors) == number
+        assert errors[number] < TOLERANCES[precision]
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_row_does_not_depend_on_its_neighbours_or_its_place_in_the_batch(precision):
+    run = gpu_engine(
+        reference_network("res2net50_v1b_26w_4s"), preprocessing=FULL,
+        batch_size=8, precision=precision,
+    )  # fmt: skip
+    pixels = noise(8, 224)
+    expected = run(pixels)["fc"]
+    for shift in range(8):
+        assert np.array_equal(run(np.roll(pixels, shift, axis=0))["fc"][shift], expected[0])
+    others = noise(8, 224, seed=1)
+    others[2] = pixels[5]
+    assert np.array_equal(run(others)["fc"][2], expected[5])
 
 
 @pytest.mark.cuda
@@ -595,13 +598,3 @@ def test_bench_measures_all_gpus_together(pictures, tiny_weights):
     )  # fmt: skip
     assert report.engine.streams == SLOTS * len(find_gpus("cuda"))
     assert all(speed.matmul_share > 0 for speed in report.model)
-
-
-@pytest.mark.cuda
-@needs_gpu
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_gpu_from_ampere_on_runs_the_fused_kernels(precision):
-    if torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("this GPU is older")
-    run = gpu_engine(reference_network("res2net50_v1b_26w_4s"), precision=precision)
-    assert "triton" in run.description.library

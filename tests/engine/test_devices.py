@@ -202,7 +202,6 @@ def test_the_devices_are_looked_up_once_for_a_run(tiny_weights, monkeypatch):
     [
         ({"device": "gpu"}, DeviceError),
         ({"precision": "fp16"}, UsageError),
-        ({"decode": "gpu"}, UsageError),
         ({"backend": "torch", "precision": "int8", "calibration": "nowhere"}, UsageError),
     ],
 )

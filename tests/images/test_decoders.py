@@ -174,7 +174,7 @@ def test_reading_the_table_imports_no_decoder() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert not {"PIL", "numpy", "pillow_heif", "torchcodec"} & set(done.stdout.split())
+    assert not {"PIL", "numpy", "pillow_heif"} & set(done.stdout.split())
 
 
 # --- versions ------------------------------------------------------------------------------
@@ -188,11 +188,6 @@ def test_the_versions_are_those_of_every_library_that_decides_pixels() -> None:
         "pillow-heif": version("pillow-heif"),
     }
     assert list(decoder_versions()) == ["pillow", "libjpeg", "littlecms2", "pillow-heif"]
-
-
-def test_torchcodec_is_recorded_only_if_it_decodes() -> None:
-    assert "torchcodec" not in decoder_versions("auto")
-    assert decoder_versions("gpu").keys() == {*decoder_versions(), "torchcodec"}
 
 
 def test_the_version_of_a_library_that_is_not_installed_is_none() -> None:

@@ -146,6 +146,18 @@ def test_settings_that_differ_are_named(tmp_path):
     assert diff(a, tmp_path / "b.csv").settings is None
 
 
+def test_results_of_a_mode_of_decoding_that_was_removed_can_be_compared(tmp_path):
+    then, now = (
+        {"fingerprint": mode, "decode_rules": {"decode": mode}} for mode in ("gpu", "auto")
+    )
+    then["versions"] = {"torchcodec": "0.16"}
+    found = diff(
+        result(tmp_path / "a.csv", rows(9), then), result(tmp_path / "b.csv", rows(9), now)
+    )
+    assert found.settings == {"decode_rules decode": ("gpu", "auto")}
+    assert not found.different
+
+
 def test_what_cannot_be_compared_is_a_usage_error(tmp_path):
     six = result(tmp_path / "a.csv", rows(9), {"classes": 6})
     ten = result(tmp_path / "b.csv", rows(9), {"classes": 10})
