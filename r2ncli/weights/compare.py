@@ -18,15 +18,9 @@ from r2ncli.weights.structure import FLOATS, kind_of
 class TensorDifference:
     """One tensor that is not the same in both files.
 
-    Attributes
-    ----------
-    name : str
-        Its published name.
-    file, against : str
-        Its dtype and shape in each file, as in ``float32 [7]``.
-    max_difference : float or None
-        The largest absolute difference of two values; None where the shapes differ or it
-        is not finite.
+    `file` and `against` are its dtype and shape in each, as in ``float32 [7]``;
+    `max_difference` is the largest absolute difference of two values, None where the shapes
+    differ or it is not finite.
     """
 
     name: str
@@ -41,14 +35,10 @@ class TensorComparison:
 
     Attributes
     ----------
-    file, against : str
-        The files.
     equal : int
         How many tensors have the same dtype, shape and bytes in both.
     different : tuple of TensorDifference
         The tensors that differ: first those without a numeric difference, then the largest.
-    only_in_file, only_in_against : tuple of str
-        Names that only one of the files has.
     tensors_sha256 : tuple of str, or None
         The content hash of each file's tensors (`weights.loading.tensors_sha256`).
     error : str or None
@@ -78,10 +68,7 @@ class TensorComparison:
 def compare_weights(file: Weights, against: Weights) -> TensorComparison:
     """Compare the tensors of two checkpoint files, whatever their containers and names.
 
-    Parameters
-    ----------
-    file, against : str, path or None
-        As `verify_weights` takes them.
+    `verify_weights` says what `file` and `against` may be.
 
     Raises
     ------

@@ -49,8 +49,6 @@ class Conversion:
 
     Attributes
     ----------
-    source, output : str
-        The checkpoint that was read, and what was written.
     sha256 : str
         The SHA-256 of the source.
     variant : str
@@ -62,8 +60,7 @@ class Conversion:
     compared : str
         ``logits``, or ``features`` (those of layer4) where the output has no classifier.
     difference : float
-        Largest difference of what was compared from the source's, relative to its largest
-        value.
+        Largest difference of what was compared, relative to the source's largest value.
     """
 
     source: str
@@ -115,8 +112,7 @@ def convert(
     """
     out = Path(output)
     suffix = out.suffix.lower()
-    _check_options(out, suffix, to)
-    _refuse_existing(out, overwrite)
+    _check(out, suffix, to, overwrite)
 
     source = open_checkpoint(weights, on_progress=on_download)
     state_dict = load_state_dict(source.path)
@@ -128,9 +124,8 @@ def convert(
     with torch.inference_mode():
         outputs = _outputs(network, compared)(seeded)
     if not bool(outputs.isfinite().all()):
-        raise CheckpointError(
-            f"{source.path}: its {compared} are not finite; r2n verify-weights shows more"
-        )
+        found = f"its {compared} are not finite; r2n verify-weights shows more"
+        raise CheckpointError(f"{source.path}: {found}")
     try:
         with TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.", suffix=".partial") as folder:
             partial = Path(folder, f"converted{suffix}")
@@ -160,33 +155,17 @@ def convert(
     )
 
 
-def _check_options(out: Path, suffix: str, to: str) -> None:
+def _check(out: Path, suffix: str, to: str, overwrite: bool) -> None:
     if suffix not in TOLERANCES:
-        raise UsageError(
-            f"{out}: unknown suffix {suffix!r}, expected one of {', '.join(TOLERANCES)}"
-        )
+        known = ", ".join(TOLERANCES)
+        raise UsageError(f"{out}: unknown suffix {suffix!r}, expected one of {known}")
     if to not in NAMINGS:
         raise UsageError(f"`to` {to!r}: expected one of {', '.join(NAMINGS)}")
     if suffix in NEEDED and to != OFFICIAL:
         raise UsageError(f'`to="{to}"`: {suffix} files have no tensor names; leave `to` out')
-    missing = [name for name in NEEDED.get(suffix, ()) if find_spec(name) is None]
+    missing = " and ".join(name for name in NEEDED.get(suffix, ()) if find_spec(name) is None)
     if missing:
-        raise UsageError(
-            f"{out}: {suffix} needs {' and '.join(missing)}: pip install 'r2ncli[onnx]'"
-        )
-
-
-def _files(out: Path) -> tuple[Path, ...]:
-    """Return every file that belongs to an output, the output itself last."""
-    beside = {
-        ".pth": out.with_name(out.name + ".json"),  # where `read_metadata` looks for it
-        ".xml": out.with_suffix(".bin"),
-    }
-    companion = beside.get(out.suffix.lower())
-    return (out,) if companion is None else (companion, out)
-
-
-def _refuse_existing(out: Path, overwrite: bool) -> None:
+        raise UsageError(f"{out}: {suffix} needs {missing}: pip install 'r2ncli[onnx]'")
     if not os.path.isdir(out.parent):
         raise OutputError(f"{out}: cannot be written: the folder {out.parent} does not exist")
     for file in _files(out):
@@ -194,6 +173,14 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
             raise OutputError(f"{file} is a folder, expected the name of a file")
         if os.path.lexists(file) and not overwrite:
             raise OutputError(f"{file} exists. `overwrite=True` replaces it")
+
+
+def _files(out: Path) -> tuple[Path, ...]:
+    """Return every file that belongs to an output, the output itself last."""
+    suffix = out.suffix.lower()
+    if suffix == ".pth":
+        return out.with_name(out.name + ".json"), out  # where `read_metadata` looks for it
+    return (out.with_suffix(".bin"), out) if suffix == ".xml" else (out,)
 
 
 def _metadata(file: CheckpointFile, classes: int) -> str:
