@@ -35,8 +35,8 @@ class EngineDescription:
 
     Attributes
     ----------
-    backend, library : str
-        The backend's name, and its library with the version.
+    library : str
+        The backend's library, with the version.
     device, device_model : str
         ``cpu``, ``cuda:N`` or ``cuda:N,M``, and the name of the processor or the GPUs.
     precision : str

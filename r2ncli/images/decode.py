@@ -34,7 +34,6 @@ from r2ncli.errors import ImageError
 from r2ncli.images.colour import conversion, opaque
 from r2ncli.images.decoders import DECODERS, Codec
 from r2ncli.images.geometry import exif_orientation, stored_box, turned_upright
-from r2ncli.images.rules import MAX_PIXELS as MAX_PIXELS
 from r2ncli.images.rules import DecodeRules as DecodeRules
 
 Pixels = npt.NDArray[np.uint8]

@@ -33,16 +33,10 @@ class TensorDifference:
 class TensorComparison:
     """What differs between two checkpoint files, by the published names of their tensors.
 
-    Attributes
-    ----------
-    equal : int
-        How many tensors have the same dtype, shape and bytes in both.
-    different : tuple of TensorDifference
-        The tensors that differ: first those without a numeric difference, then the largest.
-    tensors_sha256 : tuple of str, or None
-        The content hash of each file's tensors (`weights.loading.tensors_sha256`).
-    error : str or None
-        Why nothing could be compared.
+    `equal` counts the tensors with the same dtype, shape and bytes in both. Of those that are
+    `different`, those without a numeric difference come first, then the largest. `tensors_sha256`
+    are the content hashes of both (`weights.loading.tensors_sha256`); `error` says why nothing
+    could be compared.
     """
 
     file: str
@@ -81,7 +75,7 @@ def compare_weights(file: Weights, against: Weights) -> TensorComparison:
     differences = [
         _difference(name, ours[name], theirs[name])
         for name in both
-        if not _same(ours[name], theirs[name])
+        if tensors_sha256({"": ours[name]}) != tensors_sha256({"": theirs[name]})
     ]
     differences.sort(key=lambda d: -math.inf if d.max_difference is None else -d.max_difference)
     return TensorComparison(
@@ -93,10 +87,6 @@ def compare_weights(file: Weights, against: Weights) -> TensorComparison:
         only_in_against=tuple(name for name in theirs if name not in ours),
         tensors_sha256=(tensors_sha256(ours), tensors_sha256(theirs)),
     )
-
-
-def _same(ours: Tensor, theirs: Tensor) -> bool:
-    return tensors_sha256({"": ours}) == tensors_sha256({"": theirs})
 
 
 def _difference(name: str, ours: Tensor, theirs: Tensor) -> TensorDifference:

@@ -47,20 +47,10 @@ Run = Callable[[Tensor], Tensor]  # from pixels to the outputs that are compared
 class Conversion:
     """What a conversion read, wrote and compared.
 
-    Attributes
-    ----------
-    sha256 : str
-        The SHA-256 of the source.
-    variant : str
-        The published network's name, or the architecture in words.
-    naming : str
-        One of `NAMINGS`.
-    files : tuple of str
-        Everything that was written, `output` last.
-    compared : str
-        ``logits``, or ``features`` (those of layer4) where the output has no classifier.
-    difference : float
-        Largest difference of what was compared, relative to the source's largest value.
+    `sha256` is that of the source, `variant` the published network's name or the architecture in
+    words, `naming` one of `NAMINGS`. `files` are all that were written, `output` last. Compared
+    were ``logits``, or ``features`` (those of layer4) where the output has no classifier;
+    `difference` is the largest one, relative to the source's largest value.
     """
 
     source: str
@@ -96,8 +86,6 @@ def convert(
         The tensor names: ``official``, ``timm``, ``mmpretrain``, or
         ``torchvision-backbone``, the official names without the classifier, for detectors
         and segmentation networks.
-    overwrite : bool
-        Whether existing files are replaced.
     on_download : callable, optional
         Called with a `DownloadProgress` during a download.
 
