@@ -15,10 +15,7 @@ _SIGNATURES = (
     (r"layer1\.0\.se\.(fc1|conv_reduce)\.weight|layer1\.0\.se_module\.fc1\.weight", "an SE-ResNet"),
     (r"class_token|encoder_layer_0\.ln_1\.weight", "torchvision's vision transformer"),
     (r"visual\.(conv1|class_embedding|proj).*", "a CLIP model"),
-    (
-        r"(layers\.0\.blocks|features\.1)\.0\.attn\.relative_position_bias_table",
-        "a Swin transformer",
-    ),
+    (r"(layers\.0\.blocks|features\.1)\.0\.attn\.relative_position_.*", "a Swin transformer"),
     (r"blocks\.0\.attn\.(qkv|q_proj)\.weight|blocks\.0\.gamma_1", "a vision transformer, timm's"),
     (r"stages\.0\.blocks\.0\.conv_dw\.weight|features\.1\.0\.layer_scale", "a ConvNeXt"),
     (r"conv_stem\.weight", "an EfficientNet or MobileNetV3, timm's"),
@@ -54,11 +51,8 @@ def _resnet(shapes: Shapes) -> str | None:
     start = next((name.removesuffix(mark) for name in shapes if name.endswith(mark)), None)
     if start is None or f"{start}layer1.0.convs.0.weight" in shapes:
         return None
-    blocks = {
-        match[0]
-        for name in shapes
-        if (match := re.match(rf"{re.escape(start)}layer[1-4]\.\d+", name))
-    }
+    block = re.compile(rf"{re.escape(start)}layer[1-4]\.\d+")
+    blocks = {match[0] for name in shapes if (match := block.match(name))}
     bottleneck = f"{start}layer1.0.conv3.weight" in shapes
     depth = 2 + len(blocks) * (3 if bottleneck else 2)
     deep = "-D" if f"{start}conv1.0.weight" in shapes else ""
