@@ -161,9 +161,6 @@ DECLINED = {  # published too, but with a DLA body, which r2n does not support
 }
 
 
-def published(name: str | None) -> PublishedNetwork | None:
-    """Return the published network of this name; ``-`` and ``_`` count as equal.
-
-    None means the default network. A name that was not published gives None.
-    """
-    return PUBLISHED.get((DEFAULT_NETWORK if name is None else name).replace("-", "_"))
+def published(name: str) -> PublishedNetwork | None:
+    """Return the published network of this name, or None; ``-`` and ``_`` count as equal."""
+    return PUBLISHED.get(name.replace("-", "_"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ from r2ncli.outputs.rows import Batch
 from r2ncli.pipeline import Classify, run
 from r2ncli.predictor import Predictor, assemble_predictor
 from r2ncli.sources.selection import LeftOut, Selection, no_image_found
-from r2ncli.sources.walk import Input, file_input, find_images
+from r2ncli.sources.walk import Input, as_sequence, file_input, find_images
 from r2ncli.weights.checkpoints import imagenet_labels
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ def bench(
     paths: Sequence[PathLike] | PathLike = (),
     *,
     options: RunOptions = DEFAULTS,
-    weights: str | os.PathLike[str] | None = None,
+    weights: PathLike | None = None,
     precisions: Sequence[str] = BENCH_PRECISIONS,
     batch_sizes: Sequence[int] | None = None,
     seconds: float = BENCH_SECONDS,
@@ -136,8 +135,7 @@ def bench(
             "`precision=int8` cannot be measured: int8 needs images to calibrate with, and "
             "bench does not quantise"
         )
-    if isinstance(paths, str | os.PathLike):
-        paths = [paths]
+    paths = as_sequence(paths)
     left_out = LeftOut(Selection())
     every = find_images(paths, lambda _warning: None, left_out=left_out) if paths else iter(())
     found = list(islice(every, MOST_IMAGES))
@@ -145,27 +143,29 @@ def bench(
         raise no_image_found(left_out)
     say = on_measuring or (lambda _words: None)
     options = replace(options, precision=precisions[0])
-    checkpoint = _random_checkpoint() if weights is None else _checkpoint_at_hand(weights)
-    task = Classify()
-    whole = assemble_predictor(checkpoint, task.layers(options), options)
-    sizes = batch_sizes or _batch_sizes(whole.engine.description)
+    checkpoint = _checkpoint(weights)
+    layers = Classify().layers(options)
+    whole = assemble_predictor(checkpoint, layers, options)
+    on_cpu = whole.engine.description.device_kind == "cpu"
+    sizes = batch_sizes or ((1, 8) if on_cpu else (1, 64, 256))
 
     speeds: dict[tuple[str, int], ModelSpeed] = {}
     for precision in precisions:
         for size in sizes:
             measured = replace(options, precision=precision, batch_size=size)
-            predictor = assemble_predictor(checkpoint, task.layers(options), measured)
+            predictor = assemble_predictor(checkpoint, layers, measured)
             executed = predictor.engine.description.precision
             if (executed, size) not in speeds:
                 say(f"model, {executed}, batch {size}")
-                speeds[executed, size] = _model_speed(
-                    predictor, checkpoint.network.architecture, seconds
-                )
+                architecture = checkpoint.network.architecture
+                speeds[executed, size] = _model_speed(predictor, architecture, seconds)
 
     with tempfile.TemporaryDirectory(prefix="r2n-bench-") as folder:
         inputs = found or generated_jpegs(Path(folder))
-        kind = f"images of {', '.join(map(str, paths))}" if found else "generated JPEGs"
-        images = f"{len(inputs)} {kind}{'' if found else ' of 500 x 375'}"
+        kind = (
+            f"images of {', '.join(map(str, paths))}" if found else "generated JPEGs of 500 x 375"
+        )
+        images = f"{len(inputs)} {kind}"
         stages = tuple(_stages(whole, options, inputs, Path(folder), seconds, say))
     alone = [stage for stage in stages if stage.stage != "whole"]
     return BenchReport(
@@ -197,32 +197,19 @@ def generated_jpegs(folder: Path, count: int = 64) -> list[Input]:
     return inputs
 
 
-def _random_checkpoint() -> Checkpoint:
+def _checkpoint(weights: PathLike | None) -> Checkpoint:
+    """Load a checkpoint that is on this machine; None gives one with random weights."""
     import torch
 
     from r2ncli.model import Res2Net
-    from r2ncli.weights.loading import Checkpoint
+    from r2ncli.weights.loading import Checkpoint, load_checkpoint
 
+    if weights is not None:
+        return load_checkpoint(weights, download=False)
     with torch.random.fork_rng(devices=[]):
         network = Res2Net(PUBLISHED[DEFAULT_NETWORK].architecture).eval()
-    return Checkpoint(
-        path=Path("random weights"),
-        sha256="",
-        variant=DEFAULT_NETWORK,
-        network=network,
-        labels=imagenet_labels(),
-        preprocessing=Preprocessing(),
-    )
-
-
-def _checkpoint_at_hand(weights: str | os.PathLike[str]) -> Checkpoint:
-    from r2ncli.weights.loading import load_checkpoint
-
-    return load_checkpoint(weights, download=False)
-
-
-def _batch_sizes(description: EngineDescription) -> tuple[int, ...]:
-    return (1, 8) if description.device_kind == "cpu" else (1, 64, 256)
+    path, labels = Path("random weights"), imagenet_labels()
+    return Checkpoint(path, "", DEFAULT_NETWORK, network, labels, Preprocessing())
 
 
 def _model_speed(predictor: Predictor, architecture: Architecture, seconds: float) -> ModelSpeed:
@@ -357,12 +344,9 @@ def _decode_speed(predictor: Predictor, inputs: list[Input], seconds: float) -> 
 
     start = time.perf_counter()
     with ThreadPoolExecutor(predictor.workers) as threads:
-        latencies = list(threads.map(decode_until_deadline, range(predictor.workers)))
+        latencies = list(chain(*threads.map(decode_until_deadline, range(predictor.workers))))
     took = time.perf_counter() - start
-    all_latencies = np.concatenate(latencies)
-    return StageSpeed(
-        "read+decode", len(all_latencies) / took, *_percentiles(all_latencies.tolist())
-    )
+    return StageSpeed("read+decode", len(latencies) / took, *_percentiles(latencies))
 
 
 def _write(format: Format, results: Sequence[Batch], out: Path) -> None:

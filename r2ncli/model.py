@@ -31,8 +31,6 @@ class Bottle2neck(nn.Module):
         Channels of the input, float [N, in_channels, H, W].
     planes : int
         The output is float [N, 4 * planes, H / stride, W / stride].
-    architecture : Architecture
-        The network's shape.
     stride, dilation : int
         Stride and dilation of the 3x3 convolutions.
     downsample : nn.Sequential or None

@@ -42,6 +42,8 @@ class Res2NetWeights(WeightsEnum):  # type: ignore[misc]  # torchvision is untyp
 
 def _official_weights(network: PublishedNetwork) -> Weights:
     preprocessing = Preprocessing()
+    errors = {"acc@1": network.top1_error, "acc@5": network.top5_error}
+    accuracy = {name: round(100 - error, 2) for name, error in errors.items()}
     return Weights(
         url=OFFICIAL_URL + network.file,
         transforms=partial(
@@ -57,12 +59,7 @@ def _official_weights(network: PublishedNetwork) -> Weights:
             "min_size": (32, 32),
             "categories": list(imagenet_labels().labels),
             "license": LICENCE_NOTICE,
-            "_metrics": {
-                "ImageNet-1K": {
-                    "acc@1": round(100 - network.top1_error, 2),
-                    "acc@5": round(100 - network.top5_error, 2),
-                }
-            },
+            "_metrics": {"ImageNet-1K": accuracy},
         },
     )
 

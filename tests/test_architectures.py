@@ -196,7 +196,6 @@ def test_one_row_in_the_table_is_enough_for_another_published_network(tmp_path):
 
 def test_a_published_name_is_understood_with_hyphens_and_none_is_the_default():
     assert published("res2net50-v1b-26w_4s") is PUBLISHED["res2net50_v1b_26w_4s"]
-    assert published(None) is PUBLISHED[DEFAULT_NETWORK]
     assert published("resnet50") is published("") is published("demo") is None
 
 

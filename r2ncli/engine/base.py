@@ -35,8 +35,8 @@ class EngineDescription:
 
     Attributes
     ----------
-    backend, library : str
-        The backend's name, and its library with the version.
+    library : str
+        The backend's library, with the version.
     device, device_model : str
         ``cpu``, ``cuda:N`` or ``cuda:N,M``, and the name of the processor or the GPUs.
     precision : str
@@ -76,12 +76,9 @@ class Engine(Protocol):
         """What really runs."""
 
     def empty_batch(self, side: int) -> Pixels:
-        """Allocate one batch of images of `side` pixels where the device reads it fastest.
+        """Allocate one batch where the device reads it fastest: uint8 [batch_size, side, side, 3].
 
-        Returns
-        -------
-        uint8 array [batch_size, side, side, 3]
-            C-contiguous, not initialised.
+        It is C-contiguous and not initialised.
 
         Raises
         ------
@@ -90,17 +87,10 @@ class Engine(Protocol):
         """
 
     def __call__(self, pixels: Pixels) -> Outputs:
-        """Compute the outputs for one batch.
+        """Compute the outputs for one batch: a float32 array [batch_size, ...] for each layer.
 
-        Parameters
-        ----------
-        pixels : uint8 array [batch_size, H, W, 3]
-            C-contiguous RGB; the caller may reuse it after the call.
-
-        Returns
-        -------
-        mapping of str to float32 array [batch_size, ...]
-            One array for each requested layer; the caller owns them.
+        `pixels` are uint8 [batch_size, H, W, 3], RGB and C-contiguous. The caller may reuse them
+        after the call, and owns the outputs.
 
         Raises
         ------
@@ -120,16 +110,10 @@ class Setup:
     identity : mapping or None
         What identifies the checkpoint in the cache of compiled networks; None means that
         nothing is cached.
-    layers : tuple of str
-        The layers whose outputs are wanted.
     pool : str
         How feature maps are pooled: ``avg``, ``max`` or ``none``.
-    preprocessing : Preprocessing
-        How images become the network's input.
     devices : tuple of str
         ``cpu`` or GPUs of one model (see `choose_backend`).
-    precision : str
-        One of the backend's precisions for these devices.
     batch_size : int or None
         Images in a batch; None means a size that suits the device.
     sample : Sample or None
@@ -151,13 +135,7 @@ class Setup:
     on_quantising: Callable[[int], None]
 
     def shapes(self, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-        """Return the shape of one image's output by layer.
-
-        Raises
-        ------
-        UsageError
-            The network has no such layer.
-        """
+        """Return the shape of one image's output by layer; a UsageError if one is unknown."""
         from r2ncli.model import layer_shapes
 
         shapes = layer_shapes(architecture, self.preprocessing.image_size)
@@ -195,9 +173,8 @@ def empty_pixels(batch_size: int, side: int) -> Pixels:
     try:
         return np.empty((batch_size, side, side, 3), dtype=np.uint8)
     except MemoryError as error:
-        raise DeviceError(
-            f"not enough memory for batches of {batch_size}: use a smaller `batch_size`"
-        ) from error
+        short = f"not enough memory for batches of {batch_size}"
+        raise DeviceError(f"{short}: use a smaller `batch_size`") from error
 
 
 def pooled_shape(shape: tuple[int, ...], pool: str) -> tuple[int, ...]:
@@ -230,12 +207,9 @@ def cores() -> int:
 
 def cpu_model() -> str:
     """Return the processor's name, as the system reports it."""
-    for line in _cpuinfo():
-        if line.startswith(("model name", "Model")):
-            return line.partition(":")[2].strip()
     import platform
 
-    return platform.processor() or platform.machine()
+    return _cpuinfo("model name", "Model") or platform.processor() or platform.machine()
 
 
 def cpu_flags() -> list[str]:
@@ -243,10 +217,7 @@ def cpu_flags() -> list[str]:
 
     Virtual processors with the same name may have different ones.
     """
-    for line in _cpuinfo():
-        if line.startswith(("flags", "Features")):
-            return sorted(line.partition(":")[2].split())
-    return []
+    return sorted(_cpuinfo("flags", "Features").split())
 
 
 def cpu_has_bf16() -> bool:
@@ -254,8 +225,10 @@ def cpu_has_bf16() -> bool:
     return not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(cpu_flags())
 
 
-def _cpuinfo() -> list[str]:
+def _cpuinfo(*starts: str) -> str:
+    """Return the value of the first line that starts with one of `starts`, or nothing."""
     try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return []
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(starts)), "")

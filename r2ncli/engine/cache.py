@@ -55,11 +55,10 @@ def loaded_entry(
     load: Callable[[Entry], T],
     on_warning: Callable[[str], None],
 ) -> tuple[Entry, T]:
-    """Return the entry of these settings, and what `load` makes of it.
+    """Return the entry of these settings, read from the cache or made, and what `load` makes of it.
 
-    The entry is read from the cache; on a cache miss it is made and written to the cache. An
-    entry that `load` refuses with an `R2NError` counts as a cache miss; an error of a new
-    entry is raised. If `settings` is None, the cache is not used.
+    A new entry is written to the cache. One in it that `load` refuses with an `R2NError` counts
+    as a cache miss. If `settings` is None, the cache is not used.
     """
     entry = None if settings is None else read_entry(settings)
     if entry is not None:
@@ -98,13 +97,7 @@ def read_entry(settings: Mapping[str, Any]) -> Entry | None:
 
 
 def write_entry(settings: Mapping[str, Any], entry: Entry) -> None:
-    """Write the entry of these settings, and delete the least recently used ones.
-
-    Raises
-    ------
-    OSError
-        The folder is not writable.
-    """
+    """Write the entry of these settings, and delete the least recently used ones."""
     path = _path(settings)
     header = json.dumps({"settings": _settings(settings), "facts": entry.facts}).encode()
     header += b" " * (-(40 + len(header)) % ALIGNMENT)

@@ -29,26 +29,11 @@ def to_graph(
     preprocessing: Preprocessing,
     batch_size: int,
 ) -> Model:
-    """Convert `network` to a graph for batches of one size.
+    """Convert `network`, in eval mode, float32 and on the CPU, to a graph; it is not changed.
 
-    Parameters
-    ----------
-    network : Res2Net
-        In eval mode, float32, on the CPU; it is not changed.
-    outputs : sequence of str
-        Names of modules (`layer_shapes`) whose outputs are wanted.
-    pool : str
-        ``avg`` or ``max`` over height and width, or ``none``.
-    preprocessing : Preprocessing
-        Gives the mean, the standard deviation and the size.
-    batch_size : int
-        Images in every batch.
-
-    Returns
-    -------
-    Model
-        Takes uint8 [batch_size, H, W, 3] and gives a float32 array for each of `outputs`, in
-        their order.
+    `outputs` are names of modules (`layer_shapes`); `pool` is ``avg`` or ``max`` over height and
+    width, or ``none``. The graph takes uint8 [batch_size, H, W, 3] and gives a float32 array
+    for each of `outputs`, in their order.
     """
     size = preprocessing.image_size
     pixels = ops.parameter([batch_size, size, size, 3], np.uint8, name="pixels")
@@ -67,11 +52,7 @@ def to_graph(
     finally:
         for hook in hooks:
             hook.remove()
-    results = []
-    for name in outputs:
-        result = ops.result(_pooled(seen[name].output, pool))
-        result.set_friendly_name(name)
-        results.append(result)
+    results = [ops.result(_pooled(seen[name].output, pool), name=name) for name in outputs]
     return Model(results, [pixels], "Res2Net")
 
 
@@ -131,26 +112,6 @@ def _conv2d(
     return product if bias is None else ops.add(product, _constant(bias, (1, -1, 1, 1)))
 
 
-def _batch_norm(
-    x: GraphTensor,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Node:
-    assert not training
-    return ops.batch_norm_inference(
-        x.output, *map(_constant, (weight, bias, mean, variance)), epsilon=eps
-    )
-
-
-def _relu(x: GraphTensor, inplace: bool = False) -> Node:
-    return ops.relu(x.output)
-
-
 def _max_pool2d(
     x: GraphTensor, kernel: int, stride: int, padding: int, dilation: int, **_defaults: bool
 ) -> Node:
@@ -175,33 +136,21 @@ def _avg_pool2d(
     )
 
 
-def _adaptive_avg_pool2d(x: GraphTensor, size: int) -> Node:
-    assert size == 1
-    return ops.reduce_mean(x.output, [2, 3], keep_dims=True)
-
-
-def _linear(x: GraphTensor, weight: Tensor, bias: Tensor) -> Node:
-    product = ops.matmul(x.output, _constant(weight), False, True)
-    return ops.add(product, _constant(bias))
-
-
-def _cat(tensors: Sequence[GraphTensor], dim: int) -> Node:
-    return ops.concat([tensor.output for tensor in tensors], dim)
-
-
-def _flatten(x: GraphTensor, start: int) -> Node:
-    assert start == 1
-    return ops.reshape(x.output, [0, -1], special_zero=True)
-
-
+# the functions that a forward pass in eval mode calls, with the arguments that `model` gives
 _NODES: dict[Callable[..., Any], Callable[..., Node]] = {
     torch.conv2d: _conv2d,
-    F.batch_norm: _batch_norm,
-    F.relu: _relu,
+    F.batch_norm: lambda x, mean, variance, weight, bias, training, momentum, eps: (
+        ops.batch_norm_inference(
+            x.output, *map(_constant, (weight, bias, mean, variance)), epsilon=eps
+        )
+    ),
+    F.relu: lambda x, inplace=False: ops.relu(x.output),
     F.max_pool2d: _max_pool2d,
     F.avg_pool2d: _avg_pool2d,
-    F.adaptive_avg_pool2d: _adaptive_avg_pool2d,
-    F.linear: _linear,
-    torch.cat: _cat,
-    torch.flatten: _flatten,
+    F.adaptive_avg_pool2d: lambda x, _size: ops.reduce_mean(x.output, [2, 3], keep_dims=True),
+    F.linear: lambda x, weight, bias: ops.add(
+        ops.matmul(x.output, _constant(weight), False, True), _constant(bias)
+    ),
+    torch.cat: lambda tensors, dim: ops.concat([tensor.output for tensor in tensors], dim),
+    torch.flatten: lambda x, _start: ops.reshape(x.output, [0, -1], special_zero=True),
 }

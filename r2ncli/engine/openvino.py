@@ -100,16 +100,16 @@ def _cache_settings(setup: Setup, batch_size: int) -> dict[str, Any] | None:
         "precision": setup.precision,
         "batch_size": batch_size,
     }
-    if setup.sample is not None:
-        from r2ncli.engine.quantization import quantizer
+    if setup.sample is None:
+        return settings
+    from r2ncli.engine.quantization import quantizer
 
-        settings |= {
-            "calibration": setup.sample.sha256,
-            "quantizer": quantizer(),
-            "decoder": version("pillow"),
-            "rules": asdict(setup.sample.rules),
-        }
-    return settings
+    return settings | {
+        "calibration": setup.sample.sha256,
+        "quantizer": quantizer(),
+        "decoder": version("pillow"),
+        "rules": asdict(setup.sample.rules),
+    }
 
 
 def _compiled_network(
@@ -146,28 +146,18 @@ def compiled(graph: Model, precision: str) -> Bytes:
     DeviceError
         There is not enough memory.
     """
+    hint = {"INFERENCE_PRECISION_HINT": _HINTS[precision]}
     with _device_errors(int(graph.inputs[0].shape[0])):
-        network = Core().compile_model(
-            graph, "CPU", {"INFERENCE_PRECISION_HINT": _HINTS[precision]}
-        )
+        network = Core().compile_model(graph, "CPU", hint)
         return np.frombuffer(network.export_model().getbuffer(), np.uint8)
 
 
 class OpenVinoEngine:
     """An `Engine` that executes a compiled graph with OpenVINO.
 
-    As many threads as it has streams may call it at the same time.
-
-    Parameters
-    ----------
-    graph : uint8 array
-        What `compiled` returned for `precision` on this processor with this version of OpenVINO.
-    outputs : sequence of str
-        Names of the graph's outputs, in their order.
-    precision : str
-        ``fp32``, ``bf16`` or ``int8``.
-    streams : int or None
-        Number of batches at the same time; None means a number that suits the processor.
+    As many threads as it has streams may call it at the same time; None means a number of
+    streams that suits the processor. `graph` is what `compiled` returned for `precision` on
+    this processor with this version of OpenVINO; `outputs` names its outputs, in their order.
 
     Raises
     ------
@@ -178,25 +168,17 @@ class OpenVinoEngine:
     """
 
     def __init__(
-        self,
-        graph: Bytes,
-        outputs: Sequence[str],
-        precision: str,
-        *,
-        streams: int | None = None,
+        self, graph: Bytes, outputs: Sequence[str], precision: str, *, streams: int | None = None
     ) -> None:
-        streams = streams or _streams(cores())
+        settings = {
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
+            "NUM_STREAMS": streams or _streams(cores()),
+            "INFERENCE_NUM_THREADS": cores(),
+            "ENABLE_CPU_PINNING": False,  # decode threads and other runs use cores too
+        }
         with _device_errors(0):
-            self._network = Core().import_model(
-                Tensor(graph, shared_memory=True),
-                "CPU",
-                {
-                    "INFERENCE_PRECISION_HINT": _HINTS[precision],
-                    "NUM_STREAMS": streams,
-                    "INFERENCE_NUM_THREADS": cores(),
-                    "ENABLE_CPU_PINNING": False,  # decode threads and other runs use cores too
-                },
-            )
+            shared = Tensor(graph, shared_memory=True)
+            self._network = Core().import_model(shared, "CPU", settings)
         self._graph = graph  # OpenVINO uses these bytes and does not copy them
         self._outputs = tuple(outputs)
         streams, threads = (
@@ -231,19 +213,17 @@ class OpenVinoEngine:
                 request.set_input_tensor(Tensor(pixels, shared_memory=True))
                 request.start_async()
                 request.wait()
+            tensors = map(request.get_output_tensor, range(len(self._outputs)))
             return {
-                name: np.array(request.get_output_tensor(number).data)
-                for number, name in enumerate(self._outputs)
+                name: np.array(tensor.data)
+                for name, tensor in zip(self._outputs, tensors, strict=True)
             }
         finally:
             self._idle.put(request)
 
 
 def _streams(cores: int) -> int:
-    """Return how many streams suit so many cores.
-
-    With one thread for each stream no core waits for another one within a layer.
-    """
+    """Return how many streams suit so many cores: with one thread each, no core waits."""
     return min(cores, max(4, cores // 4))
 
 

@@ -55,19 +55,9 @@ def choose_sample(
 ) -> Sample:
     """Choose a sample of the images in `paths`, and read them without decoding them.
 
-    The sample is spread evenly over the order of `find_images`: in most cases a folder of
-    folders has one folder for each class, and the first images are all of one class.
-
-    Parameters
-    ----------
-    paths : path or sequence of paths
-        Inputs, as for `find_images`.
-    rules : DecodeRules
-        Files of more than `max_bytes` are not read.
-    workers : int
-        Number of threads that read.
-    warn : callable
-        As for `find_images`.
+    The sample is spread evenly over the order of `find_images`, which gets `paths` and `warn`:
+    in most cases a folder of folders has one folder for each class, and the first images are
+    all of one class.
 
     Raises
     ------
@@ -76,39 +66,25 @@ def choose_sample(
     """
     given = as_sequence(paths)
     inputs = spread(find_images(given, warn), MOST_IMAGES)
-    sha256, read, errors = _each(inputs, rules.max_bytes, workers, lambda _content: None)
+    sha256, read, errors = _each(inputs, rules, workers, lambda _content: None)
     if not read:
         raise _none_usable([os.fspath(path) for path in given], errors)
     return Sample(tuple(inputs), sha256, rules, workers)
 
 
 def decoded(sample: Sample, preprocessing: Preprocessing, warn: Warn) -> Pixels:
-    """Decode the images of `sample` into the network's input; leave out those that fail.
+    """Decode a sample into the network's input: uint8 [N, image_size, image_size, 3], RGB.
 
-    Parameters
-    ----------
-    sample : Sample
-        What `choose_sample` gave.
-    preprocessing : Preprocessing
-        As for `decode`.
-    warn : callable
-        Takes a sentence about the images that fail.
-
-    Returns
-    -------
-    uint8 array [N, image_size, image_size, 3]
-        RGB.
+    Images that fail are left out; `warn` takes a sentence about them.
 
     Raises
     ------
     InputNotFoundError
         No image can be used, or the images changed since the sample was chosen.
     """
+    rules = sample.rules
     sha256, pixels, errors = _each(
-        sample.inputs,
-        sample.rules.max_bytes,
-        sample.workers,
-        lambda content: decode(content, preprocessing, sample.rules),
+        sample.inputs, rules, sample.workers, lambda content: decode(content, preprocessing, rules)
     )
     if sha256 != sample.sha256:
         raise InputNotFoundError("`calibration`: the images changed while they were read")
@@ -136,30 +112,26 @@ def spread(inputs: Iterable[T], most: int) -> list[T]:
 
 
 def _each(
-    inputs: Sequence[Input], max_bytes: int, workers: int, use: Callable[[bytes], T]
+    inputs: Sequence[Input], rules: DecodeRules, workers: int, use: Callable[[bytes], T]
 ) -> tuple[str, list[T], list[str]]:
     """Return the digest of all contents, the results of `use`, and the errors of the others."""
 
-    def attempt(source: Input) -> tuple[bytes, T | ImageError]:
+    def attempt(source: Input) -> tuple[bytes, list[T], list[str]]:
         digest = b""
         try:
-            content = source.read(max_bytes).content
+            content = source.read(rules.max_bytes).content
             digest = hashlib.sha256(content).digest()
-            return digest, use(content)
+            return digest, [use(content)], []
         except ImageError as error:
-            return digest, error
+            return digest, [], [f"{source.name}: {error}"]
 
+    whole, results, errors = hashlib.sha256(), [], []
     with ThreadPoolExecutor(workers, "r2n-calibrate") as threads:
-        digests, outcomes = zip(*threads.map(attempt, inputs), strict=True) if inputs else ((), ())
-    return (
-        hashlib.sha256(b"".join(digests)).hexdigest(),
-        [outcome for outcome in outcomes if not isinstance(outcome, ImageError)],
-        [
-            f"{source.name}: {outcome}"
-            for source, outcome in zip(inputs, outcomes, strict=True)
-            if isinstance(outcome, ImageError)
-        ],
-    )
+        for digest, result, error in threads.map(attempt, inputs):
+            whole.update(digest)
+            results += result
+            errors += error
+    return whole.hexdigest(), results, errors
 
 
 def _none_usable(names: Sequence[str], errors: Sequence[str]) -> InputNotFoundError:
@@ -187,12 +159,8 @@ def quantizer() -> str:
 def quantized(graph: Model, pixels: Pixels) -> Model:
     """Return `graph` with weights and activations in int8.
 
-    Parameters
-    ----------
-    graph : Model
-        For batches of one image, without batch norms (see `folded`).
-    pixels : uint8 array [N, H, W, 3]
-        Images that show the usual range of its activations.
+    `graph` is for batches of one image, without batch norms (see `folded`); `pixels`, uint8
+    [N, H, W, 3], are images that show the usual range of its activations.
 
     Raises
     ------

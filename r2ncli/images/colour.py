@@ -57,10 +57,8 @@ def _declared_white(image: Image.Image) -> float | None:
 def _range_of(values: npt.NDArray[Any], declared: float | None) -> float:
     """The value that means white: the declared one, or the smallest usual one that fits."""
     low, high = float(values.min()), float(values.max())
-    if declared is not None:
-        candidates = [declared]
-    else:
-        candidates = [1.0] * (values.dtype.kind == "f") + [255.0, 65535.0]
+    usual = [1.0] * (values.dtype.kind == "f") + [255.0, 65535.0]
+    candidates = usual if declared is None else [declared]
     for white in candidates:
         if low >= 0 and high <= white:  # false for NaN
             return white
@@ -71,14 +69,9 @@ def conversion(profile: object, stored: str, mode: str) -> ImageCms.ImageCmsTran
     """The transform of resized pixels to sRGB, or None if they need none.
 
     It is applied after resizing, to image_size x image_size pixels: converting the twelve
-    million pixels of a phone's photo would take as long as decoding them.
-
-    Parameters
-    ----------
-    profile : object
-        The embedded ICC profile as bytes; anything else counts as none.
-    stored, mode : str
-        Pillow's mode of the file, and of the pixels that are transformed.
+    million pixels of a phone's photo would take as long as decoding them. `stored` and `mode`
+    are Pillow's modes of the file and of the resized pixels. A profile that is not bytes counts
+    as none.
     """
     if stored == "LAB" or not isinstance(profile, bytes):  # Pillow converts LAB without a profile
         return None

@@ -45,23 +45,13 @@ from r2ncli.errors import ImageError
 from r2ncli.images.colour import conversion, opaque
 from r2ncli.images.decoders import DECODERS, Codec
 from r2ncli.images.geometry import exif_orientation, stored_box, turned_upright
-from r2ncli.images.rules import MAX_PIXELS as MAX_PIXELS
 from r2ncli.images.rules import DecodeRules as DecodeRules
 
 Pixels = npt.NDArray[np.uint8]
 
 
 def decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) -> Pixels:
-    """Decode one encoded image to the network's input.
-
-    Parameters
-    ----------
-    content : bytes
-        A file of any format in `images.decoders`.
-    preprocessing : Preprocessing
-        Gives the crop and the size.
-    rules : DecodeRules
-        Gives the mode of decoding and the largest size.
+    """Decode a file of any format in `images.decoders` to the network's input.
 
     Returns
     -------
@@ -89,9 +79,8 @@ def _decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) ->
     with image:
         width, height = image.size
         if width * height > rules.max_pixels:
-            raise ImageError(
-                f"{width} x {height} pixels, more than the limit of {rules.max_pixels:,}"
-            )
+            limit = f"more than the limit of {rules.max_pixels:,}"
+            raise ImageError(f"{width} x {height} pixels, {limit}")
         scale = _reduce(image, preprocessing) if rules.decode == "auto" else 1
         codec.load(image, content)
         orientation = exif_orientation(image)  # after loading, where Pillow turns a TIFF upright

@@ -22,15 +22,10 @@ if TYPE_CHECKING:
 class Codec:
     """The functions that decode one format.
 
-    Attributes
-    ----------
-    accept : callable
-        Takes the first 128 bytes of a file and returns whether they are of this format; a text
-        means that they are, but that this installation cannot decode it.
-    open : callable
-        Takes the whole file, reads its header and returns an image without pixels.
-    load : callable
-        Takes that image and the whole file, and decodes the pixels.
+    `accept` takes the first 128 bytes of a file and returns whether they are of this format; a
+    text means that they are, but that this installation cannot decode it. `open` takes the whole
+    file, reads its header and returns an image without pixels. `load` takes that image and the
+    whole file, and decodes the pixels.
     """
 
     accept: Callable[[bytes], bool | str]
@@ -40,17 +35,10 @@ class Codec:
 
 @dataclass(frozen=True)
 class Library:
-    """A library whose version can change pixels.
+    """A library whose version can change pixels; `name` is its key in the run record.
 
-    Attributes
-    ----------
-    name : str
-        Its key among the versions in the run record.
-    version : callable
-        Returns the installed version, or None.
-    may_be_absent : bool
-        Without it whole formats fail and nothing else changes. So it may be added between a
-        run and a retry of the failed rows.
+    If one that `may_be_absent` is not installed, whole formats fail and nothing else changes. So
+    it may be added between a run and a retry of the failed rows.
     """
 
     name: str
@@ -60,12 +48,10 @@ class Library:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A format and what decodes it.
+    """A format, as error messages name it, and what decodes it.
 
     Attributes
     ----------
-    name : str
-        The format, as error messages name it.
     suffixes : tuple of str
         Suffixes under which a walk finds it, in lower case.
     load : callable

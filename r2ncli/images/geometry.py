@@ -18,7 +18,7 @@ def stored_box(size: tuple[int, int], orientation: int, preprocessing: Preproces
     `size` is (width, height), before the image is turned upright.
     """
     upright = (size[1], size[0]) if orientation in _SIDEWAYS else size
-    _, to_stored = _UPRIGHT.get(orientation, (None, _as_it_is))
+    _, to_stored = _UPRIGHT.get(orientation, _UPRIGHT[1])
     return to_stored(_crop_box(upright, preprocessing), upright)
 
 
@@ -54,18 +54,15 @@ def exif_orientation(image: Image.Image) -> int:
 
 def turned_upright(image: Image.Image, orientation: int) -> Image.Image:
     """The image upright, given its EXIF orientation."""
-    transpose = _UPRIGHT.get(orientation, (None, _as_it_is))[0]
+    transpose, _ = _UPRIGHT.get(orientation, _UPRIGHT[1])
     return image if transpose is None else image.transpose(transpose)
-
-
-def _as_it_is(box: Box, _size: tuple[int, int]) -> Box:
-    return box
 
 
 # For each EXIF orientation: the transposition that turns the stored image upright, and the
 # function from a box of the upright image of size (w, h) to the box in the stored image.
-# Only the small result is turned, not the whole image.
-_UPRIGHT: dict[int, tuple[Transpose, Callable[[Box, tuple[int, int]], Box]]] = {
+# Only the small result is turned, not the whole image. Unknown orientations count as 1.
+_UPRIGHT: dict[int, tuple[Transpose | None, Callable[[Box, tuple[int, int]], Box]]] = {
+    1: (None, lambda b, s: b),
     2: (Transpose.FLIP_LEFT_RIGHT, lambda b, s: (s[0] - b[2], b[1], s[0] - b[0], b[3])),
     3: (Transpose.ROTATE_180, lambda b, s: (s[0] - b[2], s[1] - b[3], s[0] - b[0], s[1] - b[1])),
     4: (Transpose.FLIP_TOP_BOTTOM, lambda b, s: (b[0], s[1] - b[3], b[2], s[1] - b[1])),

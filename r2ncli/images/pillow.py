@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from io import BytesIO
 from typing import IO
 
-from PIL import Image, Jpeg2KImagePlugin, JpegImagePlugin
+from PIL import IcoImagePlugin, Image, JpegImagePlugin
 
 from r2ncli.errors import ImageError
 from r2ncli.images.decoders import Codec
@@ -64,24 +65,17 @@ def load(image: Image.Image, _content: bytes) -> None:
 
 def registered(name: str, plugin: str) -> Codec:
     """A format under Pillow's name for it, which importing the plugin registers."""
-    factory, accept = _registration(name, plugin)
-    return Codec(accept, unlimited(factory), load)
-
-
-def _registration(name: str, plugin: str) -> tuple[Factory, Callable[[bytes], bool | str]]:
     import_module(f"PIL.{plugin}")
     factory, accept = Image.OPEN[name]
     assert accept is not None
-    return factory, accept
+    return Codec(accept, unlimited(factory), load)
 
 
 # --- formats with a rule of their own --------------------------------------------------
 
 # The class itself, not the registered function: that one reads the table of an MPO's other
 # images, and a corrupted table must not lose the first image.
-JPEG = Codec(
-    _registration("JPEG", "JpegImagePlugin")[1], unlimited(JpegImagePlugin.JpegImageFile), load
-)
+JPEG = replace(registered("JPEG", "JpegImagePlugin"), open=unlimited(JpegImagePlugin.JpegImageFile))
 
 
 def _load_jpeg_2000(image: Image.Image, content: bytes) -> None:
@@ -92,16 +86,10 @@ def _load_jpeg_2000(image: Image.Image, content: bytes) -> None:
     image.load()
 
 
-JPEG_2000 = Codec(
-    _registration("JPEG2000", "Jpeg2KImagePlugin")[1],
-    unlimited(Jpeg2KImagePlugin.Jpeg2KImageFile),
-    _load_jpeg_2000,
+JPEG_2000 = replace(registered("JPEG2000", "Jpeg2KImagePlugin"), load=_load_jpeg_2000)
+
+# within Pillow's limit, because Pillow decodes an icon while it opens it
+ICO = replace(
+    registered("ICO", "IcoImagePlugin"),
+    open=lambda content: IcoImagePlugin.IcoImageFile(BytesIO(content), ""),
 )
-
-
-def _open_ico(content: bytes) -> Image.Image:
-    """Open an icon within Pillow's limit, because Pillow decodes it while it opens it."""
-    return _registration("ICO", "IcoImagePlugin")[0](BytesIO(content), "")
-
-
-ICO = Codec(_registration("ICO", "IcoImagePlugin")[1], _open_ico, load)

@@ -58,16 +58,7 @@ class Labels:
 class CheckpointFile:
     """A checkpoint file that was found and checked, but whose tensors are not loaded.
 
-    Attributes
-    ----------
-    path : Path
-        The file.
-    sha256 : str
-        Its SHA-256, as 64 hex digits.
-    metadata : dict
-        What the file, or the JSON file beside it, says about it (see `read_metadata`).
-    preprocessing : Preprocessing
-        How images become its network's input.
+    `sha256` is that of the file, as 64 hex digits; for `metadata` see `read_metadata`.
     """
 
     path: Path
@@ -86,12 +77,7 @@ def open_checkpoint(
     download: bool = True,
     on_progress: OnProgress | None = None,
 ) -> CheckpointFile:
-    """Find a checkpoint, check its container and digest, and read its metadata.
-
-    Parameters
-    ----------
-    weights, download, on_progress
-        As for `find_checkpoint`.
+    """Find a checkpoint (see `find_checkpoint`), check it, and read its metadata.
 
     Raises
     ------
@@ -141,26 +127,20 @@ def find_checkpoint(
     wanted = requested_weights(weights)
     if wanted == DEMO:
         return Path(str(files("r2ncli").joinpath("demo.safetensors")))
-    network = published(wanted)
-    if network is not None:
+    if network := published(wanted):
         return _find_published(network, download, on_progress)
-    found = existing_file(Path(wanted)) if wanted else None
-    if found is None:
-        raise CheckpointError(
-            f"no such weights: {wanted!r}. Expected a checkpoint file ({', '.join(SUFFIXES)}), "
-            f"'{DEMO}', or one of: {', '.join(PUBLISHED)}"
-        )
-    return found
+    if found := existing_file(wanted):
+        return found
+    raise CheckpointError(
+        f"no such weights: {wanted!r}. Expected a checkpoint file ({', '.join(SUFFIXES)}), "
+        f"'{DEMO}', or one of: {', '.join(PUBLISHED)}"
+    )
 
 
 def find_on_this_machine(file: Weights) -> Path:
-    """Return the path of the checkpoint file that `file` means; never download one.
+    """Return the path of the checkpoint file that `file` means (see `verify_weights`).
 
-    Parameters
-    ----------
-    file : str, path or None
-        A file. A name without a folder is also looked for in torch.hub's folder, and may
-        be a published name or ``demo``. None means the checkpoint that `classify` loads.
+    Nothing is downloaded.
 
     Raises
     ------
@@ -170,15 +150,13 @@ def find_on_this_machine(file: Weights) -> Path:
     if file is None:
         return find_checkpoint(download=False)
     wanted = os.fspath(file)
-    path = existing_file(Path(wanted)) if wanted else None
-    if path is not None:
-        return path
+    if found := existing_file(wanted):
+        return found
     if os.path.dirname(wanted):
         raise CheckpointError(f"no such file: {wanted}")
-    path = existing_file(hub_folder() / wanted) if wanted else None
-    if path is not None:
-        return path
-    if wanted == DEMO or published(wanted) is not None:
+    if wanted and (found := existing_file(hub_folder() / wanted)):
+        return found
+    if wanted == DEMO or published(wanted):
         return find_checkpoint(wanted, download=False)
     raise CheckpointError(f"no such file: {wanted or repr(wanted)} (nor in {hub_folder()})")
 
@@ -187,8 +165,7 @@ def _find_published(
     network: PublishedNetwork, download: bool, on_progress: OnProgress | None
 ) -> Path:
     folder = hub_folder()
-    found = existing_file(folder / network.file)
-    if found is not None:
+    if found := existing_file(folder / network.file):
         return found
     if not download:
         raise CheckpointError(f"{network.file} is not in {folder}, and nothing was downloaded")
@@ -206,9 +183,12 @@ def _find_published(
     return download_file(url, folder / network.file, on_progress)
 
 
-def existing_file(path: Path) -> Path | None:
-    """Return `path`, or the file whose name differs only in ``-`` and ``_``, or None."""
+def existing_file(name: str | Path) -> Path | None:
+    """Return the file, or the one whose name differs only in ``-`` and ``_``, or None."""
+    path = Path(name)
     try:
+        if not name:
+            return None
         if path.exists():
             return path
         alike = path.name.replace("-", "_")
@@ -232,10 +212,7 @@ def hub_folder() -> Path:
 def published_file(name: str) -> PublishedNetwork | None:
     """Return the published network whose file has this name; ``-`` and ``_`` count as equal."""
     plain = name.replace("-", "_")
-    for network in PUBLISHED.values():
-        if network.file.replace("-", "_") == plain:
-            return network
-    return None
+    return next((n for n in PUBLISHED.values() if n.file.replace("-", "_") == plain), None)
 
 
 def named_variant(path: Path) -> str | None:
@@ -263,14 +240,13 @@ def checked_sha256(path: Path) -> str:
     """
     digest = sha256(path)
     network = published_file(path.name)
-    if network is not None:
-        prefix = digits_in_name(network.file) or ""
-        if not digest.startswith(prefix):
-            raise CheckpointError(
-                f"{path}: not the published file: expected a SHA-256 that starts with {prefix}, "
-                f"as the name says, got {digest[:8]}…. The download is corrupted or the file was "
-                "altered: move it away and download it again. If it is your own, rename it"
-            )
+    prefix = (digits_in_name(network.file) if network else None) or ""
+    if not digest.startswith(prefix):
+        raise CheckpointError(
+            f"{path}: not the published file: expected a SHA-256 that starts with {prefix}, "
+            f"as the name says, got {digest[:8]}…. The download is corrupted or the file was "
+            "altered: move it away and download it again. If it is your own, rename it"
+        )
     return digest
 
 
@@ -316,13 +292,12 @@ def _checked_keys(source: Path, metadata: dict[str, Any]) -> dict[str, Any]:
         if key not in KEYS and meant is not None and meant not in metadata and not note:
             raise CheckpointError(f"{source}: unknown key {key!r} (known: {', '.join(KEYS)})")
     preprocessing = metadata.get("preprocessing")
-    if isinstance(preprocessing, dict):
-        for key in preprocessing:
-            if key not in PREPROCESSING_KEYS:
-                raise CheckpointError(
-                    f"{source}: unknown key {key!r} in preprocessing "
-                    f"(known: {', '.join(PREPROCESSING_KEYS)})"
-                )
+    for key in preprocessing if isinstance(preprocessing, dict) else ():
+        if key not in PREPROCESSING_KEYS:
+            known = ", ".join(PREPROCESSING_KEYS)
+            raise CheckpointError(
+                f"{source}: unknown key {key!r} in preprocessing (known: {known})"
+            )
     return metadata
 
 
@@ -338,15 +313,14 @@ def labels_of(metadata: dict[str, Any], classes: int, source: Path) -> Labels | 
     if labels is None:
         return imagenet_labels() if classes == 1000 else None
     wnids = metadata.get("wnids")
-    for key, names in (("labels", labels), ("wnids", wnids)):
-        if names is None and key == "wnids":
+    for key in ("labels", "wnids"):
+        if (names := metadata.get(key)) is None:
             continue
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise CheckpointError(f"{source}: expected '{key}' to be a list of strings")
         if len(names) != classes:
-            raise CheckpointError(
-                f"{source}: {len(names)} {key} for a network of {classes} classes"
-            )
+            count = f"{len(names)} {key}"
+            raise CheckpointError(f"{source}: {count} for a network of {classes} classes")
     return Labels(tuple(labels), tuple(wnids) if wnids is not None else None)
 
 
@@ -362,16 +336,14 @@ def preprocessing_of(metadata: dict[str, Any], source: Path) -> Preprocessing:
     try:
         if not isinstance(given, dict):
             raise ValueError(f"{given!r} is not an object")
-        for key in ("image_size", "resize_size"):
-            if key in given and type(given[key]) is not int:
-                raise ValueError(f"{key} {given[key]!r}: expected a whole number of pixels")
-        for key in ("mean", "std"):
-            if key in given and not _are_finite_numbers(given[key]):
-                raise ValueError(f"{key} {given[key]!r}: expected a list of three finite numbers")
-        values: dict[str, Any] = {
-            key: tuple(map(float, value)) if key in ("mean", "std") else value
-            for key, value in given.items()
-        }
+        values = dict(given)
+        for key, value in given.items():
+            if key in ("image_size", "resize_size") and type(value) is not int:
+                raise ValueError(f"{key} {value!r}: expected a whole number of pixels")
+            if key in ("mean", "std"):
+                if not _are_finite_numbers(value):
+                    raise ValueError(f"{key} {value!r}: expected a list of three finite numbers")
+                values[key] = tuple(map(float, value))
         return Preprocessing(**values)
     except (ValueError, OverflowError) as error:
         raise CheckpointError(

@@ -18,15 +18,9 @@ from r2ncli.weights.structure import FLOATS, kind_of
 class TensorDifference:
     """One tensor that is not the same in both files.
 
-    Attributes
-    ----------
-    name : str
-        Its published name.
-    file, against : str
-        Its dtype and shape in each file, as in ``float32 [7]``.
-    max_difference : float or None
-        The largest absolute difference of two values; None where the shapes differ or it
-        is not finite.
+    `file` and `against` are its dtype and shape in each, as in ``float32 [7]``;
+    `max_difference` is the largest absolute difference of two values, None where the shapes
+    differ or it is not finite.
     """
 
     name: str
@@ -39,20 +33,10 @@ class TensorDifference:
 class TensorComparison:
     """What differs between two checkpoint files, by the published names of their tensors.
 
-    Attributes
-    ----------
-    file, against : str
-        The files.
-    equal : int
-        How many tensors have the same dtype, shape and bytes in both.
-    different : tuple of TensorDifference
-        The tensors that differ: first those without a numeric difference, then the largest.
-    only_in_file, only_in_against : tuple of str
-        Names that only one of the files has.
-    tensors_sha256 : tuple of str, or None
-        The content hash of each file's tensors (`weights.loading.tensors_sha256`).
-    error : str or None
-        Why nothing could be compared.
+    `equal` counts the tensors with the same dtype, shape and bytes in both. Of those that are
+    `different`, those without a numeric difference come first, then the largest. `tensors_sha256`
+    are the content hashes of both (`weights.loading.tensors_sha256`); `error` says why nothing
+    could be compared.
     """
 
     file: str
@@ -78,10 +62,7 @@ class TensorComparison:
 def compare_weights(file: Weights, against: Weights) -> TensorComparison:
     """Compare the tensors of two checkpoint files, whatever their containers and names.
 
-    Parameters
-    ----------
-    file, against : str, path or None
-        As `verify_weights` takes them.
+    `verify_weights` says what `file` and `against` may be.
 
     Raises
     ------
@@ -94,7 +75,7 @@ def compare_weights(file: Weights, against: Weights) -> TensorComparison:
     differences = [
         _difference(name, ours[name], theirs[name])
         for name in both
-        if not _same(ours[name], theirs[name])
+        if tensors_sha256({"": ours[name]}) != tensors_sha256({"": theirs[name]})
     ]
     differences.sort(key=lambda d: -math.inf if d.max_difference is None else -d.max_difference)
     return TensorComparison(
@@ -106,10 +87,6 @@ def compare_weights(file: Weights, against: Weights) -> TensorComparison:
         only_in_against=tuple(name for name in theirs if name not in ours),
         tensors_sha256=(tensors_sha256(ours), tensors_sha256(theirs)),
     )
-
-
-def _same(ours: Tensor, theirs: Tensor) -> bool:
-    return tensors_sha256({"": ours}) == tensors_sha256({"": theirs})
 
 
 def _difference(name: str, ours: Tensor, theirs: Tensor) -> TensorDifference:

@@ -47,23 +47,10 @@ Run = Callable[[Tensor], Tensor]  # from pixels to the outputs that are compared
 class Conversion:
     """What a conversion read, wrote and compared.
 
-    Attributes
-    ----------
-    source, output : str
-        The checkpoint that was read, and what was written.
-    sha256 : str
-        The SHA-256 of the source.
-    variant : str
-        The published network's name, or the architecture in words.
-    naming : str
-        One of `NAMINGS`.
-    files : tuple of str
-        Everything that was written, `output` last.
-    compared : str
-        ``logits``, or ``features`` (those of layer4) where the output has no classifier.
-    difference : float
-        Largest difference of what was compared from the source's, relative to its largest
-        value.
+    `sha256` is that of the source, `variant` the published network's name or the architecture in
+    words, `naming` one of `NAMINGS`. `files` are all that were written, `output` last. Compared
+    were ``logits``, or ``features`` (those of layer4) where the output has no classifier;
+    `difference` is the largest one, relative to the source's largest value.
     """
 
     source: str
@@ -99,8 +86,6 @@ def convert(
         The tensor names: ``official``, ``timm``, ``mmpretrain``, or
         ``torchvision-backbone``, the official names without the classifier, for detectors
         and segmentation networks.
-    overwrite : bool
-        Whether existing files are replaced.
     on_download : callable, optional
         Called with a `DownloadProgress` during a download.
 
@@ -115,8 +100,7 @@ def convert(
     """
     out = Path(output)
     suffix = out.suffix.lower()
-    _check_options(out, suffix, to)
-    _refuse_existing(out, overwrite)
+    _check(out, suffix, to, overwrite)
 
     source = open_checkpoint(weights, on_progress=on_download)
     state_dict = load_state_dict(source.path)
@@ -128,9 +112,8 @@ def convert(
     with torch.inference_mode():
         outputs = _outputs(network, compared)(seeded)
     if not bool(outputs.isfinite().all()):
-        raise CheckpointError(
-            f"{source.path}: its {compared} are not finite; r2n verify-weights shows more"
-        )
+        found = f"its {compared} are not finite; r2n verify-weights shows more"
+        raise CheckpointError(f"{source.path}: {found}")
     try:
         with TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.", suffix=".partial") as folder:
             partial = Path(folder, f"converted{suffix}")
@@ -160,33 +143,17 @@ def convert(
     )
 
 
-def _check_options(out: Path, suffix: str, to: str) -> None:
+def _check(out: Path, suffix: str, to: str, overwrite: bool) -> None:
     if suffix not in TOLERANCES:
-        raise UsageError(
-            f"{out}: unknown suffix {suffix!r}, expected one of {', '.join(TOLERANCES)}"
-        )
+        known = ", ".join(TOLERANCES)
+        raise UsageError(f"{out}: unknown suffix {suffix!r}, expected one of {known}")
     if to not in NAMINGS:
         raise UsageError(f"`to` {to!r}: expected one of {', '.join(NAMINGS)}")
     if suffix in NEEDED and to != OFFICIAL:
         raise UsageError(f'`to="{to}"`: {suffix} files have no tensor names; leave `to` out')
-    missing = [name for name in NEEDED.get(suffix, ()) if find_spec(name) is None]
+    missing = " and ".join(name for name in NEEDED.get(suffix, ()) if find_spec(name) is None)
     if missing:
-        raise UsageError(
-            f"{out}: {suffix} needs {' and '.join(missing)}: pip install 'r2ncli[onnx]'"
-        )
-
-
-def _files(out: Path) -> tuple[Path, ...]:
-    """Return every file that belongs to an output, the output itself last."""
-    beside = {
-        ".pth": out.with_name(out.name + ".json"),  # where `read_metadata` looks for it
-        ".xml": out.with_suffix(".bin"),
-    }
-    companion = beside.get(out.suffix.lower())
-    return (out,) if companion is None else (companion, out)
-
-
-def _refuse_existing(out: Path, overwrite: bool) -> None:
+        raise UsageError(f"{out}: {suffix} needs {missing}: pip install 'r2ncli[onnx]'")
     if not os.path.isdir(out.parent):
         raise OutputError(f"{out}: cannot be written: the folder {out.parent} does not exist")
     for file in _files(out):
@@ -194,6 +161,14 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
             raise OutputError(f"{file} is a folder, expected the name of a file")
         if os.path.lexists(file) and not overwrite:
             raise OutputError(f"{file} exists. `overwrite=True` replaces it")
+
+
+def _files(out: Path) -> tuple[Path, ...]:
+    """Return every file that belongs to an output, the output itself last."""
+    suffix = out.suffix.lower()
+    if suffix == ".pth":
+        return out.with_name(out.name + ".json"), out  # where `read_metadata` looks for it
+    return (out.with_suffix(".bin"), out) if suffix == ".xml" else (out,)
 
 
 def _metadata(file: CheckpointFile, classes: int) -> str:

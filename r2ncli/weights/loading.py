@@ -47,20 +47,8 @@ WRAPPERS = (
 class Checkpoint:
     """A checkpoint, loaded: its network and what its file says about it.
 
-    Attributes
-    ----------
-    path : Path
-        The file.
-    sha256 : str
-        Its SHA-256, as 64 hex digits.
-    variant : str
-        The published network's name, ``demo``, or the architecture in words.
-    network : Res2Net
-        In eval mode, float32, on the CPU.
-    labels : Labels or None
-        What the logits stand for, where that is known.
-    preprocessing : Preprocessing
-        How images become the network's input.
+    `variant` is the published network's name, ``demo``, or the architecture in words; `network`
+    is in eval mode, float32, on the CPU; `sha256` is that of the file, as 64 hex digits.
     """
 
     path: Path
@@ -78,14 +66,7 @@ def load_checkpoint(
     on_progress: OnProgress | None = None,
     output_stride: int = 32,
 ) -> Checkpoint:
-    """Find, check and load the checkpoint that `weights` means.
-
-    Parameters
-    ----------
-    weights, download, on_progress
-        As for `find_checkpoint`.
-    output_stride : int
-        32, 16 or 8 (see `Res2Net`).
+    """Find, check and load a checkpoint (see `find_checkpoint` and, for the stride, `Res2Net`).
 
     Raises
     ------
@@ -172,9 +153,8 @@ def load_tensors(path: Path) -> StateDict:
             inner = (loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), Mapping))
             loaded = next(inner, loaded)
     if not isinstance(loaded, Mapping):
-        raise CheckpointError(
-            f"{path}: holds a {type(loaded).__name__}, expected a state dict of tensors"
-        )
+        kind = type(loaded).__name__
+        raise CheckpointError(f"{path}: holds a {kind}, expected a state dict of tensors")
     tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
     if not tensors:
         keys = ", ".join(repr(key) for key in list(loaded)[:5])
@@ -230,20 +210,16 @@ def _load(path: Path) -> object:
             warnings.simplefilter("ignore")  # torch warns about what it then refuses
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        found = str(error).partition("WeightsUnpickler error:")[2] or str(error)
         raise CheckpointError(
-            f"{path}: refused, nothing in it was executed: {_refusal(str(error))}"
+            f"{path}: refused, nothing in it was executed: torch cannot read its pickle safely "
+            f"({found.strip().partition(chr(10))[0]})"
         ) from error
     except EOFError as error:
         raise CheckpointError(f"{path}: truncated: it ends too early. Download it again") from error
     except Exception as error:  # a corrupted container fails in many ways
         first_sentence = re.split(r"\. |\n", str(error))[0] or type(error).__name__
         raise CheckpointError(f"{path}: corrupted, cannot be loaded: {first_sentence}") from error
-
-
-def _refusal(message: str) -> str:
-    """Return the reason in the long message of torch's safe loader."""
-    reason = message.partition("WeightsUnpickler error:")[2] or message
-    return f"torch cannot read its pickle safely ({reason.strip().partition(chr(10))[0]})"
 
 
 # --- the published networks ----------------------------------------------------------
@@ -259,39 +235,23 @@ def list_layers(
 
     A published network needs no checkpoint for it: nothing is downloaded.
 
-    Parameters
-    ----------
-    weights, on_progress
-        As for `find_checkpoint`.
-    image_size : int, optional
-        Height and width of the network's input in pixels; None means the checkpoint's own.
+    `image_size` is the height and width of the network's input in pixels; None means the
+    checkpoint's own.
 
     Raises
     ------
     CheckpointError
         The checkpoint is absent or not a Res2Net.
     """
-    network = published(requested_weights(weights))
-    if network is not None:
-        architecture, preprocessing = network.architecture, Preprocessing()
-    else:
-        checkpoint = load_checkpoint(weights, on_progress=on_progress)
-        architecture = checkpoint.network.architecture
-        preprocessing = checkpoint.preprocessing
-    return layer_shapes(architecture, image_size or preprocessing.image_size)
+    if network := published(requested_weights(weights)):
+        return layer_shapes(network.architecture, image_size or Preprocessing().image_size)
+    checkpoint = load_checkpoint(weights, on_progress=on_progress)
+    size = image_size or checkpoint.preprocessing.image_size
+    return layer_shapes(checkpoint.network.architecture, size)
 
 
 def published_network(name: str, weights: Weights = None, output_stride: int = 32) -> Res2Net:
-    """Build the published network `name` in eval mode.
-
-    Parameters
-    ----------
-    name : str
-        A key of `PUBLISHED`.
-    weights : str, path or None
-        A checkpoint file or a published name; None gives an untrained network.
-    output_stride : int
-        32, 16 or 8 (see `Res2Net`).
+    """Build the network `PUBLISHED[name]` in eval mode; without `weights` it is untrained.
 
     Raises
     ------

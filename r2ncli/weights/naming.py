@@ -27,15 +27,9 @@ _BACKBONE, _CLASSIFIER = "backbone.", "head."
 class Naming:
     """The names under which a state dict holds a Res2Net.
 
-    Attributes
-    ----------
-    library : str
-        One of `LIBRARIES`; ``official`` is timm's too.
-    prefix : str
-        What stands before the names of the backbone: ``module.``, ``backbone.`` or nothing.
-    official : dict
-        From each name to the published one. A name that is no part of a Res2Net only loses
-        the prefix.
+    `library` is one of `LIBRARIES` (``official`` is timm's too); `prefix` stands before the
+    names of the backbone: ``module.``, ``backbone.`` or nothing; `official` gives for each name
+    the published one, and for a name that is no part of a Res2Net that name without the prefix.
     """
 
     library: str
@@ -44,17 +38,10 @@ class Naming:
 
 
 def read_naming(names: Iterable[str]) -> Naming:
-    """Find out which library's names these are.
+    """Find out which library's names these are, all those of a state dict.
 
-    Parameters
-    ----------
-    names : iterable of str
-        Those of a whole state dict. They stay as they are where it is not a Res2Net's.
-
-    Returns
-    -------
-    Naming
-        No two names become the same: a name whose new form is taken stays as it is.
+    The names of another network stay as they are. No two names become the same: a name whose
+    new form is taken stays as it is.
     """
     found = tuple(names)
     marks = [name for name in found if name == MARK or name.endswith("." + MARK)]
@@ -85,17 +72,14 @@ def read_naming(names: Iterable[str]) -> Naming:
 def names_for(library: str, official: Iterable[str]) -> dict[str, str]:
     """Return `library`'s name for each published name of a network.
 
-    Parameters
-    ----------
-    library : str
-        One of `LIBRARIES`. mmdetection has no classifiers: ``fc`` gets mmpretrain's name.
-    official : iterable of str
-        The names of a whole state dict: the name of ``bn1`` depends on the stem.
+    `official` are the names of a whole state dict, because the name of ``bn1`` depends on the
+    stem. mmdetection has no classifiers: ``fc`` gets mmpretrain's name. `read_naming` of the
+    values gives the published names.
 
-    Returns
-    -------
-    dict
-        In the order given; `read_naming` of its values gives the published names.
+    Raises
+    ------
+    ValueError
+        `library` is not one of `LIBRARIES`.
     """
     if library not in LIBRARIES:
         raise ValueError(f"library {library!r}: expected one of {', '.join(LIBRARIES)}")

@@ -62,16 +62,11 @@ ALLOWED = frozenset(
 _HINTS = (
     ("torch.nn.modules.", "it holds a whole network, not its state dict"),
     ("torch.storage._load_from_bytes", "it was written by pickle, not by torch.save"),
-    ("torch.jit.", "it holds a TorchScript program"),
     ("numpy", "it holds numpy values beside the tensors"),
     ("mmengine.", "it is a training checkpoint of OpenMMLab"),
-    ("mmcv.", "it is a training checkpoint of OpenMMLab"),
     ("pytorch_lightning.", "it is a training checkpoint of Lightning"),
-    ("lightning", "it is a training checkpoint of Lightning"),
+    ("lightning.", "it is a training checkpoint of Lightning"),
     ("ultralytics.", "it holds a whole network of ultralytics"),
-    ("omegaconf.", "it holds a configuration of OmegaConf"),
-    ("fastai.", "it holds a learner of fastai"),
-    ("sklearn.", "it holds an estimator of scikit-learn"),
 )
 _SAVE_AGAIN = "if you trust it, save only its state dict"
 
@@ -103,12 +98,7 @@ class Requests:
 def check_pickles(path: Path, container: str) -> tuple[str, ...]:
     """Check every pickle of a checkpoint, and return the names that they would import.
 
-    Parameters
-    ----------
-    path : Path
-        The checkpoint.
-    container : str
-        ``zip``, ``pickle`` or ``safetensors``, which contains no pickle.
+    `container` is ``zip``, ``pickle`` or ``safetensors``, which contains no pickle.
 
     Raises
     ------
@@ -123,14 +113,11 @@ def check_pickles(path: Path, container: str) -> tuple[str, ...]:
         refused |= {name + where: None for name in found.refused}
         if found.broken is not None:
             broken.append(found.broken + where)
-    if refused:
-        raise CheckpointError(f"{path}: refused, nothing in it was executed: {_sentence(refused)}")
-    if _ENDS_EARLY in broken:
+    if _ENDS_EARLY in broken and not refused:
         raise CheckpointError(f"{path}: truncated: {_ENDS_EARLY}. Download it again")
-    if broken:
-        raise CheckpointError(
-            f"{path}: refused, nothing in it was executed: its pickle cannot be read ({broken[0]})"
-        )
+    if refused or broken:
+        why = _sentence(refused) if refused else f"its pickle cannot be read ({broken[0]})"
+        raise CheckpointError(f"{path}: refused, nothing in it was executed: {why}")
     return tuple(names)
 
 

@@ -12,43 +12,19 @@ Shapes = Mapping[str, Sequence[int]]
 
 # the first of these names that a state dict has, with any prefix, decides
 _SIGNATURES = (
-    (r"layer1\.0\.conv2\.fc1\.weight", "a ResNeSt"),
     (r"layer1\.0\.se\.(fc1|conv_reduce)\.weight|layer1\.0\.se_module\.fc1\.weight", "an SE-ResNet"),
-    (r"level2\.tree1\.conv2\.weight", "a DLA"),
     (r"class_token|encoder_layer_0\.ln_1\.weight", "torchvision's vision transformer"),
     (r"visual\.(conv1|class_embedding|proj).*", "a CLIP model"),
-    (r"layers\.0\.blocks\.0\.attn\.relative_position_bias_table", "a Swin transformer"),
+    (r"(layers\.0\.blocks|features\.1)\.0\.attn\.relative_position_.*", "a Swin transformer"),
     (r"blocks\.0\.attn\.(qkv|q_proj)\.weight|blocks\.0\.gamma_1", "a vision transformer, timm's"),
-    (r"embeddings\.cls_token", "a vision transformer, of transformers"),
-    (r"features\.1\.0\.attn\.relative_position_bias_table", "torchvision's Swin transformer"),
-    (r"stages\.0\.blocks\.0\.conv_dw\.weight", "a ConvNeXt, timm's"),
-    (r"features\.1\.0\.layer_scale", "torchvision's ConvNeXt"),
-    (r"downsample_layers\.0\.0\.weight", "a ConvNeXt"),
-    (r"_blocks\.0\._bn1\.weight", "an EfficientNet"),
+    (r"stages\.0\.blocks\.0\.conv_dw\.weight|features\.1\.0\.layer_scale", "a ConvNeXt"),
     (r"conv_stem\.weight", "an EfficientNet or MobileNetV3, timm's"),
-    (r"features\.1\.block\.0\.0\.weight", "torchvision's MobileNetV3"),
     (r"features\.1\.0\.block\.0\.0\.weight", "torchvision's EfficientNet"),
     (r"features\.1\.conv\.0\.0\.weight", "torchvision's MobileNetV2"),
     (r"features\.denseblock1\.denselayer1\.norm1\.weight", "a DenseNet"),
-    (r"features\.3\.squeeze\.weight", "a SqueezeNet"),
     (r"features\.0\.weight", "a VGG or an AlexNet"),
-    (r"Mixed_5b\.branch1x1\.conv\.weight", "an Inception-v3"),
-    (r"inception3a\.branch1\.conv\.weight", "a GoogLeNet"),
-    (r"stage2\.0\.branch1\.0\.weight", "a ShuffleNet-v2"),
-    (r"stage2\.0\.branches\.0\.0\.conv1\.weight", "an HRNet"),
-    (r"s1\.b1\.conv1\.conv\.weight|trunk_output\.block1\..*", "a RegNet"),
     (r"(model\.)?0\.conv\.weight|model\.\d+\.cv1\.conv\.weight", "a YOLO, ultralytics'"),
-    (r"(layers|h)\.0\.(self_attn\.q_proj|attn\.c_attn)\.weight", "a language model"),
-    (r"encoder\.layer\.0\.attention\.self\.query\.weight", "a BERT-like language model"),
-    (r"model\.diffusion_model\..*", "a Stable Diffusion model"),
 )
-_DEPTHS = {  # by the blocks of the four stages, and whether they are bottlenecks
-    ((2, 2, 2, 2), False): 18,
-    ((3, 4, 6, 3), False): 34,
-    ((3, 4, 6, 3), True): 50,
-    ((3, 4, 23, 3), True): 101,
-    ((3, 8, 36, 3), True): 152,
-}
 
 
 def published_dla(shapes: Shapes) -> str | None:
@@ -75,14 +51,10 @@ def _resnet(shapes: Shapes) -> str | None:
     start = next((name.removesuffix(mark) for name in shapes if name.endswith(mark)), None)
     if start is None or f"{start}layer1.0.convs.0.weight" in shapes:
         return None
-    blocks = [
-        len({name[len(stage) :].partition(".")[0] for name in shapes if name.startswith(stage)})
-        for stage in (f"{start}layer{number}." for number in range(1, 5))
-    ]
+    block = re.compile(rf"{re.escape(start)}layer[1-4]\.\d+")
+    blocks = {match[0] for name in shapes if (match := block.match(name))}
     bottleneck = f"{start}layer1.0.conv3.weight" in shapes
-    depth = _DEPTHS.get(((blocks[0], blocks[1], blocks[2], blocks[3]), bottleneck))
-    if depth is None:
-        return f"a ResNet of {blocks} blocks"
+    depth = 2 + len(blocks) * (3 if bottleneck else 2)
     deep = "-D" if f"{start}conv1.0.weight" in shapes else ""
     second = shapes.get(f"{start}layer1.0.conv2.weight", ())
     if bottleneck and len(second) == 4 and second[0] != second[1]:

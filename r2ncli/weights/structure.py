@@ -28,14 +28,8 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 class Mismatches:
     """How a state dict does not fit an architecture; false where it fits.
 
-    Attributes
-    ----------
-    missing, unexpected : tuple of str
-        Names that only the architecture, or only the state dict has.
-    shapes : tuple of (str, list of int, list of int)
-        A name, the shape found and the shape expected.
-    kinds : tuple of (str, str)
-        A name, and the dtype or layout of a tensor that does not hold plain floats.
+    `shapes` are names with the shape found and the shape expected; `kinds` are names with the
+    dtype or layout of a tensor that does not hold plain floats.
     """
 
     missing: tuple[str, ...]
@@ -78,9 +72,8 @@ def identify(state_dict: StateDict, source: Path) -> Architecture:
         raise CheckpointError(f"{source}: expected the tensors of a Res2Net, found {found}")
     mismatches = find_mismatches(architecture, state_dict)
     if mismatches:
-        raise CheckpointError(
-            f"{source}: looks like {architecture.describe()}, but {mismatches.describe()}"
-        )
+        found = f"looks like {architecture.describe()}, but {mismatches.describe()}"
+        raise CheckpointError(f"{source}: {found}")
     return architecture
 
 
@@ -92,18 +85,11 @@ def guess_architecture(state_dict: StateDict) -> Architecture | None:
     if any(0 in tensor.shape for tensor in state_dict.values()):
         return None
     try:
-        layers: list[int] = []
-        planes: list[int] = []
-        widths: list[int] = []
-        for stage in range(1, 5):
-            blocks = {
-                int(match[1])
-                for name in state_dict
-                if (match := re.match(rf"layer{stage}\.(\d+)\.", name))
-            }
-            layers.append(len(blocks))
-            planes.append(state_dict[f"layer{stage}.0.conv3.weight"].shape[0] // EXPANSION)
-            widths.append(state_dict[f"layer{stage}.0.bns.0.weight"].shape[0])
+        stages = range(1, 5)
+        blocks = {found[0] for name in state_dict if (found := re.match(r"layer\d\.\d+\.", name))}
+        layers = [sum(block.startswith(f"layer{stage}.") for block in blocks) for stage in stages]
+        planes = [state_dict[f"layer{n}.0.conv3.weight"].shape[0] // EXPANSION for n in stages]
+        widths = [state_dict[f"layer{n}.0.bns.0.weight"].shape[0] for n in stages]
         splits = sum(bool(re.match(r"layer1\.0\.convs\.\d+\.weight", name)) for name in state_dict)
         first = state_dict["layer1.0.convs.0.weight"]
         cardinality = first.shape[0] // first.shape[1]
@@ -189,19 +175,17 @@ def nearest_published(state_dict: StateDict) -> tuple[PublishedNetwork, int] | N
 
 def variant_name(architecture: Architecture) -> str:
     """Return the published network's name, or the architecture in words."""
-    for network in PUBLISHED.values():
-        if network.architecture == architecture:
-            return network.name
-    return architecture.describe()
+    names = (name for name, network in PUBLISHED.items() if network.architecture == architecture)
+    return next(names, architecture.describe())
 
 
 def in_words(architecture: Architecture) -> str:
     """Return how an architecture relates to the published ones, as a phrase."""
-    for network in PUBLISHED.values():
-        if network.architecture == architecture:
-            return network.name
-        if network.architecture == replace(architecture, classes=network.architecture.classes):
-            if not architecture.classes:
-                return f"{network.name} without its classifier"
-            return f"a Res2Net like {network.name}, with {architecture.classes} classes"
-    return f"a Res2Net like none published: {architecture.describe()}"
+    name = variant_name(replace(architecture, classes=1000))
+    if name not in PUBLISHED:
+        return f"a Res2Net like none published: {architecture.describe()}"
+    if not architecture.classes:
+        return f"{name} without its classifier"
+    if architecture.classes != 1000:
+        return f"a Res2Net like {name}, with {architecture.classes} classes"
+    return name

@@ -72,8 +72,6 @@ class Verification:
 
     Attributes
     ----------
-    file : str
-        The file that was found, or the name that was asked for.
     sha256, tensors_sha256 : str or None
         The hash of the file's bytes, and the content hash of its tensors only
         (`weights.loading.tensors_sha256`).
@@ -81,11 +79,9 @@ class Verification:
         The published network's name, or the architecture in words; None where the tensors
         are not those of a Res2Net.
     checks : tuple of Check
-        All of `CHECKS`, in their order; empty where there is an `error`.
+        All of `CHECKS`, in their order; empty where `error` says why nothing could be checked.
     differences : Mismatches or None
         Every name that does not fit the variant, not only the first ones.
-    error : str or None
-        Why nothing could be checked.
     """
 
     file: str
@@ -201,7 +197,10 @@ def _file_checks(path: Path, digest: str, expected: str | None) -> Iterator[Chec
     except CheckpointError as error:
         yield Check("container", FAILED, _without_path(error, path))
     if packed == "zip":
-        yield _stored_checksums(path)
+        count, broken = broken_members(path)
+        bad = [f"{name} was altered or corrupted after it was written" for name in broken]
+        stored = _absent("stored checksums", bad, f"CRC-32 of {count} members")
+        yield stored if count else Check(stored.name, NOT_APPLICABLE, "the file has none")
     if expected is not None:
         status = PASSED if digest == expected.lower() else FAILED
         yield Check("expected SHA-256", status, f"SHA-256 {digest}", expected.lower())
@@ -218,14 +217,6 @@ def _file_checks(path: Path, digest: str, expected: str | None) -> Iterator[Chec
         yield Check("pickle", NOT_APPLICABLE, f"{packed} files have none")
 
 
-def _stored_checksums(path: Path) -> Check:
-    count, broken = broken_members(path)
-    if not count:
-        return Check("stored checksums", NOT_APPLICABLE, "the file has none")
-    bad = [f"{name} was altered or corrupted after it was written" for name in broken]
-    return _absent("stored checksums", bad, f"CRC-32 of {count} members")
-
-
 def _hash_prefix(name: str, digest: str) -> Check:
     prefix = digits_in_name(name)
     if prefix is None:
@@ -236,25 +227,20 @@ def _hash_prefix(name: str, digest: str) -> Check:
         return Check("hash prefix", FAILED, f"SHA-256 {digest[: len(prefix)]}…", prefix)
     found = "all 64 hex digits of the SHA-256 match"
     if len(prefix) < 64:
-        found = (
-            f"the first {len(prefix)} of 64 hex digits match: this rules out a corrupted "
-            "download, but not a deliberate change"
-        )
+        rest = "this rules out a corrupted download, but not a deliberate change"
+        found = f"the first {len(prefix)} of 64 hex digits match: {rest}"
     return Check("hash prefix", PASSED, found, prefix)
 
 
 def _published(path: Path, digest: str) -> Check:
     files = [network.file for network in PUBLISHED.values()] + list(DECLINED.values())
     listed = {digits_in_name(file): file for file in files}.get(digest[:8])
-    network = published_file(path.name)
-    named = named_variant(path)
     if listed is not None:
         found = f"the SHA-256 starts like that of {listed}; only these 8 hex digits were published"
         return Check("published list", PASSED, found)
-    if network is not None:
-        found = f"not the published {network.name}"
-        return Check("published list", FAILED, found, network.file)
-    if named is not None:
+    if network := published_file(path.name):
+        return Check("published list", FAILED, f"not the published {network.name}", network.file)
+    if named := named_variant(path):
         found = f"not the published file, though named like {PUBLISHED[named].file}"
         return Check("published list", WARNING, found)
     return Check("published list", NOT_APPLICABLE, "the name is not that of a published file")
@@ -267,20 +253,18 @@ def _foreign_checks(path: Path, state_dict: StateDict) -> Iterator[Check]:
     """Check tensors that are not those of a Res2Net, or only a part of one."""
     expected = named_variant(path) or "a Res2Net"
     shapes = shapes_of(state_dict)
-    other = seems_to_be(shapes)
-    nearest = None if other is not None else nearest_published(state_dict)
-    if published_dla(shapes) is not None:
-        yield Check("variant", FAILED, f"{other}", "a network that r2n supports")
-    elif other is not None:
-        yield Check("variant", FAILED, f"not a Res2Net: it seems to be {other}", expected)
-    elif nearest is None:
-        found = f"not a Res2Net: {', '.join(list(state_dict)[:SHOWN])}…"
-        yield Check("variant", FAILED, found, expected)
+    found, nearest = f"not a Res2Net: {', '.join(list(state_dict)[:SHOWN])}…", None
+    if (other := seems_to_be(shapes)) is None:
+        nearest = nearest_published(state_dict)
+    elif published_dla(shapes) is None:
+        found = f"not a Res2Net: it seems to be {other}"
     else:
-        network, count = nearest
-        mismatches = find_mismatches(network.architecture, state_dict)
-        found = f"a part of {network.name}: {count} of its tensors"
-        yield Check("variant", FAILED, found, expected)
+        found, expected = other, "a network that r2n supports"
+    if nearest is not None:
+        found = f"a part of {nearest[0].name}: {nearest[1]} of its tensors"
+    yield Check("variant", FAILED, found, expected)
+    if nearest is not None:
+        mismatches = find_mismatches(nearest[0].architecture, state_dict)
         yield from _structure(state_dict, None, mismatches)
     yield from _values(state_dict)
 
@@ -312,14 +296,8 @@ def _structure(
     state_dict: StateDict, naming: Naming | None, mismatches: Mismatches
 ) -> Iterator[Check]:
     """Check names, shapes and dtypes."""
-    names = [
-        f"{how} {by_block(which)}"
-        for how, which in (
-            ("missing", mismatches.missing),
-            ("unexpected", mismatches.unexpected),
-        )
-        if which
-    ]
+    both = {"missing": mismatches.missing, "unexpected": mismatches.unexpected}
+    names = [f"{how} {by_block(which)}" for how, which in both.items() if which]
     good = f"{len(state_dict)} names, all as published"
     if naming is not None and naming.library != OFFICIAL:
         good = f"{len(state_dict)} names, all as {naming.library} has them"
@@ -354,9 +332,8 @@ def _values(state_dict: StateDict) -> Iterator[Check]:
 
 def _constants(floats: StateDict, spans: Spans) -> Check:
     """Check that no convolution, classifier or running variance has one value only."""
-    constant = {
-        name: low for name, (low, high) in spans.items() if low == high and floats[name].numel() > 1
-    }
+    several = {name: span for name, span in spans.items() if floats[name].numel() > 1}
+    constant = {name: low for name, (low, high) in several.items() if low == high}
     dead = [
         f"{name} (all {value:g})"
         for name, value in constant.items()
@@ -375,13 +352,9 @@ def _batch_norm(floats: StateDict, spans: Spans) -> Check:
     if not variances:
         return Check("batch norm", NOT_APPLICABLE, "there are no batch norms")
     wanted = "positive running variances"
-    negative = [
-        f"{name} ({int((floats[name] < 0).sum())} values)"
-        for name in variances
-        if spans[name][0] < 0
-    ]
-    if negative:
-        return _absent("batch norm", negative, "", wanted)
+    if negative := [name for name in variances if spans[name][0] < 0]:
+        bad = [f"{name} ({int((floats[name] < 0).sum())} values)" for name in negative]
+        return _absent("batch norm", bad, "", wanted)
     untrained = [
         name.removesuffix("." + VARIANCE)
         for name in variances
@@ -404,20 +377,16 @@ def _batch_norm(floats: StateDict, spans: Spans) -> Check:
 
 
 def _forward_pass(state_dict: StateDict, architecture: Architecture) -> Check:
-    size = 64
     random = torch.Generator().manual_seed(0)
-    pixels = torch.rand(1, 3, size, size, dtype=torch.float32, generator=random) * 4 - 2
+    pixels = torch.rand(1, 3, 64, 64, dtype=torch.float32, generator=random) * 4 - 2
     with torch.inference_mode():
         logits = build(architecture, state_dict)(pixels)
     expected = f"{architecture.classes} finite logits"
-    if not bool(logits.isfinite().all()) or logits.shape != (1, architecture.classes):
-        found = f"logits {list(logits.shape)} from {logits.min():.3g} to {logits.max():.3g}"
+    found = f"logits {list(logits.shape)} from {logits.min():.3g} to {logits.max():.3g}"
+    if not bool(logits.isfinite().all()):
         return Check("forward pass", FAILED, found, expected)
     scale = float(logits.square().mean().sqrt())
-    found = (
-        f"logits {list(logits.shape)} from {logits.min():.3g} to {logits.max():.3g}, root "
-        f"mean square {scale:.3g}"
-    )
+    found += f", root mean square {scale:.3g}"
     usual = 1e-3 <= scale <= 1e3  # trained classifiers give about 1 to 10
     expected += "" if usual else " with a root mean square of 0.001 to 1000, as in trained networks"
     return Check("forward pass", PASSED if usual else WARNING, found, expected)

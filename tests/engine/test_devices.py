@@ -151,7 +151,7 @@ def test_an_unsupported_precision_is_refused_with_the_supported_ones(monkeypatch
     ],
 )
 def test_bfloat16_in_hardware_is_read_from_the_processors_flags(flags, has, monkeypatch):
-    monkeypatch.setattr(base, "_cpuinfo", lambda: ["processor\t: 0", flags])
+    monkeypatch.setattr(base.Path, "read_text", lambda _path: f"processor\t: 0\n{flags}\n")
     assert base.cpu_has_bf16() == has
 
 

@@ -131,10 +131,8 @@ def test_a_safetensors_file_without_its_end_is_truncated(tmp_path: Path) -> None
     ("names", "reason"),
     [
         (["a/data.pkl", "a/constants.pkl"], "a TorchScript program"),
-        (["a/data.pkl", "a/.data/extern_modules"], "a torch.package archive"),
         (["a/archive_format", "a/models/model.json"], "a torch.export program"),
         (["config.json", "model.weights.h5"], "a Keras model"),
-        (["x.npy", "y.npy"], "a zip archive of NumPy arrays"),
         (["net/weights.pth", "net/readme.txt"], "with net/weights.pth inside: unpack it first"),
         (["photo.jpg"], "a zip archive, but not one that torch.save writes"),
     ],

@@ -20,28 +20,21 @@ TORCHVISION = {
     "alexnet": "a VGG or an AlexNet",
     "densenet121": "a DenseNet",
     "mobilenet_v2": "torchvision's MobileNetV2",
-    "mobilenet_v3_small": "torchvision's MobileNetV3",
     "efficientnet_b0": "torchvision's EfficientNet",
-    "convnext_tiny": "torchvision's ConvNeXt",
+    "convnext_tiny": "a ConvNeXt",
     "vit_b_16": "torchvision's vision transformer",
-    "swin_t": "torchvision's Swin transformer",
-    "squeezenet1_0": "a SqueezeNet",
-    "shufflenet_v2_x0_5": "a ShuffleNet-v2",
+    "swin_t": "a Swin transformer",
 }
 TIMM = {
     "resnet50d": "a ResNet-50-D, as torchvision's and timm's are",
-    "resnet26": "a ResNet of [2, 2, 2, 2] blocks",
+    "resnet26": "a ResNet-26, as torchvision's and timm's are",
     "seresnet50": "an SE-ResNet",
-    "resnest50d": "a ResNeSt",
-    "dla60": "a DLA",
     "dla60_res2net": "res2net_dla60, a published network whose DLA body r2n does not support",
     "dla60_res2next": "res2next_dla60, a published network whose DLA body r2n does not support",
     "vit_tiny_patch16_224": "a vision transformer, timm's",
-    "convnext_tiny": "a ConvNeXt, timm's",
+    "convnext_tiny": "a ConvNeXt",
     "swin_tiny_patch4_window7_224": "a Swin transformer",
     "efficientnet_b0": "an EfficientNet or MobileNetV3, timm's",
-    "regnety_004": "a RegNet",
-    "hrnet_w18_small": "an HRNet",
 }
 
 
