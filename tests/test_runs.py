@@ -86,7 +86,7 @@ def test_the_record_says_what_ran(tmp_path, pictures, tiny_weights):
         tmp_path / "f.h5", pictures, weights=tiny_weights, layers=["layer2"], precision="fp32",
         batch_size=4, workers=2, image_size=64, max_pixels=10_000,
     )  # fmt: skip
-    assert record["schema"] == 1
+    assert record["schema"] == runs.SCHEMA
     assert record["command"] == "extract"
     assert record["checkpoint"]["file"] == str(tiny_weights)
     assert record["checkpoint"]["sha256"] == runs_sha256(tiny_weights)
