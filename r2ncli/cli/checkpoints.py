@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from r2ncli.cli.options import Json, Overwrite, Quiet
+from r2ncli.cli.options import Json, Overwrite, Quiet, for_command_line
 from r2ncli.cli.terminal import Report, print_json, print_table, say, say_error
 from r2ncli.errors import R2NError
 
@@ -51,9 +51,9 @@ def verify(
     except R2NError as error:
         if json:
             failed = (
-                Verification(file or "", error=str(error))
+                Verification(file or "", error=for_command_line(str(error)))
                 if against is None
-                else TensorComparison(file or "", against, error=str(error))
+                else TensorComparison(file or "", against, error=for_command_line(str(error)))
             )
             print_json(failed.as_dict())
         raise

@@ -64,7 +64,7 @@ def best_settings() -> Settings:
     hardware. There, on two cores with AVX2, channels_last gave 8 % more than timm's layout at
     batch size 8, batches of 8 gave 13 % more than batches of 32, and autocast a fifth.
     """
-    from r2ncli.engine import cores, cpu_has_bf16
+    from r2ncli.engine.base import cores, cpu_has_bf16
 
     bf16 = cpu_has_bf16()
     return Settings(32 if bf16 else 8, workers=cores(), channels_last=True, bf16=bf16)
@@ -280,7 +280,7 @@ def processor() -> dict[str, Any]:
     """Return the processor's name, cores, and the features that decide a network's speed."""
     import torch
 
-    from r2ncli.engine import cores, cpu_has_bf16, cpu_model
+    from r2ncli.engine.base import cores, cpu_has_bf16, cpu_model
 
     return {
         "model": cpu_model(),

@@ -113,7 +113,7 @@ def test_peers_that_nobody_knows_are_refused_with_those_there_are() -> None:
 def test_timm_computes_in_bfloat16_only_where_the_processor_does(
     has_bf16: bool, peers: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from r2ncli import engine
+    from r2ncli.engine import base as engine
 
     monkeypatch.setattr(engine, "cpu_has_bf16", lambda: has_bf16)
     found = peers.processor()
