@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 
 from r2ncli.errors import ImageError, InputNotFoundError, UsageError
@@ -21,20 +19,23 @@ from r2ncli.sources.archives import (
 )
 from r2ncli.sources.content import Input, Read, fail, file_input, stamped, with_stamp
 from r2ncli.sources.lists import OpenList, list_file, names_in_list, standard_input
-from r2ncli.sources.names import printable
+from r2ncli.sources.names import printable, without_dot_slash
 from r2ncli.sources.patterns import (
-    Identity,
+    Folders,
+    Warn,
     device_and_inode,
     has_pattern,
+    is_folder,
     link_back,
+    listed,
     matching_paths,
 )
 from r2ncli.sources.remote import (
+    in_time,
     is_url,
     list_folder,
     match_remote,
     open_url,
-    read_in_time,
     read_url,
     remote_kind,
 )
@@ -43,14 +44,12 @@ from r2ncli.web import Client, is_web, without_secrets
 
 MOST_REMEMBERED = 1000  # sentences that are not said twice
 
-Warn = Callable[[str], None]
-
 
 class Search:
     """Finds the inputs of arguments and of the entries of lists."""
 
     def __init__(self, warn: Warn, selection: Selection, budget: Budget, left_out: LeftOut) -> None:
-        self.warn = _once(warn)
+        self.warn = lru_cache(MOST_REMEMBERED)(warn)  # a pattern finds a link in several ways
         self.selection = selection
         self.budget = budget
         self.left_out = left_out
@@ -85,36 +84,33 @@ class Search:
         empty = True
         for entry in names_in_list(open_list, self.selection.null, self.budget.stop):
             empty = False
-            yield from self._of_entry(entry)
+            if is_url(entry):
+                yield from self._of_remote_entry(entry)
+            elif is_tried(entry):  # not looked at: that would double the time
+                yield from self._file(entry)
+            else:
+                yield from self._of_path(entry)
         if empty:
             self.left_out.add_empty_list(printable(argument))
 
-    def _of_entry(self, entry: str) -> Iterator[Input]:
-        """The inputs of a list's entry, a path or a URL; a missing one is a failed row."""
-        if not is_url(entry):
-            # a name with the suffix of an image is not looked at: that would double the time
-            return self._file(entry) if is_tried(entry) else self._of_path(entry)
-        return self._of_remote_entry(entry)
-
     def _of_match(self, path: str) -> Iterator[Input]:
         """The inputs of a path that a pattern matched: links back to what it passed count."""
-        return self._of_path(path, _folders_above(path) if os.path.isdir(path) else None)
+        return self._of_path(path, _folders_above(path) if os.path.isdir(path) else ())
 
-    def _of_path(self, path: str, above: _Folder | None = None) -> Iterator[Input]:
+    def _of_path(self, path: str, above: Folders = ()) -> Iterator[Input]:
         if os.path.isdir(path):
-            name = _name_of(path)
-            return self._walk(path, "" if name == "." else name, above)
+            return self._walk(path, above)
         if is_archive(path) and os.path.exists(path):
             return self._archive(path)
         return self._file(path)
 
     def _file(self, path: str) -> Iterator[Input]:
-        name = printable(_name_of(path))
+        name = printable(without_dot_slash(path))
         if self.left_out.takes(name):
             yield file_input(path, name)
 
     def _of_url(self, url: str) -> Iterator[Input]:
-        kind = remote_kind(url, self.client, self.selection.timeout)
+        kind = remote_kind(url, self.selection.timeout)
         if kind == "folder":
             return self._remote_walk(url)
         if kind == "missing" and has_pattern(url):
@@ -135,34 +131,31 @@ class Search:
 
     # --- folders -----------------------------------------------------------------------
 
-    def _walk(self, path: str, name: str, above: _Folder | None) -> Iterator[Input]:
-        folders = [_Folder(path, name, above, device_and_inode(path))]
+    def _walk(self, path: str, above: Folders) -> Iterator[Input]:
+        name = without_dot_slash(path)
+        folders = [(path, "" if name == "." else name, (*above, device_and_inode(path)))]
         while folders:
-            folder = folders.pop()
+            path, name, above = folders.pop()
             try:
-                with os.scandir(folder.path) as entries:
-                    listed = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+                entries = listed(path)
             except OSError as error:
                 why = f"the folder cannot be listed: {reason(error)}"
-                yield _failed(printable(folder.name or "."), why)
+                yield _failed(printable(name or "."), why)
                 continue
-            below: list[_Folder] = []
-            for entry in listed:
+            below: list[tuple[str, str, Folders]] = []
+            for entry in entries:
                 if not is_visible(entry.name):
                     continue
-                entry_name = os.path.join(folder.name, entry.name)
-                if not _is_folder(entry):
+                entry_name = os.path.join(name, entry.name)
+                if not is_folder(entry):
                     if self._takes_file(entry.name, printed := printable(entry_name)):
                         yield file_input(entry.path, printed)
-                    continue
-                if self.selection.excludes(printable(entry_name)):
+                elif self.selection.excludes(printable(entry_name)):
                     self.left_out.takes(printable(entry_name))  # counts it
-                    continue
-                identity = device_and_inode(entry.path)
-                if identity and folder.is_below_or_at(identity):
+                elif (identity := device_and_inode(entry.path)) and identity in above:
                     self.warn(link_back(entry_name))
-                    continue
-                below.append(_Folder(entry.path, entry_name, folder, identity))
+                else:
+                    below.append((entry.path, entry_name, (*above, identity)))
             folders.extend(reversed(below))
 
     def _takes_file(self, file: str, name: str) -> bool:
@@ -178,7 +171,7 @@ class Search:
     # --- archives ------------------------------------------------------------------------
 
     def _archive(self, path: str) -> Iterator[Input]:
-        name = printable(_name_of(path))
+        name = printable(without_dot_slash(path))
         found = members(path, self._wanted(name), self.selection.max_bytes, self.budget)
         return self._members(name, found, path=path)
 
@@ -212,7 +205,9 @@ class Search:
     def _remote_file(self, url: str) -> Iterator[Input]:
         name = printable(without_secrets(url))
         if is_archive(name):
-            yield from self._remote_archive(url, name)
+            is_tar = name.lower().endswith(TAR_SUFFIXES)
+            found = self._remote_members(url, name, is_tar)
+            yield from self._members(name, found, remote=not is_tar)
         elif self.left_out.takes(name):
             read = partial(read_url, url, self.client, self.selection.timeout)
             yield Input(name, partial(stamped, read, None), remote=True)
@@ -233,8 +228,9 @@ class Search:
                 files, below = list_folder(folder)
             except Exception as error:  # a file system of fsspec can raise anything
                 why = str(error) or type(error).__name__
-                name = printable(without_secrets(folder))
-                yield _failed(name, f"the folder cannot be listed: {why}")
+                yield _failed(
+                    printable(without_secrets(folder)), f"the folder cannot be listed: {why}"
+                )
                 continue
             for file in sorted(files, key=os.fsencode):
                 last = file.rpartition("/")[2]
@@ -251,40 +247,22 @@ class Search:
                 and not self.selection.excludes(without_secrets(found))
             )
 
-    def _remote_archive(self, url: str, name: str) -> Iterator[Input]:
-        is_tar = name.lower().endswith(TAR_SUFFIXES)
+    def _remote_members(self, url: str, name: str, is_tar: bool) -> Iterator[tuple[str, Read]]:
         if is_web(url) and not is_tar:
-            yield _failed(name, "a zip archive cannot be read over http(s): download it first")
-            return
+            raise ImageError("a zip archive cannot be read over http(s): download it first")
         seconds = self.selection.timeout
         open_again = partial(open_url, url, self.client, seconds)
-        try:
-            with open_again() as stream:
-                wanted = self._wanted(name)
-                if is_tar:
-                    limit = self.selection.max_bytes
-                    found = tar_stream_members(stream, wanted, limit, self.budget)
-                else:
-                    found = (
-                        (member, partial(read_in_time, read, self.client, seconds))
-                        for member, read in zip_members(stream, open_again, wanted)
-                    )
-                yield from self._members(name, with_stamp(found, None), remote=not is_tar)
-        except ImageError as error:
-            yield _failed(name, str(error))
-
-
-def _once(warn: Warn) -> Warn:
-    """`warn` without repetitions: a pattern finds the same link in several ways."""
-    said: set[str] = set()
-
-    def warn_once(sentence: str) -> None:
-        if sentence not in said:
-            if len(said) < MOST_REMEMBERED:
-                said.add(sentence)
-            warn(sentence)
-
-    return warn_once
+        wanted = self._wanted(name)
+        with open_again() as stream:
+            if is_tar:
+                limit = self.selection.max_bytes
+                found = tar_stream_members(stream, wanted, limit, self.budget)
+            else:
+                found = (
+                    (member, partial(in_time, seconds, read))
+                    for member, read in zip_members(stream, open_again, wanted)
+                )
+            yield from with_stamp(found, None)
 
 
 def _failed(name: str, why: str) -> Input:
@@ -302,48 +280,9 @@ def _may_exist(path: str) -> bool:
     return True
 
 
-def _name_of(path: str) -> str:
-    """A path's identity: as typed, without a leading ``./``."""
-    while path.startswith("./"):
-        path = path[2:].lstrip("/")
-    return path
-
-
-# --- folders --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Folder:
-    """A folder on the way down: what to open, its identity, and the folder above it."""
-
-    path: str
-    name: str
-    parent: _Folder | None
-    identity: Identity | None
-
-    def is_below_or_at(self, other: Identity) -> bool:
-        """Whether `other` is this folder or one above it."""
-        folder: _Folder | None = self
-        while folder is not None:
-            if folder.identity == other:
-                return True
-            folder = folder.parent
-        return False
-
-
-def _folders_above(path: str) -> _Folder | None:
+def _folders_above(path: str) -> Folders:
     """The folders on the way to `path`, the current one for a path that is relative."""
-    above: _Folder | None = None
     parts = path.split("/")
-    for count in range(len(parts)):
-        passed = "/".join(parts[:count]) or ("/" if path.startswith("/") else os.curdir)
-        above = _Folder(passed, passed, above, device_and_inode(passed))
-    return above
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError as error:  # a link: a broken one, or one to what may be a folder
-        broken = error.errno in (errno.ELOOP, errno.ENOTDIR)
-        return not broken and not is_tried(entry.name)
+    top = "/" if path.startswith("/") else os.curdir
+    passed = ("/".join(parts[:count]) or top for count in range(len(parts)))
+    return tuple(map(device_and_inode, passed))

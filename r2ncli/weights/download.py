@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from r2ncli.web import (
     Response,
     WebError,
     retry,
+    within,
     without_secrets,
 )
 
@@ -68,17 +69,8 @@ def digits_in_name(name: str) -> str | None:
 def download_file(url: str, destination: Path, on_progress: OnProgress | None = None) -> Path:
     """Download `url` to `destination`, whose name carries the hash prefix of the file.
 
-    A download that broke off continues where it stopped, in this run or the next; the file
-    gets its final name only if its SHA-256 matches.
-
-    Parameters
-    ----------
-    url : str
-        An http, https or file URL.
-    destination : Path
-        Where the file is to be; its folder is created.
-    on_progress : callable, optional
-        Takes a `DownloadProgress` after each piece.
+    The URL is one of http, https or file. A download that broke off continues where it
+    stopped, in this run or the next; the file gets its final name only if its SHA-256 matches.
 
     Raises
     ------
@@ -150,14 +142,15 @@ def _fetch(url: str, file: BinaryIO, destination: Path, on_progress: OnProgress 
             if error.status != 416:
                 raise
             # no byte is left after those that are here: they are all, or of another file
-            if received == _whole_size(error.headers):
+            if error.headers.get("Content-Range") == f"bytes */{received}":
                 return
             file.truncate(0)
             raise WebError(
                 "the server does not know this part of the file", may_recover=True
             ) from error
         with response:
-            if received and not _continues(response, received):
+            begins = response.headers.get("Content-Range", "").startswith(f"bytes {received}-")
+            if received and not (response.status == 206 and begins):
                 file.truncate(0)
                 received = 0
             length = response.headers.get("Content-Length", "")
@@ -181,9 +174,7 @@ def _open(client: Client, url: str, received: int) -> Response:
     """Ask for what comes after the bytes that are here."""
     headers = {"Range": f"bytes={received}-"} if received else {}
     try:
-        return client.within(
-            OPEN_SECONDS, lambda: client.open(url, monotonic() + ANSWER_SECONDS, headers)
-        )
+        return within(OPEN_SECONDS, lambda: client.open(url, monotonic() + ANSWER_SECONDS, headers))
     except TimeoutError as error:
         raise WebError(f"no answer in {OPEN_SECONDS:g} s", may_recover=received > 0) from error
     except WebError as error:
@@ -201,15 +192,3 @@ def _copy(url: str, file: BinaryIO) -> None:
         raise WebError(f"cannot be read: {reason(error)}", may_recover=False) from error
     with source:
         shutil.copyfileobj(source, file)
-
-
-def _continues(response: Response, received: int) -> bool:
-    """Whether the answer continues at byte `received`, as asked."""
-    content_range = response.headers.get("Content-Range", "")
-    return response.status == 206 and content_range.startswith(f"bytes {received}-")
-
-
-def _whole_size(headers: Mapping[str, str]) -> int:
-    """The size of the whole file in a ``Content-Range: bytes */N``; -1 if it is not said."""
-    _, _, total = headers.get("Content-Range", "").rpartition("/")
-    return int(total) if total.isdigit() else -1
