@@ -34,7 +34,9 @@ ZIP_SUFFIXES = (".zip",)
 EXTENDED_HEADER_BYTES = 1 << 20  # a long name, or pax records: read whole before they are used
 PIECE_BYTES = 1 << 16
 DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {  # by the first bytes
-    b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
 }
 
 OpenAgain = Callable[[], AbstractContextManager[IO[bytes]]]

@@ -73,11 +73,8 @@ def _expanded(base: str, parts: Sequence[str], above: Folders, warn: Warn) -> It
         yield from _expanded(base, rest, above, warn)
     for entry in entries:
         hidden = entry.name.startswith(".") and not part.startswith(".")
-        if (
-            not is_visible(entry.name)
-            if part == "**"
-            else hidden or not fnmatchcase(entry.name, part)
-        ):
+        matches = is_visible(entry.name) if part == "**" else fnmatchcase(entry.name, part)
+        if hidden or not matches:
             continue
         path = os.path.join(base, entry.name)
         folder = is_folder(entry)

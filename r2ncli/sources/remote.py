@@ -182,7 +182,7 @@ def remote_kind(url: str, seconds: float) -> str:
 
 
 def list_folder(url: str) -> tuple[list[str], list[str]]:
-    """URLs of the files and of the folders in a remote folder.
+    """URLs of the visible files and folders in a remote folder, by the bytes of their names.
 
     Raises
     ------
@@ -192,16 +192,16 @@ def list_folder(url: str) -> tuple[list[str], list[str]]:
     system, path = _system(url)
     files: list[str] = []
     folders: list[str] = []
+    above = url + "/" * (not url.endswith("/"))
     for entry in system.ls(path, detail=True):
         inside = system._strip_protocol(entry["name"]).rstrip("/")
-        if inside == path.rstrip("/"):
-            continue  # object stores list the folder itself
-        found = url + "/" * (not url.endswith("/")) + inside.rpartition("/")[2]
-        (folders if entry["type"] == "directory" else files).append(found)
-    return files, folders
+        name = inside.rpartition("/")[2]
+        if inside != path.rstrip("/") and is_visible(name):  # object stores list the folder too
+            (folders if entry["type"] == "directory" else files).append(above + name)
+    return sorted(files, key=os.fsencode), sorted(folders, key=os.fsencode)
 
 
-def match_remote(pattern: str) -> Iterator[str]:
+def match_remote(pattern: str) -> list[str]:
     """URLs that a pattern with ``*``, ``?`` or ``[…]`` matches, in order.
 
     Raises
@@ -217,13 +217,15 @@ def match_remote(pattern: str) -> Iterator[str]:
         above_path = system._strip_protocol(above + slash)
         matches = system.glob(path, detail=True)
     folders = {found for found, entry in matches.items() if entry["type"] == "directory"}
+    urls = []
     for found in sorted(matches, key=os.fsencode):
-        parts = found.removeprefix(above_path).lstrip("/").split("/")
         beyond = found.split("/")
         # a folder that matches is walked: nothing more in it is a match
         walked = any("/".join(beyond[:count]) in folders for count in range(1, len(beyond)))
-        if not walked and (below.startswith(".") or all(map(is_visible, parts))):
-            yield above + slash + "/".join(parts)
+        inside = found.removeprefix(above_path).lstrip("/")
+        if not walked and (below.startswith(".") or all(map(is_visible, inside.split("/")))):
+            urls.append(above + slash + inside)
+    return urls
 
 
 @contextmanager

@@ -75,10 +75,8 @@ class Search:
         first = next(matches, None)
         if first is not None:
             return chain.from_iterable(map(self._of_match, chain([first], matches)))
-        name = printable(argument) or "''"
         broken = " (a link to nothing)" if os.path.islink(argument) else ""
-        nothing = ", and nothing matches it" if has_pattern(argument) else broken
-        raise InputNotFoundError(f"no such file or folder: {name}{nothing}")
+        raise _missing(printable(argument) or "''", has_pattern(argument), broken)
 
     def _of_list(self, argument: str, open_list: OpenList) -> Iterator[Input]:
         empty = True
@@ -113,11 +111,12 @@ class Search:
         kind = remote_kind(url, self.selection.timeout)
         if kind == "folder":
             return self._remote_walk(url)
-        if kind == "missing" and has_pattern(url):
-            return self._remote_matches(url)
-        if kind == "missing":
-            raise InputNotFoundError(f"no such file or folder: {without_secrets(url)}")
-        return self._remote_file(url)
+        if kind == "file":
+            return self._remote_file(url)
+        matches = match_remote(url) if has_pattern(url) else []
+        if matches:
+            return chain.from_iterable(map(self._of_remote_entry, matches))
+        raise _missing(without_secrets(url), has_pattern(url))
 
     def _of_remote_entry(self, url: str) -> Iterator[Input]:
         """The inputs of a URL in a list, or of one that a pattern matches."""
@@ -173,7 +172,7 @@ class Search:
     def _archive(self, path: str) -> Iterator[Input]:
         name = printable(without_dot_slash(path))
         found = members(path, self._wanted(name), self.selection.max_bytes, self.budget)
-        return self._members(name, found, path=path)
+        return self._members(name, found, False, path)
 
     def _wanted(self, archive: str) -> Callable[[str], bool]:
         def wanted(member: str) -> bool:
@@ -187,11 +186,7 @@ class Search:
         return wanted
 
     def _members(
-        self,
-        archive: str,
-        found: Iterator[tuple[str, Read]],
-        remote: bool = False,
-        path: str | None = None,
+        self, archive: str, found: Iterator[tuple[str, Read]], remote: bool, path: str | None
     ) -> Iterator[Input]:
         try:
             for member, read in found:
@@ -207,18 +202,10 @@ class Search:
         if is_archive(name):
             is_tar = name.lower().endswith(TAR_SUFFIXES)
             found = self._remote_members(url, name, is_tar)
-            yield from self._members(name, found, remote=not is_tar)
+            yield from self._members(name, found, not is_tar, None)
         elif self.left_out.takes(name):
             read = partial(read_url, url, self.client, self.selection.timeout)
             yield Input(name, partial(stamped, read, None), remote=True)
-
-    def _remote_matches(self, pattern: str) -> Iterator[Input]:
-        matches = match_remote(pattern)
-        first = next(matches, None)
-        if first is None:
-            name = without_secrets(pattern)
-            raise InputNotFoundError(f"no such file or folder, and nothing matches: {name}")
-        return chain.from_iterable(map(self._of_remote_entry, chain([first], matches)))
 
     def _remote_walk(self, url: str) -> Iterator[Input]:
         folders = [url]
@@ -227,25 +214,16 @@ class Search:
             try:
                 files, below = list_folder(folder)
             except Exception as error:  # a file system of fsspec can raise anything
-                why = str(error) or type(error).__name__
-                yield _failed(
-                    printable(without_secrets(folder)), f"the folder cannot be listed: {why}"
-                )
+                why = f"the folder cannot be listed: {reason(error)}"
+                yield _failed(printable(without_secrets(folder)), why)
                 continue
-            for file in sorted(files, key=os.fsencode):
-                last = file.rpartition("/")[2]
-                if not is_visible(last):
-                    continue
+            for file in files:
                 if is_tried(file):
                     yield from self._remote_file(file)
                 else:
-                    self._takes_file(last, printable(without_secrets(file)))
-            folders += (
-                found
-                for found in sorted(below, key=os.fsencode, reverse=True)
-                if is_visible(found.rpartition("/")[2])
-                and not self.selection.excludes(without_secrets(found))
-            )
+                    self._takes_file(file.rpartition("/")[2], printable(without_secrets(file)))
+            excludes = self.selection.excludes
+            folders += (one for one in reversed(below) if not excludes(without_secrets(one)))
 
     def _remote_members(self, url: str, name: str, is_tar: bool) -> Iterator[tuple[str, Read]]:
         if is_web(url) and not is_tar:
@@ -269,15 +247,17 @@ def _failed(name: str, why: str) -> Input:
     return Input(name, partial(fail, why))
 
 
+def _missing(name: str, is_pattern: bool, why: str = "") -> InputNotFoundError:
+    nothing = ", and nothing matches it" if is_pattern else why
+    return InputNotFoundError(f"no such file or folder: {name}{nothing}")
+
+
 def _may_exist(path: str) -> bool:
     """Whether something exists, or may: what may not be looked at becomes a failed row."""
     try:
-        os.stat(path)
-    except PermissionError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return True
+        return os.stat(path) is not None
+    except (OSError, ValueError) as error:
+        return isinstance(error, PermissionError)
 
 
 def _folders_above(path: str) -> Folders:
