@@ -102,13 +102,10 @@ def take_lock(path: Path, *, wait: bool = False) -> BaseFileLock | None:
         lock = FileLock(path, timeout=-1 if wait else 0, thread_local=False, fallback_to_soft=False)
         try:
             lock.acquire()
-        except Timeout:
-            if path.exists():
-                return None
-        except FileNotFoundError:
-            pass
-        else:
             return lock
+        except (Timeout, FileNotFoundError) as error:
+            if isinstance(error, Timeout) and path.exists():
+                return None
         # the process that held the lock has just removed it, perhaps with its folder: try again
 
 

@@ -55,9 +55,6 @@ class WebError(Exception):
 class CutOffError(WebError, EOFError):
     """The connection closed before the end of the answer."""
 
-    def __init__(self) -> None:
-        super().__init__("the connection failed (it closed before the end)", may_recover=True)
-
 
 def is_web(url: str) -> bool:
     """Whether a URL is one of http or https."""
@@ -258,7 +255,7 @@ def _web_error(error: BaseException) -> WebError:
         return any(isinstance(one, kinds) for one in chain)
 
     if has(IncompleteRead):
-        return CutOffError()
+        return CutOffError("the connection failed (it closed before the end)", may_recover=True)
     if isinstance(error, ValueError):
         return WebError(f"not a URL: {reason(cause)}", may_recover=False)
     if has(TimeoutError, exceptions.TimeoutError) and not has(exceptions.NewConnectionError):

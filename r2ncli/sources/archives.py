@@ -265,19 +265,14 @@ def _tar_members(
                         yield name, partial(fail, "not a regular file")
                     else:
                         yield name, reader(member.offset_data, member.size)
-            _read_to_end(file)
+            while piece := file.read(PIECE_BYTES):  # a decompressor checks its checksum there
+                if piece.strip(b"\0"):
+                    raise tarfile.ReadError("more follows after its end mark")
     except Exception as error:  # damage or a server can raise anything
         if not count and not isinstance(error, (ImageError, WebError)):
             raise ImageError("not a tar archive, or its beginning is damaged") from error
         beyond = f" beyond member {count:,}" if count else ""
         raise ImageError(f"cannot be read{beyond}: {_words(error)}") from error
-
-
-def _read_to_end(file: IO[bytes]) -> None:
-    """Check that nothing follows, and let the decompressor check the checksum at the end."""
-    while piece := file.read(PIECE_BYTES):
-        if piece.strip(b"\0"):
-            raise tarfile.ReadError("more follows after its end mark")
 
 
 # --- zip ------------------------------------------------------------------------------

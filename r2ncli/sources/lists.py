@@ -59,22 +59,18 @@ def names_in_list(open_list: OpenList, null: bool, stop: threading.Event) -> Ite
     UsageError
         The names end with NUL bytes, and `null` is False.
     """
-    descriptor = open_list()
-    try:
-        yield from entries(_pieces(descriptor, stop), b"\0" if null else b"\n")
-    finally:
-        os.close(descriptor)
+    return entries(_pieces(open_list, stop), b"\0" if null else b"\n")
 
 
-def _pieces(descriptor: int, stop: threading.Event) -> Iterator[bytes]:
+def _pieces(open_list: OpenList, stop: threading.Event) -> Iterator[bytes]:
     """What comes out of a file or a pipe, until its end or `stop`."""
-    with selectors.DefaultSelector() as selector:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    with open(open_list(), "rb", buffering=0) as file, selectors.DefaultSelector() as selector:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             with suppress(OSError, ValueError):  # a device without waiting, as /dev/null
-                selector.register(descriptor, selectors.EVENT_READ)
+                selector.register(file, selectors.EVENT_READ)
         while not stop.is_set():
             if not selector.get_map() or selector.select(0.2):
-                piece = os.read(descriptor, 1 << 16)
+                piece = file.read(1 << 16)
                 if not piece:
                     return
                 yield piece

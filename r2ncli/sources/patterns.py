@@ -88,13 +88,7 @@ def _expanded(base: str, parts: Sequence[str], above: Folders, warn: Warn) -> It
 
 
 def listed(folder: str) -> list[os.DirEntry[str]]:
-    """What is in a folder, by the bytes of the names.
-
-    Raises
-    ------
-    OSError
-        It cannot be listed.
-    """
+    """What is in a folder, by the bytes of the names; an `OSError` if it cannot be listed."""
     with os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: os.fsencode(entry.name))
 

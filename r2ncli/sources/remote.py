@@ -98,13 +98,7 @@ class InTime(io.RawIOBase):
 
 
 def in_time(seconds: float, action: Callable[..., T], *arguments: Any) -> T:
-    """Return what `action(*arguments)` returns, or stop waiting for it after `seconds`.
-
-    Raises
-    ------
-    ImageError
-        What `action` raises, or it does not return in time.
-    """
+    """Return what `action(*arguments)` returns; an `ImageError` if it takes over `seconds`."""
     try:
         return within(seconds, lambda: action(*arguments))
     except TimeoutError as error:

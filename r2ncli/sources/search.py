@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from itertools import chain
 
 from r2ncli.errors import ImageError, InputNotFoundError, UsageError
 from r2ncli.files import reason
-from r2ncli.sources.archives import (
-    TAR_SUFFIXES,
-    Budget,
-    is_archive,
-    members,
-    tar_stream_members,
-    zip_members,
-)
+from r2ncli.sources import archives, lists, patterns, remote
+from r2ncli.sources.archives import Budget, is_archive
 from r2ncli.sources.content import Input, Read, fail, file_input, stamped, with_stamp
-from r2ncli.sources.lists import OpenList, list_file, names_in_list, standard_input
 from r2ncli.sources.names import printable, without_dot_slash
-from r2ncli.sources.patterns import (
-    Folders,
-    Warn,
-    device_and_inode,
-    has_pattern,
-    is_folder,
-    link_back,
-    listed,
-    matching_paths,
-)
-from r2ncli.sources.remote import (
-    in_time,
-    is_url,
-    list_folder,
-    match_remote,
-    open_url,
-    read_url,
-    remote_kind,
-)
+from r2ncli.sources.patterns import Folders, Warn, device_and_inode, has_pattern
+from r2ncli.sources.remote import is_url
 from r2ncli.sources.selection import LeftOut, Selection, is_tried, is_visible
 from r2ncli.web import Client, is_web, without_secrets
 
@@ -64,23 +40,26 @@ class Search:
             It does not exist.
         """
         if argument == "-":
-            return self._of_list(argument, standard_input())
+            return self._of_list(argument, lists.standard_input())
         if _may_exist(argument):
             return self._of_path(argument)
         if argument.startswith("@"):
-            return self._of_list(argument, list_file(argument[1:]))
+            return self._of_list(argument, lists.list_file(argument[1:]))
         if is_url(argument):
             return self._of_url(argument)
-        matches = matching_paths(argument, self.warn) if has_pattern(argument) else iter(())
+        matches = (
+            patterns.matching_paths(argument, self.warn) if has_pattern(argument) else iter(())
+        )
         first = next(matches, None)
         if first is not None:
-            return chain.from_iterable(map(self._of_match, chain([first], matches)))
+            of_match = partial(self._of_path, matched=True)
+            return chain.from_iterable(map(of_match, chain([first], matches)))
         broken = " (a link to nothing)" if os.path.islink(argument) else ""
         raise _missing(printable(argument) or "''", has_pattern(argument), broken)
 
-    def _of_list(self, argument: str, open_list: OpenList) -> Iterator[Input]:
+    def _of_list(self, argument: str, open_list: lists.OpenList) -> Iterator[Input]:
         empty = True
-        for entry in names_in_list(open_list, self.selection.null, self.budget.stop):
+        for entry in lists.names_in_list(open_list, self.selection.null, self.budget.stop):
             empty = False
             if is_url(entry):
                 yield from self._of_remote_entry(entry)
@@ -91,13 +70,10 @@ class Search:
         if empty:
             self.left_out.add_empty_list(printable(argument))
 
-    def _of_match(self, path: str) -> Iterator[Input]:
-        """The inputs of a path that a pattern matched: links back to what it passed count."""
-        return self._of_path(path, _folders_above(path) if os.path.isdir(path) else ())
-
-    def _of_path(self, path: str, above: Folders = ()) -> Iterator[Input]:
+    def _of_path(self, path: str, matched: bool = False) -> Iterator[Input]:
+        """The inputs of a path; links back to what a pattern passed to match it count."""
         if os.path.isdir(path):
-            return self._walk(path, above)
+            return self._walk(path, _folders_above(path) if matched else ())
         if is_archive(path) and os.path.exists(path):
             return self._archive(path)
         return self._file(path)
@@ -108,12 +84,12 @@ class Search:
             yield file_input(path, name)
 
     def _of_url(self, url: str) -> Iterator[Input]:
-        kind = remote_kind(url, self.selection.timeout)
+        kind = remote.remote_kind(url, self.selection.timeout)
         if kind == "folder":
             return self._remote_walk(url)
         if kind == "file":
             return self._remote_file(url)
-        matches = match_remote(url) if has_pattern(url) else []
+        matches = remote.match_remote(url) if has_pattern(url) else []
         if matches:
             return chain.from_iterable(map(self._of_remote_entry, matches))
         raise _missing(without_secrets(url), has_pattern(url))
@@ -136,7 +112,7 @@ class Search:
         while folders:
             path, name, above = folders.pop()
             try:
-                entries = listed(path)
+                entries = patterns.listed(path)
             except OSError as error:
                 why = f"the folder cannot be listed: {reason(error)}"
                 yield _failed(printable(name or "."), why)
@@ -146,13 +122,13 @@ class Search:
                 if not is_visible(entry.name):
                     continue
                 entry_name = os.path.join(name, entry.name)
-                if not is_folder(entry):
+                if not patterns.is_folder(entry):
                     if self._takes_file(entry.name, printed := printable(entry_name)):
                         yield file_input(entry.path, printed)
                 elif self.selection.excludes(printable(entry_name)):
                     self.left_out.takes(printable(entry_name))  # counts it
                 elif (identity := device_and_inode(entry.path)) and identity in above:
-                    self.warn(link_back(entry_name))
+                    self.warn(patterns.link_back(entry_name))
                 else:
                     below.append((entry.path, entry_name, (*above, identity)))
             folders.extend(reversed(below))
@@ -171,19 +147,18 @@ class Search:
 
     def _archive(self, path: str) -> Iterator[Input]:
         name = printable(without_dot_slash(path))
-        found = members(path, self._wanted(name), self.selection.max_bytes, self.budget)
+        found = archives.members(
+            path, partial(self._takes_member, name), self.selection.max_bytes, self.budget
+        )
         return self._members(name, found, False, path)
 
-    def _wanted(self, archive: str) -> Callable[[str], bool]:
-        def wanted(member: str) -> bool:
-            if not all(part in (".", "..") or is_visible(part) for part in member.split("/")):
-                return False
-            if not is_tried(member):
-                self.left_out.add_file(member)
-                return False
-            return self.left_out.takes(f"{archive}!{printable(member)}")
-
-        return wanted
+    def _takes_member(self, archive: str, member: str) -> bool:
+        if not all(part in (".", "..") or is_visible(part) for part in member.split("/")):
+            return False
+        if not is_tried(member):
+            self.left_out.add_file(member)
+            return False
+        return self.left_out.takes(f"{archive}!{printable(member)}")
 
     def _members(
         self, archive: str, found: Iterator[tuple[str, Read]], remote: bool, path: str | None
@@ -200,11 +175,11 @@ class Search:
     def _remote_file(self, url: str) -> Iterator[Input]:
         name = printable(without_secrets(url))
         if is_archive(name):
-            is_tar = name.lower().endswith(TAR_SUFFIXES)
+            is_tar = name.lower().endswith(archives.TAR_SUFFIXES)
             found = self._remote_members(url, name, is_tar)
             yield from self._members(name, found, not is_tar, None)
         elif self.left_out.takes(name):
-            read = partial(read_url, url, self.client, self.selection.timeout)
+            read = partial(remote.read_url, url, self.client, self.selection.timeout)
             yield Input(name, partial(stamped, read, None), remote=True)
 
     def _remote_walk(self, url: str) -> Iterator[Input]:
@@ -212,7 +187,7 @@ class Search:
         while folders:
             folder = folders.pop()
             try:
-                files, below = list_folder(folder)
+                files, below = remote.list_folder(folder)
             except Exception as error:  # a file system of fsspec can raise anything
                 why = f"the folder cannot be listed: {reason(error)}"
                 yield _failed(printable(without_secrets(folder)), why)
@@ -229,16 +204,16 @@ class Search:
         if is_web(url) and not is_tar:
             raise ImageError("a zip archive cannot be read over http(s): download it first")
         seconds = self.selection.timeout
-        open_again = partial(open_url, url, self.client, seconds)
-        wanted = self._wanted(name)
+        open_again = partial(remote.open_url, url, self.client, seconds)
+        wanted = partial(self._takes_member, name)
         with open_again() as stream:
             if is_tar:
                 limit = self.selection.max_bytes
-                found = tar_stream_members(stream, wanted, limit, self.budget)
+                found = archives.tar_stream_members(stream, wanted, limit, self.budget)
             else:
                 found = (
-                    (member, partial(in_time, seconds, read))
-                    for member, read in zip_members(stream, open_again, wanted)
+                    (member, partial(remote.in_time, seconds, read))
+                    for member, read in archives.zip_members(stream, open_again, wanted)
                 )
             yield from with_stamp(found, None)
 

@@ -13,6 +13,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain, islice
 
 from r2ncli.files import PathLike as PathLike
@@ -114,9 +115,7 @@ class Walk:
 
     def _put(self, found: Input | BaseException | None) -> bool:
         while not self._stop.is_set():
-            try:
+            with suppress(queue.Full):
                 self._names.put(found, timeout=0.1)
                 return True
-            except queue.Full:
-                continue
         return False

@@ -19,22 +19,13 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from r2ncli import web
 from r2ncli.architectures import DEMO
 from r2ncli.errors import CheckpointError
 from r2ncli.files import open_regular, publish, reason, remove_lock, take_lock
-from r2ncli.web import (
-    ANSWER_SECONDS,
-    ATTEMPTS,
-    Client,
-    CutOffError,
-    Response,
-    WebError,
-    retry,
-    within,
-    without_secrets,
-)
+from r2ncli.web import Client, CutOffError, Response, WebError, without_secrets
 
-OPEN_SECONDS = 8.0  # how long it may take until the answer begins; less than ANSWER_SECONDS
+OPEN_SECONDS = 8.0  # how long it may take until the answer begins; less than web.ANSWER_SECONDS
 FIRST_PAUSE_SECONDS = 1.0  # before the second attempt; each further one is twice as long
 PIECE_BYTES = 1 << 18
 
@@ -103,7 +94,7 @@ def download_file(url: str, destination: Path, on_progress: OnProgress | None = 
                 )
             publish(partial, destination)
     except WebError as error:
-        times = f", {ATTEMPTS} times" if error.may_recover else ""
+        times = f", {web.ATTEMPTS} times" if error.may_recover else ""
         raise CheckpointError(f"cannot download {shown}: {error}{times}. {by_hand}") from error
     except OSError as error:
         raise CheckpointError(
@@ -167,14 +158,16 @@ def _fetch(url: str, file: BinaryIO, destination: Path, on_progress: OnProgress 
                     f"the connection closed after {received:,}{of_total} bytes", may_recover=True
                 ) from error
 
-    retry(attempt, FIRST_PAUSE_SECONDS)
+    web.retry(attempt, FIRST_PAUSE_SECONDS)
 
 
 def _open(client: Client, url: str, received: int) -> Response:
     """Ask for what comes after the bytes that are here."""
     headers = {"Range": f"bytes={received}-"} if received else {}
     try:
-        return within(OPEN_SECONDS, lambda: client.open(url, monotonic() + ANSWER_SECONDS, headers))
+        return web.within(
+            OPEN_SECONDS, lambda: client.open(url, monotonic() + web.ANSWER_SECONDS, headers)
+        )
     except TimeoutError as error:
         raise WebError(f"no answer in {OPEN_SECONDS:g} s", may_recover=received > 0) from error
     except WebError as error:
