@@ -149,9 +149,10 @@ class Client:
                 preload_content=False, decode_content=False,
             )  # fmt: skip
         response = Response(answer)
-        if answer.status >= 300 or monotonic() > deadline:
-            response.close()
+        if monotonic() > deadline:
+            response.close()  # nobody waits for it any more
         if answer.status >= 300:
+            response.close()
             raise WebError(
                 f"the server answered {answer.status} {answer.reason or ''}".rstrip(),
                 may_recover=answer.status in (408, 425, 429) or answer.status >= 500,
@@ -236,8 +237,6 @@ def _explained() -> Iterator[None]:
 
     try:
         yield
-    except WebError:
-        raise
     except (HTTPError, HTTPException, OSError, ValueError) as error:
         raise _web_error(error) from error
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from http.client import IncompleteRead
+from operator import attrgetter
 from typing import IO, Any, Self, cast
 
 from r2ncli.errors import ImageError
@@ -38,6 +39,8 @@ DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {  # by the first bytes
     b"BZh": bz2.open,
     b"\xfd7zXZ\0": lzma.open,
 }
+
+_identity = attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")  # changes with the content
 
 OpenAgain = Callable[[], AbstractContextManager[IO[bytes]]]
 
@@ -141,7 +144,6 @@ def members(
     try:
         file, status = open_regular(path)
         with file:
-            stamp = stamp_in(status)
             open_again = partial(_open_unchanged, path, _identity(status))
             if path.lower().endswith(ZIP_SUFFIXES):
                 found = zip_members(file, open_again, wanted)
@@ -149,7 +151,7 @@ def members(
                 found = tar_stream_members(file, wanted, max_bytes, budget)
             else:
                 found = _tar_members(file, wanted, partial(partial, _read_range, open_again))
-            yield from with_stamp(found, stamp)
+            yield from with_stamp(found, stamp_in(status))
     except OSError as error:
         raise ImageError(f"cannot be read: {_words(error)}") from error
 
@@ -167,10 +169,6 @@ def _open_unchanged(path: str, identity: tuple[int, ...]) -> Iterator[IO[bytes]]
                 raise changed
     except OSError as error:
         raise ImageError(f"cannot be read: {_words(error)}") from error
-
-
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _words(error: Exception) -> str:
@@ -230,10 +228,7 @@ class _Forwards:
 
 def _decompressor(file: io.BufferedReader | IO[bytes]) -> Callable[[IO[bytes]], IO[bytes]] | None:
     head = cast(io.BufferedReader, file).peek(6)
-    for beginning, decompressor in DECOMPRESSORS.items():
-        if head.startswith(beginning):
-            return decompressor
-    return None
+    return next((opened for start, opened in DECOMPRESSORS.items() if head.startswith(start)), None)
 
 
 def _read_range(open_again: OpenAgain, offset: int, size: int, max_bytes: int) -> bytes:
@@ -247,9 +242,7 @@ def _read_range(open_again: OpenAgain, offset: int, size: int, max_bytes: int) -
 
 
 def _tar_members(
-    file: IO[bytes],
-    wanted: Callable[[str], bool],
-    reader: Callable[[int, int], ReadBytes],
+    file: IO[bytes], wanted: Callable[[str], bool], reader: Callable[[int, int], ReadBytes]
 ) -> Iterator[tuple[str, ReadBytes]]:
     count = 0
     try:

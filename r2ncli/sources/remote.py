@@ -178,10 +178,7 @@ def remote_kind(url: str, seconds: float) -> str:
 def list_folder(url: str) -> tuple[list[str], list[str]]:
     """URLs of the visible files and folders in a remote folder, by the bytes of their names.
 
-    Raises
-    ------
-    Exception
-        Whatever the file system of fsspec raises.
+    It raises whatever the file system of fsspec raises.
     """
     system, path = _system(url)
     files: list[str] = []

@@ -47,15 +47,14 @@ class Search:
             return self._of_list(argument, lists.list_file(argument[1:]))
         if is_url(argument):
             return self._of_url(argument)
-        matches = (
-            patterns.matching_paths(argument, self.warn) if has_pattern(argument) else iter(())
-        )
+        is_pattern = has_pattern(argument)
+        matches = patterns.matching_paths(argument, self.warn) if is_pattern else iter(())
         first = next(matches, None)
         if first is not None:
             of_match = partial(self._of_path, matched=True)
             return chain.from_iterable(map(of_match, chain([first], matches)))
         broken = " (a link to nothing)" if os.path.islink(argument) else ""
-        raise _missing(printable(argument) or "''", has_pattern(argument), broken)
+        raise _missing(printable(argument) or "''", is_pattern, broken)
 
     def _of_list(self, argument: str, open_list: lists.OpenList) -> Iterator[Input]:
         empty = True

@@ -51,12 +51,11 @@ class Selection:
             return False
         parts = _BORDER.split(name)
         beginnings = [*(name[: border.start()] for border in _BORDER.finditer(name)), name]
-        for pattern in self.exclude:
-            wanted = pattern.rstrip("/")
-            candidates = beginnings if "/" in wanted else parts
-            if any(fnmatchcase(candidate, wanted) for candidate in candidates):
-                return True
-        return False
+        return any(
+            fnmatchcase(candidate, pattern)
+            for pattern in (pattern.rstrip("/") for pattern in self.exclude)
+            for candidate in (beginnings if "/" in pattern else parts)
+        )
 
 
 class LeftOut:

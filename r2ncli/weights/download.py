@@ -120,7 +120,13 @@ def _locked(partial: Path) -> Iterator[None]:
 def _fetch(url: str, file: BinaryIO, destination: Path, on_progress: OnProgress | None) -> None:
     """Append to `file` until the whole of `url` is there."""
     if urlsplit(url).scheme == "file":
-        _copy(url, file)
+        file.truncate(0)
+        try:
+            source, _ = open_regular(url2pathname(urlsplit(url).path))
+        except OSError as error:
+            raise WebError(f"cannot be read: {reason(error)}", may_recover=False) from error
+        with source:
+            shutil.copyfileobj(source, file)
         return
     shown = without_secrets(url)
     client = Client()
@@ -174,14 +180,3 @@ def _open(client: Client, url: str, received: int) -> Response:
         if not error.connected and not received:
             error.may_recover = False  # a server that was never there: say so at once
         raise
-
-
-def _copy(url: str, file: BinaryIO) -> None:
-    """Append a file of this machine, which a file URL names."""
-    file.truncate(0)
-    try:
-        source, _ = open_regular(url2pathname(urlsplit(url).path))
-    except OSError as error:
-        raise WebError(f"cannot be read: {reason(error)}", may_recover=False) from error
-    with source:
-        shutil.copyfileobj(source, file)
