@@ -256,7 +256,8 @@ def _web_error(error: BaseException) -> WebError:
     if has(IncompleteRead):
         return CutOffError("the connection failed (it closed before the end)", may_recover=True)
     if isinstance(error, ValueError):
-        return WebError(f"not a URL: {reason(cause)}", may_recover=False)
+        shown = without_secrets(getattr(error, "location", "")) or reason(cause)
+        return WebError(f"not a URL: {shown}", may_recover=False)
     if has(TimeoutError, exceptions.TimeoutError) and not has(exceptions.NewConnectionError):
         text = f"the {'proxy' if has(exceptions.ProxyError) else 'server'} does not answer"
     else:

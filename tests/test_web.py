@@ -204,6 +204,13 @@ def test_a_url_that_is_none_is_not_tried_again() -> None:
         assert not raised.value.may_recover
 
 
+def test_the_error_of_a_malformed_url_shows_no_secret() -> None:
+    for url in ("http://user:secret@h:port/x?secret", "http://user:secret@h:99999/x?secret"):
+        with pytest.raises(WebError, match="not a URL: ") as raised:
+            get(Client(), url)
+        assert "secret" not in str(raised.value)
+
+
 # --- certificates -------------------------------------------------------------------------
 
 
