@@ -17,12 +17,7 @@ PathLike = str | os.PathLike[str]
 
 
 def open_regular(path: PathLike, buffering: int = -1) -> tuple[BinaryIO, os.stat_result]:
-    """Open a regular file for reading, without waiting where it is a pipe.
-
-    Returns
-    -------
-    (file, os.stat_result)
-        The open file, and what the system says of it.
+    """Open a regular file for reading, without waiting where it is a pipe; also its status.
 
     Raises
     ------
@@ -31,7 +26,10 @@ def open_regular(path: PathLike, buffering: int = -1) -> tuple[BinaryIO, os.stat
     ValueError
         There is a NUL character in the path.
     """
-    file: BinaryIO = open(path, "rb", buffering, opener=_without_waiting)  # noqa: SIM115
+    flags = getattr(os, "O_NONBLOCK", 0)  # Windows has no such flag
+    file: BinaryIO = open(  # noqa: SIM115
+        path, "rb", buffering, opener=lambda path, mode: os.open(path, mode | flags)
+    )
     try:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -42,24 +40,13 @@ def open_regular(path: PathLike, buffering: int = -1) -> tuple[BinaryIO, os.stat
     return file, status
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no such flag
-
-
 def write_whole(
     path: Path, parts: Iterable[bytes | memoryview], temporary: Path | None = None
 ) -> None:
     """Write a file so that it exists completely or not at all, even after a power cut.
 
-    Parameters
-    ----------
-    path : Path
-        The final name.
-    parts : iterable of bytes
-        The content, in order.
-    temporary : Path, optional
-        The name while it is written; by default `path` with ``.tmp`` at its end. It needs to
-        be unique where several processes may write `path` at the same time.
+    Until it is complete its name is `temporary`, which needs to be unique where several
+    processes may write `path` at the same time; the default is `path` followed by ``.tmp``.
 
     Raises
     ------
@@ -97,17 +84,10 @@ def sync(path: Path) -> None:
 
 
 def take_lock(path: Path, *, wait: bool = False) -> BaseFileLock | None:
-    """Lock the file `path` for this process; None where another process holds the lock.
+    """Lock the file `path`; where another process holds the lock, wait for it or return None.
 
     The operating system holds the lock, so that it ends with the process, however that dies.
     The file and its folder are created if they do not exist.
-
-    Parameters
-    ----------
-    path : Path
-        The lock file.
-    wait : bool
-        Whether to wait until the lock is free.
 
     Raises
     ------
@@ -122,13 +102,10 @@ def take_lock(path: Path, *, wait: bool = False) -> BaseFileLock | None:
         lock = FileLock(path, timeout=-1 if wait else 0, thread_local=False, fallback_to_soft=False)
         try:
             lock.acquire()
-        except Timeout:
-            if path.exists():
-                return None
-        except FileNotFoundError:
-            pass
-        else:
             return lock
+        except (Timeout, FileNotFoundError) as error:
+            if isinstance(error, Timeout) and path.exists():
+                return None
         # the process that held the lock has just removed it, perhaps with its folder: try again
 
 
@@ -143,6 +120,7 @@ def remove_lock(lock: BaseFileLock) -> None:
             path.unlink(missing_ok=True)
 
 
-def reason(error: OSError) -> str:
-    """Say in lower case what the system says, without a path that the user did not type."""
-    return (error.strerror or str(error) or type(error).__name__).lower()
+def reason(error: BaseException) -> str:
+    """Say in lower case, on one line, what failed, without a path that the user did not type."""
+    text = (isinstance(error, OSError) and error.strerror) or str(error)
+    return " ".join(text.lower().split()) or type(error).__name__.lower()

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import io
 import os
-import queue
 import re
 import ssl
 import threading
-import urllib.request
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from http.client import HTTPException, IncompleteRead
-from itertools import count
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from r2ncli.files import reason
 
@@ -26,26 +24,16 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 4
 ANSWER_SECONDS = 10.0  # how long a server may take to answer, or to send more
-MOST_REDIRECTS = 10
 CONNECTIONS = 16  # kept open for each server
 
 T = TypeVar("T")
-Job = Callable[[], None]
 
 
 class WebError(Exception):
-    """Why a request failed.
+    """Why a request failed, and whether another attempt may succeed.
 
-    Attributes
-    ----------
-    may_recover : bool
-        Whether another attempt may succeed.
-    connected : bool
-        Whether there was a connection to the server.
-    status : int or None
-        The HTTP status of the answer, if there was one.
-    headers : mapping
-        The headers of the answer.
+    `connected` says whether there was a connection to the server; `status` and `headers` are
+    those of its answer, if there was one.
     """
 
     def __init__(
@@ -67,9 +55,6 @@ class WebError(Exception):
 class CutOffError(WebError, EOFError):
     """The connection closed before the end of the answer."""
 
-    def __init__(self) -> None:
-        super().__init__("the connection failed (it closed before the end)", may_recover=True)
-
 
 def is_web(url: str) -> bool:
     """Whether a URL is one of http or https."""
@@ -78,101 +63,71 @@ def is_web(url: str) -> bool:
 
 def without_secrets(url: str) -> str:
     """A URL as it may be shown: no user name, no password, and for http no query."""
-    shown = []
-    for part in re.split(r"::(?=[A-Za-z][A-Za-z0-9+.-]*://)", url):  # of a chain of fsspec's
-        plain = re.split(r"[?#]", part, maxsplit=1)[0] if is_web(part) else part
-        shown.append(re.sub(r"://[^/]*@", "://", plain, count=1))
-    return "::".join(shown)
+    parts = re.split(r"::(?=[A-Za-z][A-Za-z0-9+.-]*://)", url)  # of a chain of fsspec's
+    plain = (re.split(r"[?#]", part, maxsplit=1)[0] if is_web(part) else part for part in parts)
+    return "::".join(re.sub(r"://[^/]*@", "://", part, count=1) for part in plain)
 
 
 def retry(action: Callable[[], T], first_pause: float, deadline: float = float("inf")) -> T:
     """Return what `action` returns; try again after a `WebError` that may pass.
 
-    Parameters
-    ----------
-    action : callable
-        What is tried, `ATTEMPTS` times at most.
-    first_pause : float
-        Seconds before the second attempt; each further pause is twice as long.
-    deadline : float
-        No attempt begins after this time of `time.monotonic`.
+    It is tried `ATTEMPTS` times at most, the second time after `first_pause` seconds; each
+    further pause is twice as long. No attempt begins after `deadline` (of `time.monotonic`).
 
     Raises
     ------
     WebError
         The last attempt failed, or another one would be of no use.
     """
-    for attempt in count(1):
+    pause = first_pause
+    for _ in range(ATTEMPTS - 1):
         try:
             return action()
         except WebError as error:
-            pause = first_pause * 2.0 ** (attempt - 1)
-            if not error.may_recover or attempt == ATTEMPTS or monotonic() + pause >= deadline:
+            if not error.may_recover or monotonic() + pause >= deadline:
                 raise
         sleep(pause)
-    raise AssertionError("count() has no end")
+        pause *= 2
+    return action()
+
+
+def within(seconds: float, action: Callable[[], T]) -> T:
+    """Return what `action` returns, or stop waiting for it after `seconds`.
+
+    The action runs in a daemon thread. After the time it goes on there, and its result is
+    dropped: some calls, such as a look-up of a host name, cannot be interrupted.
+
+    Raises
+    ------
+    TimeoutError
+        The action took longer.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(action())
+        except BaseException as error:  # raised where the result is used
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="r2n-wait", daemon=True).start()
+    return outcome.result(seconds)
 
 
 class Client:
-    """An HTTP client for one run: keeps connections open, and bounds how long a call may take.
-
-    Threads may share it. The connections close, and its threads end, when nothing refers to
-    it any more.
-    """
+    """An HTTP client for one run, which keeps connections open; threads may share it."""
 
     def __init__(self, user_agent: str = "r2n") -> None:
         self._user_agent = user_agent
         self._pools: dict[str | None, PoolManager] = {}  # by proxy
-        self._proxies: dict[str, str] | None = None  # of the environment, once it is read
         self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._idle = threading.Semaphore(0)
-        self._threads = 0
-
-    def within(self, seconds: float, action: Callable[[], T]) -> T:
-        """Return what `action` returns, or stop waiting for it after `seconds`.
-
-        The action runs in a daemon thread. After the time it goes on there, and its result is
-        dropped: some calls, such as a look-up of a host name, cannot be interrupted.
-
-        Raises
-        ------
-        TimeoutError
-            The action took longer.
-        """
-        outcome: Future[T] = Future()
-
-        def job() -> None:
-            try:
-                outcome.set_result(action())
-            except BaseException as error:  # raised where the result is used
-                outcome.set_exception(error)
-
-        if not self._idle.acquire(blocking=False):
-            with self._lock:
-                self._threads += 1
-            threading.Thread(
-                target=_work, args=(self._jobs, self._idle), name="r2n-wait", daemon=True
-            ).start()
-        self._jobs.put(job)
-        return outcome.result(seconds)
-
-    def __del__(self) -> None:
-        for _ in range(self._threads):
-            self._jobs.put(None)
 
     def open(self, url: str, deadline: float, headers: Mapping[str, str] | None = None) -> Response:
         """Ask for a URL, once, and return the answer before its body is read.
 
-        Parameters
-        ----------
-        url : str
-            An http or https URL. Its user name and password are sent to its own host only.
-        deadline : float
-            The time of `time.monotonic` until which the server may take to answer. (Looking up
-            the host's name is not bounded: call this in `within`.)
-        headers : mapping, optional
-            Further headers.
+        A user name and password in the URL are sent to its own host only. The server may take
+        until `deadline` (of `time.monotonic`) to answer; looking up the host's name is not
+        bounded: call this in `within`.
 
         Raises
         ------
@@ -181,23 +136,23 @@ class Client:
         """
         from urllib3 import Retry, Timeout
 
-        plain, authorization = _split_user(url)
-        sent = {"User-Agent": self._user_agent, **authorization, **(headers or {})}
         seconds = max(0.1, min(ANSWER_SECONDS, deadline - monotonic()))
         with _explained():
+            plain, user = _split_user(url)
+            sent = {"User-Agent": self._user_agent, **user, **(headers or {})}
             # redirects alone are urllib3's; it drops Authorization on the way to another host
             redirects = Retry(
-                None, connect=False, read=False, status=0, other=0,
-                redirect=MOST_REDIRECTS, raise_on_redirect=False,
-            )  # fmt: skip
+                None, connect=False, read=False, other=0, redirect=10, raise_on_redirect=False
+            )
             answer = self._pool(plain).urlopen(
                 "GET", plain, headers=sent, retries=redirects, timeout=Timeout(seconds, seconds),
                 preload_content=False, decode_content=False,
             )  # fmt: skip
         response = Response(answer)
-        if answer.status >= 300 or monotonic() > deadline:
-            response.close()
+        if monotonic() > deadline:
+            response.close()  # nobody waits for it any more
         if answer.status >= 300:
+            response.close()
             raise WebError(
                 f"the server answered {answer.status} {answer.reason or ''}".rstrip(),
                 may_recover=answer.status in (408, 425, 429) or answer.status >= 500,
@@ -211,41 +166,21 @@ class Client:
         from urllib3 import PoolManager, ProxyManager
 
         parts = urlsplit(url)
-        if self._proxies is None:
-            self._proxies = urllib.request.getproxies()
-        proxy = self._proxies.get(parts.scheme.lower())
-        if proxy and urllib.request.proxy_bypass(parts.netloc):
-            proxy = None
+        proxy = None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
         with self._lock:
             if proxy not in self._pools:
                 options: dict[str, Any] = {"maxsize": CONNECTIONS, "ssl_context": _certificates()}
                 if proxy:
                     address, user = _split_user(proxy if "://" in proxy else f"http://{proxy}")
-                    if user:
-                        options["proxy_headers"] = {"Proxy-Authorization": user["Authorization"]}
-                    self._pools[proxy] = ProxyManager(address, **options)
+                    headers = {f"Proxy-{name}": value for name, value in user.items()}
+                    self._pools[proxy] = ProxyManager(address, proxy_headers=headers, **options)
                 else:
                     self._pools[proxy] = PoolManager(**options)
             return self._pools[proxy]
 
 
-def _work(jobs: queue.SimpleQueue[Job | None], idle: threading.Semaphore) -> None:
-    while (job := jobs.get()) is not None:
-        job()
-        del job  # what it holds is free as soon as it was done
-        idle.release()
-
-
 class Response(io.RawIOBase):
-    """The answer of a server; reading gives its body as it comes, unchanged.
-
-    Attributes
-    ----------
-    status : int
-        The HTTP status, below 300.
-    headers : mapping
-        The headers, whatever the case of their names.
-    """
+    """The answer of a server; reading gives its body as it comes, unchanged."""
 
     def __init__(self, answer: BaseHTTPResponse) -> None:
         super().__init__()
@@ -270,13 +205,12 @@ class Response(io.RawIOBase):
 
 
 def _certificates() -> ssl.SSLContext:
-    """Which servers are trusted: the system's certificates, ``SSL_CERT_FILE``, and
-    ``REQUESTS_CA_BUNDLE``."""
+    """The trusted servers: the system's, ``SSL_CERT_FILE`` and ``REQUESTS_CA_BUNDLE``."""
     context = ssl.create_default_context()  # which looks at SSL_CERT_FILE itself
     if bundle := os.environ.get("REQUESTS_CA_BUNDLE"):
+        kind = "capath" if os.path.isdir(bundle) else "cafile"
         try:
-            is_folder = os.path.isdir(bundle)
-            context.load_verify_locations(**{"capath" if is_folder else "cafile": bundle})
+            context.load_verify_locations(**{kind: bundle})
         except OSError as error:
             raise WebError(
                 f"REQUESTS_CA_BUNDLE is {bundle!r}, which cannot be used: {reason(error)}",
@@ -287,13 +221,13 @@ def _certificates() -> ssl.SSLContext:
 
 def _split_user(url: str) -> tuple[str, dict[str, str]]:
     """A URL without user name, password and fragment, in ASCII; and the header for the user."""
-    scheme, separator, rest = url.partition("#")[0].partition("://")
-    host, slash, path = re.fullmatch(r"([^/?]*)(/?)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]
-    user, _, host = host.rpartition("@")
-    plain = quote(f"{scheme}{separator}{host}{slash}{path}", safe="%/:=&?~+!$,;'@()*[]")
-    if not user:
+    from urllib3.util import parse_url
+
+    parts = parse_url(url)
+    plain = parts._replace(auth=None, fragment=None).url
+    if not parts.auth:
         return plain, {}
-    return plain, {"Authorization": f"Basic {b64encode(unquote(user).encode()).decode()}"}
+    return plain, {"Authorization": f"Basic {b64encode(unquote(parts.auth).encode()).decode()}"}
 
 
 @contextmanager
@@ -303,8 +237,6 @@ def _explained() -> Iterator[None]:
 
     try:
         yield
-    except WebError:
-        raise
     except (HTTPError, HTTPException, OSError, ValueError) as error:
         raise _web_error(error) from error
 
@@ -322,17 +254,19 @@ def _web_error(error: BaseException) -> WebError:
         return any(isinstance(one, kinds) for one in chain)
 
     if has(IncompleteRead):
-        return CutOffError()
-    if has(exceptions.LocationValueError) or not has(exceptions.HTTPError, OSError, HTTPException):
-        return WebError(f"not a URL: {_words(cause)}", may_recover=False)
-    unconnected = has(exceptions.NewConnectionError, exceptions.ConnectTimeoutError)
+        return CutOffError("the connection failed (it closed before the end)", may_recover=True)
+    if isinstance(error, ValueError):
+        shown = without_secrets(getattr(error, "location", "")) or reason(cause)
+        return WebError(f"not a URL: {shown}", may_recover=False)
     if has(TimeoutError, exceptions.TimeoutError) and not has(exceptions.NewConnectionError):
         text = f"the {'proxy' if has(exceptions.ProxyError) else 'server'} does not answer"
     else:
         to_proxy = " to the proxy" if has(exceptions.ProxyError) else ""
-        text = f"the connection{to_proxy} failed ({_words(cause)})"
+        text = f"the connection{to_proxy} failed ({reason(cause)})"
     return WebError(
-        text, may_recover=not has(ssl.SSLCertVerificationError), connected=not unconnected
+        text,
+        may_recover=not has(ssl.SSLCertVerificationError),
+        connected=not has(exceptions.ConnectTimeoutError),
     )
 
 
@@ -341,8 +275,3 @@ def _inner(error: BaseException) -> BaseException | None:
     named = (getattr(error, name, None) for name in ("original_error", "reason", "__cause__"))
     inner = (one for one in (*named, *reversed(error.args)) if isinstance(one, BaseException))
     return next(inner, None)
-
-
-def _words(error: BaseException) -> str:
-    text = reason(error) if isinstance(error, OSError) else str(error).lower()
-    return " ".join(text.split()) or type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import subprocess
@@ -49,6 +50,7 @@ def test_a_pipe_is_an_error_and_no_wait(tmp_path: Path) -> None:
 
 
 def test_what_is_not_opened_leaves_no_descriptor(tmp_path: Path) -> None:
+    gc.collect()  # what earlier tests left open
     before = sorted(os.listdir("/dev/fd"))
     for path in (tmp_path, "/dev/zero", tmp_path / "missing"):
         with pytest.raises(OSError, match=r"."):

@@ -21,29 +21,32 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from http.client import IncompleteRead
-from typing import IO, Self, cast
+from operator import attrgetter
+from typing import IO, Any, Self, cast
 
 from r2ncli.errors import ImageError
 from r2ncli.files import open_regular, reason
 from r2ncli.sources.content import Read, ReadBytes, fail, stamp_in, too_large, with_stamp
+from r2ncli.sources.names import without_dot_slash
 from r2ncli.web import WebError
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 ZIP_SUFFIXES = (".zip",)
 EXTENDED_HEADER_BYTES = 1 << 20  # a long name, or pax records: read whole before they are used
 PIECE_BYTES = 1 << 16
+DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {  # by the first bytes
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
+
+_identity = attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")  # changes with the content
 
 OpenAgain = Callable[[], AbstractContextManager[IO[bytes]]]
 
 
 class Budget:
-    """Limits the bytes that are held by inputs that wait to be used.
-
-    Attributes
-    ----------
-    stop : threading.Event
-        Once it is set, `take` no longer waits.
-    """
+    """Limits the bytes that are held by inputs that wait to be used; `stop` ends each wait."""
 
     def __init__(self, limit: float, stop: threading.Event) -> None:
         self.stop = stop
@@ -131,16 +134,7 @@ def members(
 ) -> Iterator[tuple[str, Read]]:
     """Name of every wanted member of the archive at `path`, as stored, and its reader.
 
-    Parameters
-    ----------
-    path : str
-        A local file with the suffix of an archive.
-    wanted : callable
-        Takes a member's name, and says whether to yield it.
-    max_bytes : int
-        A larger member of a compressed tar is not held.
-    budget : Budget
-        Limits what is held of a compressed tar.
+    Of a compressed tar, no more is held than `budget` allows, and no member above `max_bytes`.
 
     Raises
     ------
@@ -150,15 +144,14 @@ def members(
     try:
         file, status = open_regular(path)
         with file:
-            stamp = stamp_in(status)
             open_again = partial(_open_unchanged, path, _identity(status))
             if path.lower().endswith(ZIP_SUFFIXES):
                 found = zip_members(file, open_again, wanted)
             elif _decompressor(file):
                 found = tar_stream_members(file, wanted, max_bytes, budget)
             else:
-                found = _tar_members(file, wanted, partial(_range_reader, open_again))
-            yield from with_stamp(found, stamp)
+                found = _tar_members(file, wanted, partial(partial, _read_range, open_again))
+            yield from with_stamp(found, stamp_in(status))
     except OSError as error:
         raise ImageError(f"cannot be read: {_words(error)}") from error
 
@@ -178,26 +171,13 @@ def _open_unchanged(path: str, identity: tuple[int, ...]) -> Iterator[IO[bytes]]
         raise ImageError(f"cannot be read: {_words(error)}") from error
 
 
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _plain_name(name: str) -> str:
-    while name.startswith("./"):
-        name = name[2:].lstrip("/")
-    return name
-
-
 def _words(error: Exception) -> str:
     """What a reader of the standard library says of damage, in words that name no file."""
-    if isinstance(error, OSError) and error.strerror:
-        return reason(error)
-    text = str(error).lower()
-    if isinstance(error, (EOFError, IncompleteRead)) or text == "unexpected end of data":
+    text = reason(error)
+    cut = isinstance(error, (EOFError, IncompleteRead, struct.error))
+    if cut or text == "unexpected end of data":
         return "it is cut off"
-    if "crc" in text:
-        return "its checksum does not fit"
-    return text or type(error).__name__
+    return "its checksum does not fit" if "crc" in text else text
 
 
 # --- tar ------------------------------------------------------------------------------
@@ -208,11 +188,6 @@ def tar_stream_members(
 ) -> Iterator[tuple[str, ReadBytes]]:
     """Members of a tar, compressed or not, that can only be read forwards (see `members`)."""
 
-    def held(file: IO[bytes], member: tarfile.TarInfo) -> ReadBytes:
-        if member.size > max_bytes:
-            return partial(fail, str(too_large(max_bytes, member.size)))
-        return _Held(file, member.size, budget).read
-
     try:
         buffered = io.BufferedReader(cast(io.RawIOBase, stream), PIECE_BYTES)
         decompressor = _decompressor(buffered)
@@ -220,7 +195,14 @@ def tar_stream_members(
         raise ImageError(f"cannot be read: {_words(error)}") from error
     # not by tarfile itself: it checks no checksum, and its memory use has no limit
     with buffered, decompressor(buffered) if decompressor else buffered as plain:
-        yield from _tar_members(cast(IO[bytes], _Forwards(plain)), wanted, held)
+        forwards = cast(IO[bytes], _Forwards(plain))
+
+        def held(_offset: int, size: int) -> ReadBytes:
+            if size > max_bytes:
+                return partial(fail, str(too_large(max_bytes, size)))
+            return _Held(forwards, size, budget).read
+
+        yield from _tar_members(forwards, wanted, held)
 
 
 class _Forwards:
@@ -246,17 +228,7 @@ class _Forwards:
 
 def _decompressor(file: io.BufferedReader | IO[bytes]) -> Callable[[IO[bytes]], IO[bytes]] | None:
     head = cast(io.BufferedReader, file).peek(6)
-    if head.startswith(b"\x1f\x8b"):
-        return lambda file: cast(IO[bytes], gzip.GzipFile(fileobj=file))
-    if head.startswith(b"BZh"):
-        return lambda file: cast(IO[bytes], bz2.BZ2File(file))
-    if head.startswith(b"\xfd7zXZ\0"):
-        return lambda file: cast(IO[bytes], lzma.LZMAFile(file))
-    return None
-
-
-def _range_reader(open_again: OpenAgain, _file: IO[bytes], member: tarfile.TarInfo) -> ReadBytes:
-    return partial(_read_range, open_again, member.offset_data, member.size)
+    return next((opened for start, opened in DECOMPRESSORS.items() if head.startswith(start)), None)
 
 
 def _read_range(open_again: OpenAgain, offset: int, size: int, max_bytes: int) -> bytes:
@@ -270,9 +242,7 @@ def _read_range(open_again: OpenAgain, offset: int, size: int, max_bytes: int) -
 
 
 def _tar_members(
-    file: IO[bytes],
-    wanted: Callable[[str], bool],
-    reader: Callable[[IO[bytes], tarfile.TarInfo], ReadBytes],
+    file: IO[bytes], wanted: Callable[[str], bool], reader: Callable[[int, int], ReadBytes]
 ) -> Iterator[tuple[str, ReadBytes]]:
     count = 0
     try:
@@ -280,31 +250,22 @@ def _tar_members(
             while (member := archive.next()) is not None:
                 count += 1
                 archive.members.clear()  # type: ignore[attr-defined]  # which would grow with the archive
-                name = _plain_name(member.name)
+                name = without_dot_slash(member.name)
                 if not member.isdir() and wanted(name):
-                    yield name, _refused(member) or reader(file, member)
-            _read_to_end(file)
+                    if member.islnk() or member.issym():
+                        yield name, partial(fail, "a link inside the archive: not followed")
+                    elif not member.isreg() or member.issparse():
+                        yield name, partial(fail, "not a regular file")
+                    else:
+                        yield name, reader(member.offset_data, member.size)
+            while piece := file.read(PIECE_BYTES):  # a decompressor checks its checksum there
+                if piece.strip(b"\0"):
+                    raise tarfile.ReadError("more follows after its end mark")
     except Exception as error:  # damage or a server can raise anything
         if not count and not isinstance(error, (ImageError, WebError)):
             raise ImageError("not a tar archive, or its beginning is damaged") from error
         beyond = f" beyond member {count:,}" if count else ""
         raise ImageError(f"cannot be read{beyond}: {_words(error)}") from error
-
-
-def _read_to_end(file: IO[bytes]) -> None:
-    """Check that nothing follows, and let the decompressor check the checksum at the end."""
-    while piece := file.read(PIECE_BYTES):
-        if piece.strip(b"\0"):
-            raise tarfile.ReadError("more follows after its end mark")
-
-
-def _refused(member: tarfile.TarInfo) -> ReadBytes | None:
-    """The reader of a member that has no bytes of its own, which fails; None for others."""
-    if member.islnk() or member.issym():
-        return partial(fail, "a link inside the archive: not followed")
-    if not member.isreg() or member.issparse():
-        return partial(fail, "not a regular file")
-    return None
 
 
 # --- zip ------------------------------------------------------------------------------
@@ -322,7 +283,7 @@ def zip_members(
         why = f"cannot be read: {_words(error)}" if failed else "not a zip archive, or cut off"
         raise ImageError(why) from error
     for member in listed:
-        name = _plain_name(_name_as_stored(member))
+        name = without_dot_slash(_name_as_stored(member))
         if not member.is_dir() and wanted(name):
             yield name, partial(_read_zip_member, open_again, member)
 
@@ -351,9 +312,7 @@ def _read_zip_member(open_again: OpenAgain, member: zipfile.ZipInfo, max_bytes: 
             with zipfile.ZipExtFile(file, "r", member) as plain:
                 content = plain.read(max_bytes + 1)  # counted: its header may lie
         except Exception as error:  # damage or a server can make its reader raise anything
-            cut = isinstance(error, struct.error)
-            why = "it is cut off" if cut else _words(error)
-            raise ImageError(f"cannot be read from the archive: {why}") from error
+            raise ImageError(f"cannot be read from the archive: {_words(error)}") from error
     if len(content) > max_bytes:
         raise too_large(max_bytes)
     return content

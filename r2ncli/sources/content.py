@@ -33,32 +33,17 @@ ReadBytes = Callable[[int], bytes]
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One input.
+    """One input; `read` raises an `ImageError` if it cannot be read or is too large."""
 
-    Attributes
-    ----------
-    name : str
-        Its identity in every output.
-    read : callable
-        ``read(max_bytes)`` returns its `Content`; it raises an ImageError if the input cannot
-        be read or is larger.
-    remote : bool
-        Whether reading it waits for a network.
-    path : str or None
-        The local file that the content comes from and whose stamp it carries: the input
-        itself, or its archive.
-    """
-
-    name: str
+    name: str  # its identity in every output
     read: Read
-    remote: bool = False
-    path: str | None = None
+    remote: bool = False  # whether reading it waits for a network
+    path: str | None = None  # the local file that it comes from: itself, or its archive
 
 
 def file_input(path: str, name: str | None = None) -> Input:
     """A local file as an input."""
-    name = printable(path) if name is None else name
-    return Input(name, partial(read_file, path), path=path)
+    return Input(printable(path) if name is None else name, partial(read_file, path), path=path)
 
 
 def stamp_of(path: str) -> Stamp | None:
@@ -93,10 +78,8 @@ def read_file(path: str, max_bytes: int) -> Content:
             while content and len(content) <= max_bytes and (more := file.read(1 << 16)):
                 content += more
             after = stamp_in(os.fstat(file.fileno()))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a NUL in a name is a ValueError
         raise ImageError(f"cannot be read: {reason(error)}") from error
-    except ValueError as error:  # a NUL in a name
-        raise ImageError(f"cannot be read: {error}") from error
     if before != after:
         raise ImageError("changed while it was read")
     if len(content) > max_bytes:

@@ -8,6 +8,7 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import chain
 
 from r2ncli.errors import InputNotFoundError, UsageError
@@ -46,51 +47,33 @@ def list_file(path: str) -> OpenList:
         elif os.path.isdir(path):
             raise InputNotFoundError(f"@{printable(path)}: a folder, not a list of names")
     except (OSError, ValueError) as error:
-        why = reason(error) if isinstance(error, OSError) else str(error)
-        raise InputNotFoundError(f"@{printable(path)}: cannot be read: {why}") from error
+        raise InputNotFoundError(f"@{printable(path)}: cannot be read: {reason(error)}") from error
     return lambda: os.open(path, os.O_RDONLY)
 
 
 def names_in_list(open_list: OpenList, null: bool, stop: threading.Event) -> Iterator[str]:
     """The names in a list, as they come, until its end or `stop`.
 
-    Parameters
-    ----------
-    open_list : callable
-        What `standard_input` or `list_file` returned.
-    null : bool
-        Whether names end with a NUL byte instead of a line end.
-    stop : threading.Event
-        Ends the wait for a list that nobody writes to.
-
     Raises
     ------
     UsageError
         The names end with NUL bytes, and `null` is False.
     """
-    descriptor = open_list()
-    try:
-        yield from entries(_pieces(descriptor, stop), b"\0" if null else b"\n")
-    finally:
-        os.close(descriptor)
+    return entries(_pieces(open_list, stop), b"\0" if null else b"\n")
 
 
-def _pieces(descriptor: int, stop: threading.Event) -> Iterator[bytes]:
+def _pieces(open_list: OpenList, stop: threading.Event) -> Iterator[bytes]:
     """What comes out of a file or a pipe, until its end or `stop`."""
-    with selectors.DefaultSelector() as selector:
-        may_wait = not stat.S_ISREG(os.fstat(descriptor).st_mode)
-        if may_wait:
-            try:
-                selector.register(descriptor, selectors.EVENT_READ)
-            except (OSError, ValueError):  # a device without waiting, as /dev/null
-                may_wait = False
+    with open(open_list(), "rb", buffering=0) as file, selectors.DefaultSelector() as selector:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            with suppress(OSError, ValueError):  # a device without waiting, as /dev/null
+                selector.register(file, selectors.EVENT_READ)
         while not stop.is_set():
-            if may_wait and not selector.select(0.2):
-                continue
-            piece = os.read(descriptor, 1 << 16)
-            if not piece:
-                return
-            yield piece
+            if not selector.get_map() or selector.select(0.2):
+                piece = file.read(1 << 16)
+                if not piece:
+                    return
+                yield piece
 
 
 def entries(pieces: Iterable[bytes], separator: bytes) -> Iterator[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
-from r2ncli.sources.names import printable
-from r2ncli.sources.selection import is_visible
+from r2ncli.sources.names import printable, without_dot_slash
+from r2ncli.sources.selection import is_tried, is_visible
 
 Identity = tuple[int, int]  # device and inode of a folder
+Folders = tuple[Identity | None, ...]  # from the top down to one
 Warn = Callable[[str], None]
 
 
@@ -38,13 +40,6 @@ def matching_paths(pattern: str, warn: Warn) -> Iterator[str]:
     return (path for path in paths if not pattern.endswith("/") or os.path.isdir(path))
 
 
-def link_back(path: str) -> str:
-    """The sentence about a folder link that is not followed."""
-    while path.startswith("./"):
-        path = path[2:].lstrip("/")
-    return f"{printable(path)}: a link back to a folder above it, not followed"
-
-
 def _outside_matches(paths: Iterable[str]) -> Iterator[str]:
     """`paths` without those in a folder that is one of them and came before."""
     folders: set[str] = set()
@@ -58,12 +53,7 @@ def _outside_matches(paths: Iterable[str]) -> Iterator[str]:
             yield path
 
 
-def _expanded(
-    base: str,
-    parts: Sequence[str],
-    above: tuple[Identity | None, ...],
-    warn: Warn,
-) -> Iterator[str]:
+def _expanded(base: str, parts: Sequence[str], above: Folders, warn: Warn) -> Iterator[str]:
     """Paths below `base` that `parts` match; `above` are the folders on the way to `base`."""
     if not parts:
         yield base or os.curdir
@@ -76,33 +66,40 @@ def _expanded(
             yield from _expanded(path, rest, folders, warn)
         return
     try:
-        with os.scandir(base or os.curdir) as entries:
-            listed = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+        entries = listed(base or os.curdir)
     except OSError:
         return  # as in a shell, what cannot be listed matches nothing
     if part == "**":
         yield from _expanded(base, rest, above, warn)
-    for entry in listed:
-        if part == "**":
-            matches = is_visible(entry.name)
-        else:
-            hidden = entry.name.startswith(".") and not part.startswith(".")
-            matches = not hidden and fnmatchcase(entry.name, part)
-        if not matches:
+    for entry in entries:
+        hidden = entry.name.startswith(".") and not part.startswith(".")
+        matches = is_visible(entry.name) if part == "**" else fnmatchcase(entry.name, part)
+        if hidden or not matches:
             continue
         path = os.path.join(base, entry.name)
-        is_folder = _is_folder(entry)
-        if is_folder and entry.is_symlink() and device_and_inode(path) in folders:
+        folder = is_folder(entry)
+        if folder and entry.is_symlink() and device_and_inode(path) in folders:
             warn(link_back(path))
-        elif is_folder or (part != "**" and not rest):
+        elif folder or (part != "**" and not rest):
             yield from _expanded(path, parts if part == "**" else rest, folders, warn)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+# --- folders ------------------------------------------------------------------------------
+
+
+def listed(folder: str) -> list[os.DirEntry[str]]:
+    """What is in a folder, by the bytes of the names; an `OSError` if it cannot be listed."""
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: os.fsencode(entry.name))
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to what may be one."""
     try:
         return entry.is_dir()
-    except OSError:  # a link to what cannot be looked at
-        return False
+    except OSError as error:  # a link: a broken one, or one to what may be a folder
+        broken = error.errno in (errno.ELOOP, errno.ENOTDIR)
+        return not broken and not is_tried(entry.name)
 
 
 def device_and_inode(path: str) -> Identity | None:
@@ -112,3 +109,9 @@ def device_and_inode(path: str) -> Identity | None:
     except OSError:
         return None  # listing it will say why
     return status.st_dev, status.st_ino
+
+
+def link_back(path: str) -> str:
+    """The sentence about a folder link that is not followed."""
+    name = printable(without_dot_slash(path))
+    return f"{name}: a link back to a folder above it, not followed"

@@ -10,15 +10,15 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from time import monotonic
 from typing import IO, Any, TypeVar, cast
 
-from r2ncli.errors import ImageError, InputNotFoundError, R2NError, UsageError
+from r2ncli.errors import ImageError, InputNotFoundError, UsageError
 from r2ncli.files import reason
-from r2ncli.sources.content import ReadBytes, too_large
+from r2ncli.sources.content import too_large
 from r2ncli.sources.selection import is_visible
-from r2ncli.web import Client, WebError, is_web, retry, without_secrets
+from r2ncli.web import Client, WebError, is_web, retry, within, without_secrets
 
 FIRST_PAUSE_SECONDS = 0.5  # each further one is twice as long
 PIECE_BYTES = 1 << 16
@@ -39,13 +39,23 @@ def read_url(url: str, client: Client, seconds: float, max_bytes: int) -> bytes:
     ImageError
         It cannot be read, does not come in time, or has more than `max_bytes`.
     """
-    deadline = monotonic() + seconds
 
-    def read() -> bytes:
+    def read(deadline: float) -> bytes:
+        pieces: list[bytes] = []
+        size = 0
         with closing(_connect(url, client, deadline)) as stream:
-            return _read_all(stream, deadline, seconds, max_bytes)
+            while piece := stream.read(PIECE_BYTES):
+                size += len(piece)
+                if size > max_bytes:
+                    raise too_large(max_bytes)
+                if monotonic() > deadline:
+                    raise _timed_out(seconds)
+                pieces.append(piece)
+        if not pieces:
+            raise ImageError("empty file")
+        return b"".join(pieces)
 
-    return _in_time(client, seconds, lambda: _retry(read, deadline, seconds))
+    return _retried(read, seconds)
 
 
 def open_url(url: str, client: Client, seconds: float) -> IO[bytes]:
@@ -56,24 +66,16 @@ def open_url(url: str, client: Client, seconds: float) -> IO[bytes]:
     ImageError
         It cannot be opened.
     """
-    deadline = monotonic() + seconds
-
-    def connect() -> IO[bytes]:
-        return _connect(url, client, deadline)
-
-    stream = _in_time(client, seconds, lambda: _retry(connect, deadline, seconds))
-    if is_web(url):
-        return stream
-    return io.BufferedReader(InTime(stream, client, seconds), PIECE_BYTES)
+    stream = _retried(lambda deadline: _connect(url, client, deadline), seconds)
+    return stream if is_web(url) else io.BufferedReader(InTime(stream, seconds), PIECE_BYTES)
 
 
 class InTime(io.RawIOBase):
     """A file of fsspec, of which no single read may take longer than `seconds`."""
 
-    def __init__(self, file: IO[bytes], client: Client, seconds: float) -> None:
+    def __init__(self, file: IO[bytes], seconds: float) -> None:
         super().__init__()
         self._file = file
-        self._client = client
         self._seconds = seconds
 
     def readable(self) -> bool:
@@ -86,7 +88,7 @@ class InTime(io.RawIOBase):
         return self._file.seek(position, whence)
 
     def readinto(self, buffer: Any) -> int:
-        piece = _in_time(self._client, self._seconds, lambda: self._file.read(len(buffer)))
+        piece = in_time(self._seconds, self._file.read, len(buffer))
         buffer[: len(piece)] = piece
         return len(piece)
 
@@ -95,41 +97,16 @@ class InTime(io.RawIOBase):
         super().close()
 
 
-def read_in_time(read: ReadBytes, client: Client, seconds: float, max_bytes: int) -> bytes:
-    """Call `read`, which reads from a server, and stop waiting for it after `seconds`.
-
-    Raises
-    ------
-    ImageError
-        What `read` raises, or it does not return in time.
-    """
-    return _in_time(client, seconds, lambda: read(max_bytes))
-
-
-def _in_time(client: Client, seconds: float, action: Callable[[], T]) -> T:
+def in_time(seconds: float, action: Callable[..., T], *arguments: Any) -> T:
+    """Return what `action(*arguments)` returns; an `ImageError` if it takes over `seconds`."""
     try:
-        return client.within(seconds, action)
+        return within(seconds, lambda: action(*arguments))
     except TimeoutError as error:
         raise _timed_out(seconds) from error
 
 
 def _timed_out(seconds: float) -> ImageError:
     return ImageError(f"timed out after {seconds:g} s")
-
-
-def _read_all(stream: IO[bytes], deadline: float, seconds: float, max_bytes: int) -> bytes:
-    pieces: list[bytes] = []
-    size = 0
-    while piece := stream.read(PIECE_BYTES):
-        size += len(piece)
-        if size > max_bytes:
-            raise too_large(max_bytes)
-        if monotonic() > deadline:
-            raise _timed_out(seconds)
-        pieces.append(piece)
-    if not pieces:
-        raise ImageError("empty file")
-    return b"".join(pieces)
 
 
 def _connect(url: str, client: Client, deadline: float) -> IO[bytes]:
@@ -139,12 +116,13 @@ def _connect(url: str, client: Client, deadline: float) -> IO[bytes]:
     return cast(IO[bytes], system.open(path, "rb"))
 
 
-def _retry(action: Callable[[], T], deadline: float, seconds: float) -> T:
-    """Return what `action` returns; it is tried again while the server fails for the moment."""
+def _retried(action: Callable[[float], T], seconds: float) -> T:
+    """Return what `action(deadline)` returns; tried again while the server fails for the moment."""
+    deadline = monotonic() + seconds
 
     def attempt() -> T:
         try:
-            return action()
+            return action(deadline)
         except (ImageError, WebError):
             raise
         except UsageError as error:
@@ -153,25 +131,25 @@ def _retry(action: Callable[[], T], deadline: float, seconds: float) -> T:
             raise _web_error(error) from error
 
     try:
-        return retry(attempt, FIRST_PAUSE_SECONDS, deadline)
+        return in_time(seconds, lambda: retry(attempt, FIRST_PAUSE_SECONDS, deadline))
     except WebError as error:
         raise _timed_out(seconds) if monotonic() > deadline else ImageError(str(error)) from error
 
 
 def _web_error(error: Exception) -> WebError:
     """Say what failed in fsspec, and whether the next attempt may succeed."""
-    missing = isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
     if isinstance(error, TimeoutError):
         return WebError("the server does not answer", may_recover=True)
+    missing = isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
     if isinstance(error, OSError) and not missing:
-        return WebError(f"the connection failed ({_words(error)})", may_recover=True)
-    return WebError(f"cannot be read: {_words(error)}", may_recover=False)
+        return WebError(f"the connection failed ({reason(error)})", may_recover=True)
+    return WebError(f"cannot be read: {reason(error)}", may_recover=False)
 
 
 # --- folders, by fsspec -----------------------------------------------------------------
 
 
-def remote_kind(url: str, client: Client, seconds: float) -> str:
+def remote_kind(url: str, seconds: float) -> str:
     """What is at `url`: ``file``, ``folder``, or ``missing``; http cannot tell, and has files.
 
     Raises
@@ -185,7 +163,7 @@ def remote_kind(url: str, client: Client, seconds: float) -> str:
         return "file"
 
     def look() -> str:
-        system, path = _reached_system(url)
+        system, path = _system(url)
         try:
             if system.isdir(path):
                 return "folder"
@@ -193,36 +171,28 @@ def remote_kind(url: str, client: Client, seconds: float) -> str:
         except Exception:  # a file system of fsspec can raise anything
             return "file"  # reading it will say why
 
-    try:
-        return client.within(seconds, look)
-    except TimeoutError as error:
-        name = without_secrets(url)
-        raise InputNotFoundError(
-            f"{name}: cannot be opened: timed out after {seconds:g} s"
-        ) from error
+    with _opening(url):
+        return in_time(seconds, look)
 
 
 def list_folder(url: str) -> tuple[list[str], list[str]]:
-    """URLs of the files and of the folders in a remote folder.
+    """URLs of the visible files and folders in a remote folder, by the bytes of their names.
 
-    Raises
-    ------
-    Exception
-        Whatever the file system of fsspec raises.
+    It raises whatever the file system of fsspec raises.
     """
     system, path = _system(url)
     files: list[str] = []
     folders: list[str] = []
+    above = url + "/" * (not url.endswith("/"))
     for entry in system.ls(path, detail=True):
         inside = system._strip_protocol(entry["name"]).rstrip("/")
-        if inside == path.rstrip("/"):
-            continue  # object stores list the folder itself
-        found = url + "/" * (not url.endswith("/")) + inside.rpartition("/")[2]
-        (folders if entry["type"] == "directory" else files).append(found)
-    return files, folders
+        name = inside.rpartition("/")[2]
+        if inside != path.rstrip("/") and is_visible(name):  # object stores list the folder too
+            (folders if entry["type"] == "directory" else files).append(above + name)
+    return sorted(files, key=os.fsencode), sorted(folders, key=os.fsencode)
 
 
-def match_remote(pattern: str) -> Iterator[str]:
+def match_remote(pattern: str) -> list[str]:
     """URLs that a pattern with ``*``, ``?`` or ``[…]`` matches, in order.
 
     Raises
@@ -232,33 +202,33 @@ def match_remote(pattern: str) -> Iterator[str]:
     UsageError
         No installed library opens such URLs.
     """
-    system, path = _reached_system(pattern)
     above, slash, below = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")
-    try:
+    with _opening(pattern):
+        system, path = _system(pattern)
         above_path = system._strip_protocol(above + slash)
         matches = system.glob(path, detail=True)
-    except Exception as error:  # a file system of fsspec can raise anything
-        name = without_secrets(pattern)
-        raise InputNotFoundError(f"{name}: cannot be searched: {_words(error)}") from error
     folders = {found for found, entry in matches.items() if entry["type"] == "directory"}
+    urls = []
     for found in sorted(matches, key=os.fsencode):
-        parts = found.removeprefix(above_path).lstrip("/").split("/")
         beyond = found.split("/")
         # a folder that matches is walked: nothing more in it is a match
         walked = any("/".join(beyond[:count]) in folders for count in range(1, len(beyond)))
-        if not walked and (below.startswith(".") or all(map(is_visible, parts))):
-            yield above + slash + "/".join(parts)
+        inside = found.removeprefix(above_path).lstrip("/")
+        if not walked and (below.startswith(".") or all(map(is_visible, inside.split("/")))):
+            urls.append(above + slash + inside)
+    return urls
 
 
-def _reached_system(url: str) -> tuple[Any, str]:
-    """As `_system`; a file system that cannot be reached is an `InputNotFoundError`."""
+@contextmanager
+def _opening(url: str) -> Iterator[None]:
+    """Make an `InputNotFoundError` of whatever a file system of fsspec raises."""
     try:
-        return _system(url)
-    except R2NError:
+        yield
+    except UsageError:
         raise
-    except Exception as error:  # a file system of fsspec can raise anything
+    except Exception as error:
         name = without_secrets(url)
-        raise InputNotFoundError(f"{name}: cannot be opened: {_words(error)}") from error
+        raise InputNotFoundError(f"{name}: cannot be opened: {reason(error)}") from error
 
 
 def _system(url: str) -> tuple[Any, str]:
@@ -275,8 +245,3 @@ def _system(url: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:  # a library that is missing, an unknown protocol
         raise UsageError(f"{without_secrets(url)}: {error}") from error
     return system, path
-
-
-def _words(error: Exception) -> str:
-    text = reason(error) if isinstance(error, OSError) else str(error).lower()
-    return " ".join(text.split()) or type(error).__name__

@@ -2,55 +2,30 @@
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
+from functools import lru_cache, partial
 from itertools import chain
 
 from r2ncli.errors import ImageError, InputNotFoundError, UsageError
 from r2ncli.files import reason
-from r2ncli.sources.archives import (
-    TAR_SUFFIXES,
-    Budget,
-    is_archive,
-    members,
-    tar_stream_members,
-    zip_members,
-)
+from r2ncli.sources import archives, lists, patterns, remote
+from r2ncli.sources.archives import Budget, is_archive
 from r2ncli.sources.content import Input, Read, fail, file_input, stamped, with_stamp
-from r2ncli.sources.lists import OpenList, list_file, names_in_list, standard_input
-from r2ncli.sources.names import printable
-from r2ncli.sources.patterns import (
-    Identity,
-    device_and_inode,
-    has_pattern,
-    link_back,
-    matching_paths,
-)
-from r2ncli.sources.remote import (
-    is_url,
-    list_folder,
-    match_remote,
-    open_url,
-    read_in_time,
-    read_url,
-    remote_kind,
-)
+from r2ncli.sources.names import printable, without_dot_slash
+from r2ncli.sources.patterns import Folders, Warn, device_and_inode, has_pattern
+from r2ncli.sources.remote import is_url
 from r2ncli.sources.selection import LeftOut, Selection, is_tried, is_visible
 from r2ncli.web import Client, is_web, without_secrets
 
 MOST_REMEMBERED = 1000  # sentences that are not said twice
-
-Warn = Callable[[str], None]
 
 
 class Search:
     """Finds the inputs of arguments and of the entries of lists."""
 
     def __init__(self, warn: Warn, selection: Selection, budget: Budget, left_out: LeftOut) -> None:
-        self.warn = _once(warn)
+        self.warn = lru_cache(MOST_REMEMBERED)(warn)  # a pattern finds a link in several ways
         self.selection = selection
         self.budget = budget
         self.left_out = left_out
@@ -65,63 +40,58 @@ class Search:
             It does not exist.
         """
         if argument == "-":
-            return self._of_list(argument, standard_input())
+            return self._of_list(argument, lists.standard_input())
         if _may_exist(argument):
             return self._of_path(argument)
         if argument.startswith("@"):
-            return self._of_list(argument, list_file(argument[1:]))
+            return self._of_list(argument, lists.list_file(argument[1:]))
         if is_url(argument):
             return self._of_url(argument)
-        matches = matching_paths(argument, self.warn) if has_pattern(argument) else iter(())
+        is_pattern = has_pattern(argument)
+        matches = patterns.matching_paths(argument, self.warn) if is_pattern else iter(())
         first = next(matches, None)
         if first is not None:
-            return chain.from_iterable(map(self._of_match, chain([first], matches)))
-        name = printable(argument) or "''"
+            of_match = partial(self._of_path, matched=True)
+            return chain.from_iterable(map(of_match, chain([first], matches)))
         broken = " (a link to nothing)" if os.path.islink(argument) else ""
-        nothing = ", and nothing matches it" if has_pattern(argument) else broken
-        raise InputNotFoundError(f"no such file or folder: {name}{nothing}")
+        raise _missing(printable(argument) or "''", is_pattern, broken)
 
-    def _of_list(self, argument: str, open_list: OpenList) -> Iterator[Input]:
+    def _of_list(self, argument: str, open_list: lists.OpenList) -> Iterator[Input]:
         empty = True
-        for entry in names_in_list(open_list, self.selection.null, self.budget.stop):
+        for entry in lists.names_in_list(open_list, self.selection.null, self.budget.stop):
             empty = False
-            yield from self._of_entry(entry)
+            if is_url(entry):
+                yield from self._of_remote_entry(entry)
+            elif is_tried(entry):  # not looked at: that would double the time
+                yield from self._file(entry)
+            else:
+                yield from self._of_path(entry)
         if empty:
             self.left_out.add_empty_list(printable(argument))
 
-    def _of_entry(self, entry: str) -> Iterator[Input]:
-        """The inputs of a list's entry, a path or a URL; a missing one is a failed row."""
-        if not is_url(entry):
-            # a name with the suffix of an image is not looked at: that would double the time
-            return self._file(entry) if is_tried(entry) else self._of_path(entry)
-        return self._of_remote_entry(entry)
-
-    def _of_match(self, path: str) -> Iterator[Input]:
-        """The inputs of a path that a pattern matched: links back to what it passed count."""
-        return self._of_path(path, _folders_above(path) if os.path.isdir(path) else None)
-
-    def _of_path(self, path: str, above: _Folder | None = None) -> Iterator[Input]:
+    def _of_path(self, path: str, matched: bool = False) -> Iterator[Input]:
+        """The inputs of a path; links back to what a pattern passed to match it count."""
         if os.path.isdir(path):
-            name = _name_of(path)
-            return self._walk(path, "" if name == "." else name, above)
+            return self._walk(path, _folders_above(path) if matched else ())
         if is_archive(path) and os.path.exists(path):
             return self._archive(path)
         return self._file(path)
 
     def _file(self, path: str) -> Iterator[Input]:
-        name = printable(_name_of(path))
+        name = printable(without_dot_slash(path))
         if self.left_out.takes(name):
             yield file_input(path, name)
 
     def _of_url(self, url: str) -> Iterator[Input]:
-        kind = remote_kind(url, self.client, self.selection.timeout)
+        kind = remote.remote_kind(url, self.selection.timeout)
         if kind == "folder":
             return self._remote_walk(url)
-        if kind == "missing" and has_pattern(url):
-            return self._remote_matches(url)
-        if kind == "missing":
-            raise InputNotFoundError(f"no such file or folder: {without_secrets(url)}")
-        return self._remote_file(url)
+        if kind == "file":
+            return self._remote_file(url)
+        matches = remote.match_remote(url) if has_pattern(url) else []
+        if matches:
+            return chain.from_iterable(map(self._of_remote_entry, matches))
+        raise _missing(without_secrets(url), has_pattern(url))
 
     def _of_remote_entry(self, url: str) -> Iterator[Input]:
         """The inputs of a URL in a list, or of one that a pattern matches."""
@@ -135,34 +105,31 @@ class Search:
 
     # --- folders -----------------------------------------------------------------------
 
-    def _walk(self, path: str, name: str, above: _Folder | None) -> Iterator[Input]:
-        folders = [_Folder(path, name, above, device_and_inode(path))]
+    def _walk(self, path: str, above: Folders) -> Iterator[Input]:
+        name = without_dot_slash(path)
+        folders = [(path, "" if name == "." else name, (*above, device_and_inode(path)))]
         while folders:
-            folder = folders.pop()
+            path, name, above = folders.pop()
             try:
-                with os.scandir(folder.path) as entries:
-                    listed = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+                entries = patterns.listed(path)
             except OSError as error:
                 why = f"the folder cannot be listed: {reason(error)}"
-                yield _failed(printable(folder.name or "."), why)
+                yield _failed(printable(name or "."), why)
                 continue
-            below: list[_Folder] = []
-            for entry in listed:
+            below: list[tuple[str, str, Folders]] = []
+            for entry in entries:
                 if not is_visible(entry.name):
                     continue
-                entry_name = os.path.join(folder.name, entry.name)
-                if not _is_folder(entry):
+                entry_name = os.path.join(name, entry.name)
+                if not patterns.is_folder(entry):
                     if self._takes_file(entry.name, printed := printable(entry_name)):
                         yield file_input(entry.path, printed)
-                    continue
-                if self.selection.excludes(printable(entry_name)):
+                elif self.selection.excludes(printable(entry_name)):
                     self.left_out.takes(printable(entry_name))  # counts it
-                    continue
-                identity = device_and_inode(entry.path)
-                if identity and folder.is_below_or_at(identity):
-                    self.warn(link_back(entry_name))
-                    continue
-                below.append(_Folder(entry.path, entry_name, folder, identity))
+                elif (identity := device_and_inode(entry.path)) and identity in above:
+                    self.warn(patterns.link_back(entry_name))
+                else:
+                    below.append((entry.path, entry_name, (*above, identity)))
             folders.extend(reversed(below))
 
     def _takes_file(self, file: str, name: str) -> bool:
@@ -178,27 +145,22 @@ class Search:
     # --- archives ------------------------------------------------------------------------
 
     def _archive(self, path: str) -> Iterator[Input]:
-        name = printable(_name_of(path))
-        found = members(path, self._wanted(name), self.selection.max_bytes, self.budget)
-        return self._members(name, found, path=path)
+        name = printable(without_dot_slash(path))
+        found = archives.members(
+            path, partial(self._takes_member, name), self.selection.max_bytes, self.budget
+        )
+        return self._members(name, found, False, path)
 
-    def _wanted(self, archive: str) -> Callable[[str], bool]:
-        def wanted(member: str) -> bool:
-            if not all(part in (".", "..") or is_visible(part) for part in member.split("/")):
-                return False
-            if not is_tried(member):
-                self.left_out.add_file(member)
-                return False
-            return self.left_out.takes(f"{archive}!{printable(member)}")
-
-        return wanted
+    def _takes_member(self, archive: str, member: str) -> bool:
+        if not all(part in (".", "..") or is_visible(part) for part in member.split("/")):
+            return False
+        if not is_tried(member):
+            self.left_out.add_file(member)
+            return False
+        return self.left_out.takes(f"{archive}!{printable(member)}")
 
     def _members(
-        self,
-        archive: str,
-        found: Iterator[tuple[str, Read]],
-        remote: bool = False,
-        path: str | None = None,
+        self, archive: str, found: Iterator[tuple[str, Read]], remote: bool, path: str | None
     ) -> Iterator[Input]:
         try:
             for member, read in found:
@@ -212,138 +174,69 @@ class Search:
     def _remote_file(self, url: str) -> Iterator[Input]:
         name = printable(without_secrets(url))
         if is_archive(name):
-            yield from self._remote_archive(url, name)
+            is_tar = name.lower().endswith(archives.TAR_SUFFIXES)
+            found = self._remote_members(url, name, is_tar)
+            yield from self._members(name, found, not is_tar, None)
         elif self.left_out.takes(name):
-            read = partial(read_url, url, self.client, self.selection.timeout)
+            read = partial(remote.read_url, url, self.client, self.selection.timeout)
             yield Input(name, partial(stamped, read, None), remote=True)
-
-    def _remote_matches(self, pattern: str) -> Iterator[Input]:
-        matches = match_remote(pattern)
-        first = next(matches, None)
-        if first is None:
-            name = without_secrets(pattern)
-            raise InputNotFoundError(f"no such file or folder, and nothing matches: {name}")
-        return chain.from_iterable(map(self._of_remote_entry, chain([first], matches)))
 
     def _remote_walk(self, url: str) -> Iterator[Input]:
         folders = [url]
         while folders:
             folder = folders.pop()
             try:
-                files, below = list_folder(folder)
+                files, below = remote.list_folder(folder)
             except Exception as error:  # a file system of fsspec can raise anything
-                why = str(error) or type(error).__name__
-                name = printable(without_secrets(folder))
-                yield _failed(name, f"the folder cannot be listed: {why}")
+                why = f"the folder cannot be listed: {reason(error)}"
+                yield _failed(printable(without_secrets(folder)), why)
                 continue
-            for file in sorted(files, key=os.fsencode):
-                last = file.rpartition("/")[2]
-                if not is_visible(last):
-                    continue
+            for file in files:
                 if is_tried(file):
                     yield from self._remote_file(file)
                 else:
-                    self._takes_file(last, printable(without_secrets(file)))
-            folders += (
-                found
-                for found in sorted(below, key=os.fsencode, reverse=True)
-                if is_visible(found.rpartition("/")[2])
-                and not self.selection.excludes(without_secrets(found))
-            )
+                    self._takes_file(file.rpartition("/")[2], printable(without_secrets(file)))
+            excludes = self.selection.excludes
+            folders += (one for one in reversed(below) if not excludes(without_secrets(one)))
 
-    def _remote_archive(self, url: str, name: str) -> Iterator[Input]:
-        is_tar = name.lower().endswith(TAR_SUFFIXES)
+    def _remote_members(self, url: str, name: str, is_tar: bool) -> Iterator[tuple[str, Read]]:
         if is_web(url) and not is_tar:
-            yield _failed(name, "a zip archive cannot be read over http(s): download it first")
-            return
+            raise ImageError("a zip archive cannot be read over http(s): download it first")
         seconds = self.selection.timeout
-        open_again = partial(open_url, url, self.client, seconds)
-        try:
-            with open_again() as stream:
-                wanted = self._wanted(name)
-                if is_tar:
-                    limit = self.selection.max_bytes
-                    found = tar_stream_members(stream, wanted, limit, self.budget)
-                else:
-                    found = (
-                        (member, partial(read_in_time, read, self.client, seconds))
-                        for member, read in zip_members(stream, open_again, wanted)
-                    )
-                yield from self._members(name, with_stamp(found, None), remote=not is_tar)
-        except ImageError as error:
-            yield _failed(name, str(error))
-
-
-def _once(warn: Warn) -> Warn:
-    """`warn` without repetitions: a pattern finds the same link in several ways."""
-    said: set[str] = set()
-
-    def warn_once(sentence: str) -> None:
-        if sentence not in said:
-            if len(said) < MOST_REMEMBERED:
-                said.add(sentence)
-            warn(sentence)
-
-    return warn_once
+        open_again = partial(remote.open_url, url, self.client, seconds)
+        wanted = partial(self._takes_member, name)
+        with open_again() as stream:
+            if is_tar:
+                limit = self.selection.max_bytes
+                found = archives.tar_stream_members(stream, wanted, limit, self.budget)
+            else:
+                found = (
+                    (member, partial(remote.in_time, seconds, read))
+                    for member, read in archives.zip_members(stream, open_again, wanted)
+                )
+            yield from with_stamp(found, None)
 
 
 def _failed(name: str, why: str) -> Input:
     return Input(name, partial(fail, why))
 
 
+def _missing(name: str, is_pattern: bool, why: str = "") -> InputNotFoundError:
+    nothing = ", and nothing matches it" if is_pattern else why
+    return InputNotFoundError(f"no such file or folder: {name}{nothing}")
+
+
 def _may_exist(path: str) -> bool:
     """Whether something exists, or may: what may not be looked at becomes a failed row."""
     try:
-        os.stat(path)
-    except PermissionError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return True
+        return os.stat(path) is not None
+    except (OSError, ValueError) as error:
+        return isinstance(error, PermissionError)
 
 
-def _name_of(path: str) -> str:
-    """A path's identity: as typed, without a leading ``./``."""
-    while path.startswith("./"):
-        path = path[2:].lstrip("/")
-    return path
-
-
-# --- folders --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Folder:
-    """A folder on the way down: what to open, its identity, and the folder above it."""
-
-    path: str
-    name: str
-    parent: _Folder | None
-    identity: Identity | None
-
-    def is_below_or_at(self, other: Identity) -> bool:
-        """Whether `other` is this folder or one above it."""
-        folder: _Folder | None = self
-        while folder is not None:
-            if folder.identity == other:
-                return True
-            folder = folder.parent
-        return False
-
-
-def _folders_above(path: str) -> _Folder | None:
+def _folders_above(path: str) -> Folders:
     """The folders on the way to `path`, the current one for a path that is relative."""
-    above: _Folder | None = None
     parts = path.split("/")
-    for count in range(len(parts)):
-        passed = "/".join(parts[:count]) or ("/" if path.startswith("/") else os.curdir)
-        above = _Folder(passed, passed, above, device_and_inode(passed))
-    return above
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError as error:  # a link: a broken one, or one to what may be a folder
-        broken = error.errno in (errno.ELOOP, errno.ENOTDIR)
-        return not broken and not is_tried(entry.name)
+    top = "/" if path.startswith("/") else os.curdir
+    passed = ("/".join(parts[:count]) or top for count in range(len(parts)))
+    return tuple(map(device_and_inode, passed))

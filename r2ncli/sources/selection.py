@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import starmap
 
 from r2ncli.errors import InputNotFoundError, UsageError
 from r2ncli.images.decoders import SUFFIXES as SUFFIXES
@@ -22,46 +23,27 @@ OTHERS = "others"  # all further suffixes
 class Selection:
     """Which inputs are taken, and the limits for reading them.
 
-    Attributes
-    ----------
-    include, exclude : tuple of str
-        Patterns (``*``, ``?``, ``[…]``; case-sensitive). A pattern with a slash is compared
-        with the whole name, one without with its last part; `exclude` also leaves out whole
-        folders. An empty `include` takes everything.
-    max : int or None
-        Stop after this many inputs.
-    shard : (int, int) or None
-        ``(i, n)``: take shard i (from 1) of n, chosen by the hash of the names.
-    null : bool
-        Names in lists and on standard input end with a NUL byte instead of a line end.
-    timeout : float
-        Seconds that reading one remote image may take.
-    max_bytes : int
-        Files of more bytes become failed rows.
+    Patterns have ``*``, ``?`` and ``[…]``, and are case-sensitive. One with a slash is compared
+    with the whole name, one without with its last part; `exclude` also leaves out whole folders.
     """
 
-    include: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()  # empty: everything
     exclude: tuple[str, ...] = ()
-    max: int | None = None
-    shard: tuple[int, int] | None = None
-    null: bool = False
-    timeout: float = 60.0
-    max_bytes: int = MAX_BYTES
-
-    def takes(self, name: str) -> bool:
-        """Whether the patterns let an image of this name through."""
-        return self.left_out_by(name) is None
+    max: int | None = None  # stop after this many inputs
+    shard: tuple[int, int] | None = None  # i (from 1) of n, by the hash of the names
+    null: bool = False  # names in lists end with a NUL byte instead of a line end
+    timeout: float = 60.0  # seconds that reading one remote image may take
+    max_bytes: int = MAX_BYTES  # larger files become failed rows
 
     def left_out_by(self, name: str) -> str | None:
         """Which option leaves an image of this name out: ``include``, ``exclude`` or None."""
         if self.excludes(name):
             return "exclude"
-        last = _BORDER.split(name)[-1] if self.include else ""
-        if self.include and not any(
-            fnmatchcase(name if "/" in pattern else last, pattern) for pattern in self.include
-        ):
-            return "include"
-        return None
+        if not self.include:
+            return None
+        last = _BORDER.split(name)[-1]
+        compared = ((name if "/" in pattern else last, pattern) for pattern in self.include)
+        return None if any(starmap(fnmatchcase, compared)) else "include"
 
     def excludes(self, name: str) -> bool:
         """Whether `exclude` leaves out an image or a folder, or a folder above it."""
@@ -69,40 +51,23 @@ class Selection:
             return False
         parts = _BORDER.split(name)
         beginnings = [*(name[: border.start()] for border in _BORDER.finditer(name)), name]
-        for pattern in self.exclude:
-            wanted = pattern.rstrip("/")
-            candidates = beginnings if "/" in wanted else parts
-            if any(fnmatchcase(candidate, wanted) for candidate in candidates):
-                return True
-        return False
+        return any(
+            fnmatchcase(candidate, pattern)
+            for pattern in (pattern.rstrip("/") for pattern in self.exclude)
+            for candidate in (beginnings if "/" in pattern else parts)
+        )
 
 
 class LeftOut:
-    """Counts what a search leaves out, so that "no image found" can say why.
-
-    Attributes
-    ----------
-    selection : Selection
-        The patterns that leave names out.
-    options : Counter of str
-        How many names each of ``include`` and ``exclude`` left out.
-    suffixes : Counter of str
-        How many files below folders and in archives have each suffix that is not tried.
-    archives : int
-        How many archives are below folders, where they are not searched.
-    first_archive : str
-        The name of the first one.
-    empty_lists : list of str
-        The arguments that are lists without a name, at most `MOST_NAMED` of them.
-    """
+    """Counts what a search leaves out, so that "no image found" can say why."""
 
     def __init__(self, selection: Selection) -> None:
         self.selection = selection
-        self.options: Counter[str] = Counter()
-        self.suffixes: Counter[str] = Counter()
-        self.archives = 0
+        self.options: Counter[str] = Counter()  # names, by ``include`` and ``exclude``
+        self.suffixes: Counter[str] = Counter()  # files, by a suffix that is not tried
+        self.archives = 0  # below folders, where they are not searched
         self.first_archive = ""
-        self.empty_lists: list[str] = []
+        self.empty_lists: list[str] = []  # at most `MOST_NAMED`
 
     def takes(self, name: str) -> bool:
         """Whether the patterns let this name through; counted if they do not."""
@@ -143,18 +108,14 @@ def no_image_found(left_out: LeftOut) -> InputNotFoundError:
         causes.append(
             f"archives inside a folder are not searched ({found}): name an archive to read it"
         )
-    looked_for = ""
-    if not causes:
-        suffixes = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
-        looked_for = f" (looked for files ending in {suffixes})"
+    suffixes = " ".join(sorted(suffix[1:] for suffix in SUFFIXES))
+    looked_for = "" if causes else f" (looked for files ending in {suffixes})"
     if left_out.suffixes:
         by_count = sorted(left_out.suffixes.items(), key=lambda pair: (-pair[1], pair[0]))
-        common = by_count[:MOST_NAMED]
-        named = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in common]
-        more = left_out.suffixes.total() - sum(count for _, count in common)
-        causes.append(
-            f"files with other suffixes: {', '.join(named + [f'{more:,} more'] * bool(more))}"
-        )
+        named = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in by_count]
+        if more := sum(count for _, count in by_count[MOST_NAMED:]):
+            named[MOST_NAMED:] = [f"{more:,} more"]
+        causes.append(f"files with other suffixes: {', '.join(named)}")
     return InputNotFoundError(f"no image found{looked_for}{': ' * bool(causes)}{'; '.join(causes)}")
 
 

@@ -13,19 +13,19 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain, islice
-from types import TracebackType
 
+from r2ncli.files import PathLike as PathLike
 from r2ncli.sources.archives import Budget
 from r2ncli.sources.content import Input as Input
 from r2ncli.sources.content import file_input as file_input
-from r2ncli.sources.search import Search, Warn
+from r2ncli.sources.patterns import Warn
+from r2ncli.sources.search import Search
 from r2ncli.sources.selection import LeftOut, Selection, in_shard
 
 NAMES_AHEAD = 100_000  # how many names may wait, so that the total is known early
 BYTES_AHEAD = 64_000_000  # of images from compressed archives that may wait
-
-PathLike = str | os.PathLike[str]
 
 
 def find_images(
@@ -37,20 +37,9 @@ def find_images(
 ) -> Iterator[Input]:
     """Find every image among `paths`, in the order of the results.
 
-    Parameters
-    ----------
-    paths : sequence of str or path
-        Images, which are always tried; folders, which are searched for `SUFFIXES`; archives;
-        patterns; ``@list``; ``-``; URLs.
-    warn : callable
-        Takes a sentence about a link back to an ancestor, which is not followed.
-    selection : Selection
-        Which of them are taken. (The shard is applied by `Walk`.)
-    stop : threading.Event, optional
-        Ends a wait for standard input, or for memory. With it, at most `BYTES_AHEAD` of
-        compressed archives are held at a time.
-    left_out : LeftOut, optional
-        Counts what is left out.
+    `warn` takes a sentence about a link back to an ancestor, which is not followed. (The shard
+    is applied by `Walk`.) `stop` ends a wait for standard input or for memory; with it, at most
+    `BYTES_AHEAD` bytes of compressed archives are held at a time.
 
     Raises
     ------
@@ -76,17 +65,6 @@ class Walk:
     """The inputs among `paths`, found in a thread of its own while they are used.
 
     Iterate once. Leaving the `with` block ends the walk.
-
-    Attributes
-    ----------
-    found : int
-        How many inputs of this shard were found so far; the total once the walk ended.
-    any_found : bool
-        Whether any input was found, of whatever shard, or `paths` is empty.
-    ended : bool
-        Whether everything was found.
-    left_out : LeftOut
-        What was left out so far.
     """
 
     def __init__(
@@ -95,8 +73,8 @@ class Walk:
         warn: Warn,
         selection: Selection = Selection(),  # noqa: B008  frozen
     ) -> None:
-        self.found = 0
-        self.any_found = not paths  # nothing to find is not an error
+        self.found = 0  # inputs of this shard so far; the total once the walk ended
+        self.any_found = not paths  # an input of whatever shard; nothing to find is no error
         self.ended = False
         self.left_out = LeftOut(selection)
         self._shard = selection.shard
@@ -109,12 +87,7 @@ class Walk:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(1.0)  # a dead network drive may block it longer: do not wait
 
@@ -141,9 +114,7 @@ class Walk:
 
     def _put(self, found: Input | BaseException | None) -> bool:
         while not self._stop.is_set():
-            try:
+            with suppress(queue.Full):
                 self._names.put(found, timeout=0.1)
                 return True
-            except queue.Full:
-                continue
         return False

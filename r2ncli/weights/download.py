@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +19,13 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from r2ncli import web
 from r2ncli.architectures import DEMO
 from r2ncli.errors import CheckpointError
 from r2ncli.files import open_regular, publish, reason, remove_lock, take_lock
-from r2ncli.web import (
-    ANSWER_SECONDS,
-    ATTEMPTS,
-    Client,
-    CutOffError,
-    Response,
-    WebError,
-    retry,
-    without_secrets,
-)
+from r2ncli.web import Client, CutOffError, Response, WebError, without_secrets
 
-OPEN_SECONDS = 8.0  # how long it may take until the answer begins; less than ANSWER_SECONDS
+OPEN_SECONDS = 8.0  # how long it may take until the answer begins; less than web.ANSWER_SECONDS
 FIRST_PAUSE_SECONDS = 1.0  # before the second attempt; each further one is twice as long
 PIECE_BYTES = 1 << 18
 
@@ -68,17 +60,8 @@ def digits_in_name(name: str) -> str | None:
 def download_file(url: str, destination: Path, on_progress: OnProgress | None = None) -> Path:
     """Download `url` to `destination`, whose name carries the hash prefix of the file.
 
-    A download that broke off continues where it stopped, in this run or the next; the file
-    gets its final name only if its SHA-256 matches.
-
-    Parameters
-    ----------
-    url : str
-        An http, https or file URL.
-    destination : Path
-        Where the file is to be; its folder is created.
-    on_progress : callable, optional
-        Takes a `DownloadProgress` after each piece.
+    The URL is one of http, https or file. A download that broke off continues where it
+    stopped, in this run or the next; the file gets its final name only if its SHA-256 matches.
 
     Raises
     ------
@@ -111,7 +94,7 @@ def download_file(url: str, destination: Path, on_progress: OnProgress | None = 
                 )
             publish(partial, destination)
     except WebError as error:
-        times = f", {ATTEMPTS} times" if error.may_recover else ""
+        times = f", {web.ATTEMPTS} times" if error.may_recover else ""
         raise CheckpointError(f"cannot download {shown}: {error}{times}. {by_hand}") from error
     except OSError as error:
         raise CheckpointError(
@@ -137,7 +120,13 @@ def _locked(partial: Path) -> Iterator[None]:
 def _fetch(url: str, file: BinaryIO, destination: Path, on_progress: OnProgress | None) -> None:
     """Append to `file` until the whole of `url` is there."""
     if urlsplit(url).scheme == "file":
-        _copy(url, file)
+        file.truncate(0)
+        try:
+            source, _ = open_regular(url2pathname(urlsplit(url).path))
+        except OSError as error:
+            raise WebError(f"cannot be read: {reason(error)}", may_recover=False) from error
+        with source:
+            shutil.copyfileobj(source, file)
         return
     shown = without_secrets(url)
     client = Client()
@@ -150,14 +139,15 @@ def _fetch(url: str, file: BinaryIO, destination: Path, on_progress: OnProgress 
             if error.status != 416:
                 raise
             # no byte is left after those that are here: they are all, or of another file
-            if received == _whole_size(error.headers):
+            if error.headers.get("Content-Range") == f"bytes */{received}":
                 return
             file.truncate(0)
             raise WebError(
                 "the server does not know this part of the file", may_recover=True
             ) from error
         with response:
-            if received and not _continues(response, received):
+            begins = response.headers.get("Content-Range", "").startswith(f"bytes {received}-")
+            if received and not (response.status == 206 and begins):
                 file.truncate(0)
                 received = 0
             length = response.headers.get("Content-Length", "")
@@ -174,15 +164,15 @@ def _fetch(url: str, file: BinaryIO, destination: Path, on_progress: OnProgress 
                     f"the connection closed after {received:,}{of_total} bytes", may_recover=True
                 ) from error
 
-    retry(attempt, FIRST_PAUSE_SECONDS)
+    web.retry(attempt, FIRST_PAUSE_SECONDS)
 
 
 def _open(client: Client, url: str, received: int) -> Response:
     """Ask for what comes after the bytes that are here."""
     headers = {"Range": f"bytes={received}-"} if received else {}
     try:
-        return client.within(
-            OPEN_SECONDS, lambda: client.open(url, monotonic() + ANSWER_SECONDS, headers)
+        return web.within(
+            OPEN_SECONDS, lambda: client.open(url, monotonic() + web.ANSWER_SECONDS, headers)
         )
     except TimeoutError as error:
         raise WebError(f"no answer in {OPEN_SECONDS:g} s", may_recover=received > 0) from error
@@ -190,26 +180,3 @@ def _open(client: Client, url: str, received: int) -> Response:
         if not error.connected and not received:
             error.may_recover = False  # a server that was never there: say so at once
         raise
-
-
-def _copy(url: str, file: BinaryIO) -> None:
-    """Append a file of this machine, which a file URL names."""
-    file.truncate(0)
-    try:
-        source, _ = open_regular(url2pathname(urlsplit(url).path))
-    except OSError as error:
-        raise WebError(f"cannot be read: {reason(error)}", may_recover=False) from error
-    with source:
-        shutil.copyfileobj(source, file)
-
-
-def _continues(response: Response, received: int) -> bool:
-    """Whether the answer continues at byte `received`, as asked."""
-    content_range = response.headers.get("Content-Range", "")
-    return response.status == 206 and content_range.startswith(f"bytes {received}-")
-
-
-def _whole_size(headers: Mapping[str, str]) -> int:
-    """The size of the whole file in a ``Content-Range: bytes */N``; -1 if it is not said."""
-    _, _, total = headers.get("Content-Range", "").rpartition("/")
-    return int(total) if total.isdigit() else -1

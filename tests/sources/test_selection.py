@@ -21,7 +21,7 @@ from r2ncli.sources.walk import Walk, find_images
 
 
 def takes(name: str, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()) -> bool:
-    return Selection(include=include, exclude=exclude).takes(name)
+    return Selection(include=include, exclude=exclude).left_out_by(name) is None
 
 
 @pytest.mark.parametrize(
