@@ -136,7 +136,7 @@ def extract(paths: Paths = None, **options: Any) -> Iterator[Features]:
 def classify_to(
     output: str | OsPathLike[str], paths: Paths = None, **options: Any
 ) -> dict[str, Any]:
-    """Classify images into a .csv, .jsonl or .parquet file, as ``r2n classify -o`` does."""
+    """Classify images into a file, as ``r2n classify -o`` does."""
     return runs.run_to_file(Classify(), output, paths, *_parsed(CLASSIFY, options, to_file=True))
 
 
@@ -144,5 +144,5 @@ def classify_to(
 def extract_to(
     output: str | OsPathLike[str], paths: Paths = None, **options: Any
 ) -> dict[str, Any]:
-    """Extract features into an .h5 file, as ``r2n extract -o`` does."""
+    """Extract features into a file, as ``r2n extract -o`` does."""
     return runs.run_to_file(Extract(), output, paths, *_parsed(EXTRACT, options, to_file=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import Field, fields
 from functools import wraps
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -74,11 +74,9 @@ def with_run_options(command: str) -> Callable[[F], F]:
 
         @wraps(function)
         def called(**given: Any) -> Any:
-            options = {
-                field.name: given.pop(field.name) for field, _ in declared if field.name in given
-            }
-            options = {name: value for name, value in options.items() if value is not None}
-            return function(options=RunOptions(**options), **given)
+            options = {field.name: given.pop(field.name) for field, _ in declared}
+            known = {name: value for name, value in options.items() if value is not None}
+            return function(options=RunOptions(**known), **given)
 
         signature = inspect.signature(function, eval_str=True)
         own = [p for p in signature.parameters.values() if p.name != "options"]
@@ -97,6 +95,8 @@ def _parameter(field: Field[Any], option: Option) -> inspect.Parameter:
     given: Any = field.default
     shown = option.shown or (", ".join(given) if option.repeatable and given else True)
     kind = _cli_type(field, option)
+    known = option.suggestions
+    complete: Any = known and (lambda incomplete: [v for v in known() if v.startswith(incomplete)])
     annotation: Any = Annotated[
         kind,
         typer.Option(
@@ -105,7 +105,7 @@ def _parameter(field: Field[Any], option: Option) -> inspect.Parameter:
             metavar=option.metavar or "|".join(option.choices) or _METAVARS.get(kind, "TEXT"),
             show_default=shown,
             rich_help_panel=option.panel,
-            autocompletion=_completing(option.suggestions) if option.suggestions else None,
+            autocompletion=complete,
         ),
     ]
     return inspect.Parameter(
@@ -114,13 +114,6 @@ def _parameter(field: Field[Any], option: Option) -> inspect.Parameter:
         default=None if option.repeatable else given,
         annotation=annotation,
     )
-
-
-def _completing(suggestions: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
-    def complete(incomplete: str) -> list[str]:
-        return [value for value in suggestions() if value.startswith(incomplete)]
-
-    return complete
 
 
 def _cli_type(field: Field[Any], option: Option) -> Any:

@@ -70,8 +70,13 @@ def decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) -> 
     except MemoryError as error:
         raise ImageError("cannot be decoded: not enough memory") from error
     except Exception as error:  # a corrupted file can make Pillow raise anything
-        text = re.sub(r"<?\S*( object)? at 0x[0-9a-f]+>?", "", str(error)) or type(error).__name__
-        raise ImageError(f"cannot be decoded: {' '.join(text.split())}") from error
+        raise ImageError(f"cannot be decoded: {_in_words(error)}") from error
+
+
+def _in_words(error: object) -> str:
+    """What an error says, without addresses of objects and in one line."""
+    text = re.sub(r"<?\S*( object)? at 0x[0-9a-f]+>?", "", str(error)) or type(error).__name__
+    return " ".join(text.split())
 
 
 def _decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) -> Pixels:
@@ -117,8 +122,8 @@ def _open(content: bytes) -> tuple[Image.Image, Codec]:
                 raise
             raise ImageError(f"{decoder.name} support is not installed: {decoder.hint}") from error
         except (SyntaxError, IndexError, TypeError, KeyError, EOFError) as error:
-            reason = str(error) or type(error).__name__
-            raise ImageError(f"cannot be decoded: corrupted {decoder.name} ({reason})") from error
+            corrupted = f"corrupted {decoder.name} ({_in_words(error)})"
+            raise ImageError(f"cannot be decoded: {corrupted}") from error
     if unavailable:
         raise ImageError(f"cannot be decoded: {unavailable}")
     if head.lstrip()[:1] == b"<":

@@ -125,13 +125,10 @@ class Retried(Resumed):
         self.output = output
         _check_resumable(finished, record, output.output, retry_failed=True)
         begun = output.record()
-        if begun is None:
-            record["start"] = _now()
-            _keep_executed_batch_size(record, finished)
-        else:
+        if begun is not None:
             _check_resumable(begun, record, output.folder)
-            record["start"] = begun["start"]
-            _keep_executed_batch_size(record, begun)
+        record["start"] = begun["start"] if begun else _now()
+        _keep_executed_batch_size(record, begun or finished)
         self._begun = begun is not None
 
     def todo(self, inputs: Iterator[Input]) -> Iterator[Input]:
