@@ -113,6 +113,5 @@ def main() -> None:
     except SystemExit as ended:
         # commands end with other codes, and bugs with their traceback: 1 is how the libraries
         # answer to a help page that goes into a closed pipe
-        code = 0 if ended.code == 1 else ended.code
         stop_writing()
-        raise SystemExit(code) from None
+        raise SystemExit(0 if ended.code == 1 else ended.code) from None

@@ -95,8 +95,7 @@ def _parameter(field: Field[Any], option: Option) -> inspect.Parameter:
     given: Any = field.default
     shown = option.shown or (", ".join(given) if option.repeatable and given else True)
     kind = _cli_type(field, option)
-    known = option.suggestions
-    complete: Any = known and (lambda incomplete: [v for v in known() if v.startswith(incomplete)])
+    known = option.suggestions or (lambda: ())
     annotation: Any = Annotated[
         kind,
         typer.Option(
@@ -105,7 +104,9 @@ def _parameter(field: Field[Any], option: Option) -> inspect.Parameter:
             metavar=option.metavar or "|".join(option.choices) or _METAVARS.get(kind, "TEXT"),
             show_default=shown,
             rich_help_panel=option.panel,
-            autocompletion=complete,
+            autocompletion=(lambda incomplete: [v for v in known() if v.startswith(incomplete)])
+            if option.suggestions
+            else None,
         ),
     ]
     return inspect.Parameter(
