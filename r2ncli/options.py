@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from r2ncli.engine import AUTO, BACKENDS, INT8, POOLS, PRECISIONS
 from r2ncli.errors import UsageError
 from r2ncli.images.rules import MAX_BYTES, MAX_PIXELS, DecodeRules
-from r2ncli.sources.selection import Selection, parse_shard
+from r2ncli.sources.selection import TIMEOUT, Selection, parse_shard
 
 if TYPE_CHECKING:
     from r2ncli.weights.download import DownloadProgress
@@ -141,7 +141,7 @@ class RunOptions:
         choices=POOLS,
     )
     dtype: str = _option(
-        "float32",
+        DTYPES[0],
         "Store features with this type.",
         RESULTS,
         commands=(EXTRACT,),
@@ -265,7 +265,7 @@ class RunOptions:
         INPUTS,
         flags=("-0", "--null"),
     )
-    timeout: float = _option(60.0, "Give up on a remote image after this many seconds.", INPUTS)
+    timeout: float = _option(TIMEOUT, "Give up on a remote image after this many seconds.", INPUTS)
     on_error: str = _option(
         "continue",
         "Turn an image that cannot be used into a failed row (continue), or end the run at the "

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
+from r2ncli.options import DTYPES
 from r2ncli.outputs.damage import damage_as_error
 from r2ncli.outputs.rows import FEATURES, Batch
 
@@ -46,7 +47,7 @@ class Hdf5Format:
     holds_record: ClassVar[bool] = True
 
     shapes: dict[str, tuple[int, ...]]
-    dtype: str = "float32"
+    dtype: str = DTYPES[0]
 
     def pack(self, batches: Sequence[Batch]) -> bytes:
         arrays: dict[str, npt.NDArray[Any]] = {

@@ -14,6 +14,7 @@ from r2ncli.errors import InputNotFoundError, UsageError
 from r2ncli.images.decoders import SUFFIXES as SUFFIXES
 from r2ncli.images.rules import MAX_BYTES as MAX_BYTES
 
+TIMEOUT = 60.0
 MOST_SUFFIXES = 1000  # how many different suffixes are counted, each by itself
 MOST_NAMED = 5  # how many of them, or of empty lists, an error names
 OTHERS = "others"  # all further suffixes
@@ -32,7 +33,7 @@ class Selection:
     max: int | None = None  # stop after this many inputs
     shard: tuple[int, int] | None = None  # i (from 1) of n, by the hash of the names
     null: bool = False  # names in lists end with a NUL byte instead of a line end
-    timeout: float = 60.0  # seconds that reading one remote image may take
+    timeout: float = TIMEOUT  # seconds that reading one remote image may take
     max_bytes: int = MAX_BYTES  # larger files become failed rows
 
     def left_out_by(self, name: str) -> str | None:
