@@ -225,7 +225,7 @@ class PartialOutput:
         except OSError as error:
             raise OutputError(f"{self.output}: cannot be written: {reason(error)}") from error
         if lock is None:
-            raise OutputError(f"{self.output}: another r2n is writing it at this moment")
+            raise _locked_by_another(self.output)
         return lock
 
     def _remove_folder(self) -> None:
@@ -296,7 +296,12 @@ def checked_output(
         for name in (out, partial_folder(out), record_path(out)):
             name.exists()  # raises where a name is too long, or the folder may not be searched
         if not replaced:
-            refuse_existing(out, began=partial_folder(out).exists(), choices=choices)
+            began = partial_folder(out).exists()
+            if began and (lock := take_lock(partial_folder(out) / "lock")) is None:
+                raise _locked_by_another(out)
+            if began and lock:
+                lock.release()
+            refuse_existing(out, began, choices)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {reason(error)}") from error
     return out
@@ -310,7 +315,13 @@ def refuse_existing(out: Path, began: bool, choices: str = CHOICES) -> None:
         (record_path(out).exists(), record_path(out), "a run record"),
     ):
         if there:
+            if not (began or format_of(out).holds_record or record_path(out).exists()):
+                choices = choices.partition(", `resume`")[0]  # which needs the run record
             raise OutputError(f"{path} exists ({what}). {choices}")
+
+
+def _locked_by_another(out: Path) -> OutputError:
+    return OutputError(f"{out}: another r2n is writing it at this moment")
 
 
 def partial_folder(output: Path) -> Path:

@@ -14,8 +14,8 @@ from support.results import LABELLED, append, classified, read_csv, write
 
 from r2ncli.errors import OutputError
 from r2ncli.outputs.hdf5 import Hdf5Format
-from r2ncli.outputs.partial import BLOCK_ROWS, PartialOutput
-from r2ncli.outputs.rows import Features
+from r2ncli.outputs.partial import BLOCK_ROWS, PartialOutput, checked_output
+from r2ncli.outputs.rows import CLASSES, Features
 
 
 def test_a_block_is_there_after_every_256_rows_and_the_output_only_at_the_end(tmp_path):
@@ -51,10 +51,21 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_lasts(tmp_pa
             PartialOutput(tmp_path / "x.csv", LABELLED),
         ):
             pass
+        with pytest.raises(OutputError, match=r"x\.csv: another r2n is writing it"):
+            checked_output(tmp_path / "x.csv", CLASSES, replaced=False)
         append(partial, classified("a", 0.5, 0.5))
         partial.finish({})
     with PartialOutput(tmp_path / "x.csv", LABELLED) as again:
         again.begin({})
+
+
+def test_an_output_without_its_run_record_is_only_to_be_replaced(tmp_path):
+    (tmp_path / "x.csv").write_text("precious")
+    with pytest.raises(OutputError, match=r"\(a finished output\)\. `overwrite` starts again$"):
+        checked_output(tmp_path / "x.csv", CLASSES, replaced=False)
+    (tmp_path / "x.csv.run.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"`resume` continues it$"):
+        checked_output(tmp_path / "x.csv", CLASSES, replaced=False)
 
 
 def test_a_run_that_ends_before_its_first_block_leaves_nothing(tmp_path):
