@@ -152,7 +152,7 @@ def quantizer() -> str:
         It is not installed.
     """
     if find_spec("nncf") is None:
-        raise UsageError("`precision=int8` needs an extra: pip install 'r2ncli[int8]'")
+        raise UsageError("`precision=int8` needs nncf, which is not installed: pip install nncf")
     return f"nncf {version('nncf')}"
 
 

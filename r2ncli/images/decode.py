@@ -118,7 +118,7 @@ def _open(content: bytes) -> tuple[Image.Image, Codec]:
         try:
             return codec.open(content), codec
         except ImportError as error:
-            if decoder.extra is None:
+            if decoder.package is None:
                 raise
             raise ImageError(f"{decoder.name} support is not installed: {decoder.hint}") from error
         except (SyntaxError, IndexError, TypeError, KeyError, EOFError) as error:

@@ -58,15 +58,15 @@ class Decoder:
         Imports what decodes the format and returns its functions.
     libraries : tuple of Library
         The libraries that decide its pixels.
-    extra : str or None
-        The extra of r2n that installs an optional library.
+    package : str or None
+        The package that decodes it, where it is optional.
     """
 
     name: str
     suffixes: tuple[str, ...]
     load: Callable[[], Codec]
     libraries: tuple[Library, ...]
-    extra: str | None = None
+    package: str | None = None
 
     @cached_property
     def codec(self) -> Codec:
@@ -76,7 +76,7 @@ class Decoder:
     @property
     def hint(self) -> str:
         """The command that installs it."""
-        return f"pip install 'r2ncli[{self.extra}]'"
+        return f"pip install {self.package}"
 
 
 def installed_version(distribution: str) -> str | None:
@@ -144,7 +144,7 @@ DECODERS = (  # in the order in which a file's first bytes are compared
         (".heic", ".heif", ".hif", ".heics"),
         _by_rules_of("heif", "HEIC"),
         (*_BASE, _PILLOW_HEIF),
-        extra="heic",
+        package="pillow-heif",
     ),
     Decoder("AVIF", (".avif", ".avifs"), _by_pillow("AVIF", "AvifImagePlugin"), _BASE),
     Decoder(

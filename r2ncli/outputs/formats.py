@@ -43,8 +43,6 @@ class Format(Protocol):
         What its rows hold: `CLASSES` or `FEATURES` (see `rows`).
     packages : tuple of str
         Distributions that write it; they are recorded with their versions.
-    extra : str or None
-        The extra of r2n that installs them, where they are not always installed.
     holds_record : bool
         Whether the run record is inside the file; else it stands beside it.
     """
@@ -53,7 +51,6 @@ class Format(Protocol):
     block_suffix: ClassVar[str]
     content: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
-    extra: ClassVar[str | None]
     holds_record: ClassVar[bool]
 
     def pack(self, batches: Sequence[Batch]) -> bytes:
@@ -102,7 +99,6 @@ class RowFormat:
 
     content: ClassVar[str] = CLASSES
     packages: ClassVar[tuple[str, ...]] = ()
-    extra: ClassVar[str | None] = None
     holds_record: ClassVar[bool] = False
 
     topk: int
@@ -290,7 +286,6 @@ class ParquetFormat(JsonlFormat):
 
     suffix: ClassVar[str] = ".parquet"
     packages: ClassVar[tuple[str, ...]] = ("pyarrow",)
-    extra: ClassVar[str | None] = "parquet"
 
     def join(self, blocks: Sequence[Path], out: Path, record: Record) -> None:
         import pyarrow
@@ -341,8 +336,7 @@ def format_of(output: Path, content: str | None = None) -> type[Format]:
             import_module(package)
         except ImportError as error:
             raise UsageError(
-                f"{suffix} needs {package}, which is not installed: "
-                f"pip install 'r2ncli[{format.extra}]'"
+                f"{suffix} needs {package}, which is not installed: pip install {package}"
             ) from error
     return format
 

@@ -43,7 +43,6 @@ class Hdf5Format:
     block_suffix: ClassVar[str] = ".npz"
     content: ClassVar[str] = FEATURES
     packages: ClassVar[tuple[str, ...]] = ()  # h5py is always installed and recorded
-    extra: ClassVar[str | None] = None
     holds_record: ClassVar[bool] = True
 
     shapes: dict[str, tuple[int, ...]]

@@ -237,8 +237,7 @@ def _system(url: str) -> tuple[Any, str]:
         import fsspec
     except ImportError as error:
         raise UsageError(
-            f"{without_secrets(url)}: URLs other than http(s) need fsspec: "
-            "pip install 'r2ncli[remote]'"
+            f"{without_secrets(url)}: URLs other than http(s) need fsspec: pip install fsspec"
         ) from error
     try:
         system, path = fsspec.core.url_to_fs(url)

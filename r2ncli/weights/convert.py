@@ -151,9 +151,9 @@ def _check(out: Path, suffix: str, to: str, overwrite: bool) -> None:
         raise UsageError(f"`to` {to!r}: expected one of {', '.join(NAMINGS)}")
     if suffix in NEEDED and to != OFFICIAL:
         raise UsageError(f'`to="{to}"`: {suffix} files have no tensor names; leave `to` out')
-    missing = " and ".join(name for name in NEEDED.get(suffix, ()) if find_spec(name) is None)
+    missing = " ".join(name for name in NEEDED.get(suffix, ()) if find_spec(name) is None)
     if missing:
-        raise UsageError(f"{out}: {suffix} needs {missing}: pip install 'r2ncli[onnx]'")
+        raise UsageError(f"{suffix} needs what is not installed: pip install {missing}")
     if not os.path.isdir(out.parent):
         raise OutputError(f"{out}: cannot be written: the folder {out.parent} does not exist")
     for file in _files(out):

@@ -231,7 +231,7 @@ def test_features_are_never_int8(pictures, tiny_weights, tmp_path):
 
 def test_without_nncf_the_extra_is_named(pictures, tiny_weights, monkeypatch):
     monkeypatch.setattr(quantization, "find_spec", lambda _name: None)
-    with pytest.raises(UsageError, match=r"pip install 'r2ncli\[int8\]'"):
+    with pytest.raises(UsageError, match=r"pip install nncf"):
         open_classifier(weights=tiny_weights, precision="int8", calibration=pictures)
 
 

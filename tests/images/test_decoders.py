@@ -111,7 +111,7 @@ NEW_ROW = """DECODERS = (
         (".plain",),
         lambda: __import__("plain").CODEC,
         (Library("libplain", lambda: "1.5", may_be_absent=True),),
-        extra="plain",
+        package="plain",
     ),
 """
 PLAIN = """
@@ -165,7 +165,7 @@ def test_a_new_format_needs_a_new_row_and_nothing_else(tmp_path: Path) -> None:
         "folder/a.plain",
         "200 100 50",
         "1.5 True",
-        "PLAIN support is not installed: pip install 'r2ncli[plain]'",
+        "PLAIN support is not installed: pip install plain",
     ], done.stderr
 
 

@@ -112,7 +112,7 @@ def test_without_pillow_heif_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    assert error_of(FILES["heic"]) == "HEIC support is not installed: pip install 'r2ncli[heic]'"
+    assert error_of(FILES["heic"]) == "HEIC support is not installed: pip install pillow-heif"
     assert decoded(FILES["png"]).shape == (SIDE, SIDE, 3)
 
 

@@ -259,15 +259,15 @@ def test_invalid_options_are_refused_before_anything_is_read(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("suffix", "missing"), [(".onnx", "onnxruntime"), (".xml", "openvino"), (".xml", "onnxscript")]
 )
-def test_a_library_that_is_missing_is_named_with_its_extra(
+def test_a_library_that_is_missing_is_named(
     suffix: str, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UsageError) as caught:
         convert("absent.pth", tmp_path / f"out{suffix}")
-    assert f"{suffix} needs " in str(caught.value)
-    assert missing in str(caught.value)
-    assert str(caught.value).endswith("pip install 'r2ncli[onnx]'")
+    said, _, packages = str(caught.value).partition(": pip install ")
+    assert said == f"{suffix} needs what is not installed"
+    assert missing in packages.split()
 
 
 def test_a_missing_folder_or_a_folder_of_the_outputs_name_is_an_error(
