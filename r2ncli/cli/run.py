@@ -56,12 +56,10 @@ def classify(
     quiet: Quiet = False,
 ) -> int:
     """Classify images: print or save the most probable classes of each."""
-    from r2ncli.pipeline import Classify
-
     if output not in (None, STDOUT):
         if format is not None:
             raise UsageError(f"--format is for stdout; the suffix of {output} says its format")
-        return _run_to_file(Classify(), output, paths, options, quiet)
+        return _run_to_file(CLASSIFY, output, paths, options, quiet)
     if options.overwrite or options.resume or options.retry_failed:
         raise UsageError(
             "`overwrite`, `resume` and `retry_failed` are for an output file: give one with -o"
@@ -76,13 +74,13 @@ def _classify_to_stdout(
     format: str | None,
     quiet: bool,
 ) -> int:
-    from r2ncli.pipeline import Classify
-    from r2ncli.runs import run_to_stream
-
     lines = is_terminal(sys.stdout) and output is None and format is None
-    write = _write_lines if lines else _writer_of_text(format or "csv")
     with Report("classify", quiet, bar=not lines, failures=not lines) as report:
-        report.preparing()
+        report.preparing()  # before imports that take their time
+        from r2ncli.pipeline import Classify
+        from r2ncli.runs import run_to_stream
+
+        write = _write_lines if lines else _writer_of_text(format or "csv")
         record = run_to_stream(Classify(), write, paths or None, options, _listeners(report))
         return report.summary(_executed(record))
 
@@ -141,9 +139,7 @@ def extract(
     """Extract features: save the outputs of any layers for each image."""
     if list_layers:
         return _list_layers(options, quiet)
-    from r2ncli.pipeline import Extract
-
-    return _run_to_file(Extract(), output, paths, options, quiet)
+    return _run_to_file(EXTRACT, output, paths, options, quiet)
 
 
 def _list_layers(options: RunOptions, quiet: bool) -> int:
@@ -158,15 +154,17 @@ def _list_layers(options: RunOptions, quiet: bool) -> int:
 
 
 def _run_to_file(
-    task: Any, output: str | None, paths: list[str] | None, options: RunOptions, quiet: bool
+    command: str, output: str | None, paths: list[str] | None, options: RunOptions, quiet: bool
 ) -> int:
-    from r2ncli.runs import run_to_file
-
     assert output is not None
-    with Report(task.command, quiet) as report, _resumable(Path(output), options):
-        report.preparing()
+    with Report(command, quiet) as report, _resumable(Path(output), options):
+        report.preparing()  # before imports that take their time
+        from r2ncli.pipeline import Classify, Extract
+        from r2ncli.runs import run_to_file
+
+        task = Classify() if command == CLASSIFY else Extract()
         record = run_to_file(task, output, paths or None, options, _listeners(report))
-        if task.command == EXTRACT and record["precision"] != "fp32":
+        if command == EXTRACT and record["precision"] != "fp32":
             report.sentence(
                 f"computed in {record['precision']}; --precision fp32 gives full precision"
             )
