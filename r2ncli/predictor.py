@@ -70,7 +70,7 @@ def open_predictor(
     Raises
     ------
     UsageError, CheckpointError, DeviceError
-        An option, the weights or the device do not fit.
+        An option, the weights or the device cannot be used.
     InputNotFoundError
         `options.calibration` has no image that can be used.
     """
@@ -106,7 +106,7 @@ def assemble_predictor(
     Raises
     ------
     UsageError, DeviceError
-        An option or the device does not fit.
+        An option or the device cannot be used.
     """
     return _opened(
         _checked(options),

@@ -95,7 +95,7 @@ def _write_lines(batch: Batch) -> None:
 
 
 def _writer_of_text(format: str) -> Callable[[Batch], None]:
-    """A function that writes batches as CSV or JSONL to stdout."""
+    """Return a function that writes batches as CSV or JSONL to stdout."""
     from r2ncli.outputs.formats import FORMATS
     from r2ncli.outputs.rows import LABEL, PROBABILITY, WNID
 
@@ -192,7 +192,7 @@ def _executed(record: dict[str, Any]) -> str:
 
 @contextmanager
 def _resumable(output: Path, options: RunOptions) -> Iterator[None]:
-    """Tell the user of a run that was ended early what is kept and how to continue."""
+    """Tell the user, when a run ends early, which rows are kept and how to continue."""
     try:
         yield
     except (KeyboardInterrupt, FailedInputError) as ended:

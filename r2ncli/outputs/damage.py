@@ -1,4 +1,4 @@
-"""What reading a corrupted output raises, and how a user hears of it."""
+"""Turn the errors of reading a corrupted output into an OutputError that names the file."""
 
 from __future__ import annotations
 

@@ -27,14 +27,14 @@ def merge(
     overwrite: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Record:
-    """Join the finished outputs of ``--shard 1/N`` to ``N/N`` into `output`, in shard order.
+    """Join the finished outputs of the shards ``1/N`` to ``N/N`` into `output`, in shard order.
 
     Parameters
     ----------
     shards : sequence of path
-        All of them, in any order.
+        The outputs of all shards, in any order.
     output : path
-        A name with the same suffix.
+        The file to write, with the same suffix.
     overwrite : bool
         Replace an existing output.
     on_progress : callable, optional
@@ -51,8 +51,8 @@ def merge(
     UsageError
         There is no shard, or the suffixes differ.
     InputNotFoundError, OutputError
-        One is not there, is missing among 1 to N or there twice, was made with other settings,
-        or is corrupted; or `output` exists or cannot be written.
+        A shard does not exist, is missing or repeated, was made with other settings, or is
+        corrupted; or `output` exists or cannot be written.
     """
     paths = [existing_result(shard) for shard in shards]
     suffixes = sorted({path.suffix.lower() for path in paths})
@@ -84,7 +84,7 @@ def merge(
 
 
 def _in_order(shards: list[Shard]) -> list[Shard]:
-    """The shards by number, all of 1 to N once."""
+    """Return the shards by number; raise an OutputError unless each of 1 to N is there once."""
     numbered: dict[int, Shard] = {}
     totals: dict[int, Path] = {}
     for path, record in shards:
@@ -115,7 +115,7 @@ def _check_settings(ordered: list[Shard]) -> None:
 
 
 def _format(ordered: list[Shard]) -> Format:
-    """The one format of all; a shard without rows may not tell its columns."""
+    """Return the common format of all shards; without rows, a shard's columns may be unknown."""
     (first, _), *others = [shard for shard in ordered if shard[1]["counts"]["inputs"]] or ordered
     format = read_format(first)
     for path, _ in others:

@@ -168,7 +168,7 @@ def test_features_without_their_names_are_none_of_ours(tmp_path):
     with h5py.File(out, "a") as file:
         del file["status"]
         file["status"] = ["ok"]
-    with pytest.raises(OutputError, match="1 rows of one thing, 300 of another"):
+    with pytest.raises(OutputError, match="one dataset has 1 rows, another 300"):
         read_all(out)
 
 
