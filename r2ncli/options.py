@@ -312,7 +312,7 @@ class RunOptions:
             )
 
     def selection(self) -> Selection:
-        """Which inputs are taken."""
+        """Return which inputs are taken."""
         return Selection(
             include=tuple(self.include),
             exclude=tuple(self.exclude),
@@ -324,7 +324,7 @@ class RunOptions:
         )
 
     def decode_rules(self) -> DecodeRules:
-        """How images are decoded."""
+        """Return how images are decoded."""
         return DecodeRules(self.decode, self.max_pixels, self.max_bytes)
 
 

@@ -177,7 +177,7 @@ def _execute(opened: Run, output: Output, plan: Fresh) -> Record:
             done, failed = done + len(batch), failed + batch.failed
     except OutputError:
         raise
-    except BaseException:  # Ctrl-C, a failed device: keep what is there
+    except BaseException:  # Ctrl-C, a failed device: keep the finished rows
         output.flush()
         raise
     return plan.finish(plan.done + done, plan.failed + failed)

@@ -159,7 +159,7 @@ class CudaEngine:
 
 
 def _names(devices: Sequence[torch.device]) -> str:
-    """``cuda:0``, or ``cuda:0,1``."""
+    """Return the devices as one name: ``cuda:0``, or ``cuda:0,1``."""
     return ",".join([str(devices[0]), *(str(device.index) for device in devices[1:])])
 
 

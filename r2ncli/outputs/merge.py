@@ -84,7 +84,7 @@ def merge(
 
 
 def _in_order(shards: list[Shard]) -> list[Shard]:
-    """Return the shards by number; raise an OutputError unless each of 1 to N is there once."""
+    """Return the shards by number; raise an OutputError if one is missing or repeated."""
     numbered: dict[int, Shard] = {}
     totals: dict[int, Path] = {}
     for path, record in shards:

@@ -82,8 +82,8 @@ def open_checkpoint(
     Raises
     ------
     CheckpointError
-        The file is absent, is no checkpoint or not the published one, or its metadata
-        cannot be used.
+        The file is absent, not a checkpoint or not the published one, or its metadata cannot
+        be used.
     """
     path = find_checkpoint(weights, download=download, on_progress=on_progress)
     container(path)
@@ -95,7 +95,7 @@ def open_checkpoint(
 
 
 def requested_weights(weights: Weights = None) -> str:
-    """Return what was asked for: `weights`, or ``$R2N_WEIGHTS``, or the default network."""
+    """Return the weights to load: `weights`, or ``$R2N_WEIGHTS``, or the default network."""
     if weights is None:
         weights = os.environ.get("R2N_WEIGHTS") or DEFAULT_NETWORK
     return os.fspath(weights)

@@ -48,8 +48,8 @@ class Conversion:
     """What a conversion read, wrote and compared.
 
     `sha256` is that of the source, `variant` the published network's name or the architecture in
-    words, `naming` one of `NAMINGS`. `files` are all that were written, `output` last. Compared
-    were ``logits``, or ``features`` (those of layer4) where the output has no classifier;
+    words, `naming` one of `NAMINGS`. `files` are all that were written, `output` last. `compared`
+    is ``logits``, or ``features`` (those of layer4) where the output has no classifier;
     `difference` is the largest one, relative to the source's largest value.
     """
 
@@ -261,7 +261,7 @@ def _publish(partial: Path, out: Path) -> None:
     for file in written:
         sync(file)
     if len(final) > 1:
-        out.unlink(missing_ok=True)  # what was there does not fit the new companion
+        out.unlink(missing_ok=True)  # an older file would not match the new companion
     for file, name in zip(written, final, strict=True):
         os.replace(file, name)
     sync(out.parent)

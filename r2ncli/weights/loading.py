@@ -268,7 +268,7 @@ def published_network(name: str, weights: Weights = None, output_stride: int = 3
     return checkpoint.network
 
 
-@cache  # a function that is asked for twice is the same one, so it can be pickled
+@cache  # each call returns the same function, so that it can be pickled
 def builder(name: str) -> Callable[..., Res2Net]:
     """Return the function ``r2ncli.NAME`` that builds the published network `name`."""
 

@@ -94,7 +94,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """False where a check failed or none was possible; warnings do not count."""
+        """Whether no check failed; False if no check was possible. Warnings are not failures."""
         return self.error is None and not self.failures
 
     @property
@@ -140,8 +140,8 @@ def verify_weights(
     Returns
     -------
     Verification or TensorComparison
-        A comparison where `against` is given. Checks that a failed one makes pointless are
-        "not applicable".
+        A comparison where `against` is given. A check that cannot run because another one failed
+        is "not applicable".
 
     Raises
     ------
