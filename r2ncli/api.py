@@ -27,7 +27,7 @@ from r2ncli.runs import Paths
 F = TypeVar("F", bound=Callable[..., Any])
 
 OUTPUT = (
-    "The file to write; the suffix says the format. It grows in ``OUT.partial/`` until complete."
+    "The file to write; its suffix decides the format. It grows in ``OUT.partial/`` until complete."
 )
 PATHS = (
     "Images, folders, archives, patterns, ``@list`` files, ``-`` (names on standard input) and "
@@ -88,7 +88,7 @@ _RESULT = [
     "    At the call: an option, a path, the weights or the device cannot be used.",
 ]
 _RESULT_TO_FILE = [
-    *("", "Returns", "-------", "dict", "    The run record, as it is stored with the output."),
+    *("", "Returns", "-------", "dict", "    The run record, as stored with the output."),
     *_RAISES,
     "    Before anything is written if an argument cannot be used; later if the device or the disk",
     "    fails: finished blocks are kept then.",
@@ -105,7 +105,7 @@ def _parsed(
     TypeError
         There is no such keyword.
     UsageError
-        A value does not fit.
+        A value is not valid.
     """
     known = {parameter.name for parameter in keywords(command, to_file=to_file)}
     for name in given:

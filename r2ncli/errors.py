@@ -3,9 +3,9 @@
 R2NError
 ├── UsageError            2   an invalid option value or combination of options
 ├── InputNotFoundError    3   an argument that does not exist, or no image found
-├── CheckpointError       4   weights absent, altered or unfit
+├── CheckpointError       4   weights absent, altered or unsuitable
 ├── DeviceError           5   a device that does not exist or fails
-├── OutputError           6   an output that exists, is locked, full or does not fit
+├── OutputError           6   an output that exists, is locked or cannot be written or resumed
 └── FailedInputError      7   an image failed in a run with `on_error=fail`
 
 An image that cannot be read is not in this tree: it becomes a row that says why. Any other

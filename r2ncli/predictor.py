@@ -24,7 +24,7 @@ MAX_WORKERS = 256
 
 @dataclass(frozen=True)
 class Predictor:
-    """A network that is ready to turn inputs into rows, and what it is made of.
+    """A network that is ready to turn inputs into rows, and its settings.
 
     Attributes
     ----------

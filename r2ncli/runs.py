@@ -1,4 +1,4 @@
-"""A run from its options to the finished output.
+"""Execute a run, from its options to the finished output.
 
 A task (see `pipeline`) says what the network computes, a plan (see `outputs.plans`) what is
 still to compute; the same steps serve output files, streams and Python iterators.
@@ -93,7 +93,7 @@ def records(task: Task, paths: Paths, options: RunOptions, listeners: Listeners)
     Raises
     ------
     R2NError
-        At the call: an option, a path, the weights or the device does not fit.
+        At the call: an option, a path, the weights or the device cannot be used.
     """
     opened = open_run(task, paths, options, listeners)
 

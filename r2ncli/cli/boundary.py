@@ -24,7 +24,7 @@ _SILENT = logging.NullHandler()
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, handled as Ctrl-C is."""
+    """Raised on SIGTERM and handled as Ctrl-C."""
 
 
 def boundary(command: Callable[..., int | None]) -> Callable[..., None]:

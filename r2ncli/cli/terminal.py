@@ -170,7 +170,7 @@ class Report:
             )
 
     def summary(self, more: str) -> int:
-        """End the progress line, print what was done, and return the exit code."""
+        """End the progress line, print a summary of the run, and return the exit code."""
         self._end_bar()
         progress = self.progress
         done, failed = (0, 0) if progress is None else (progress.done, progress.failed)

@@ -1,7 +1,7 @@
 """What all backends share: the interface of an engine, and facts about this machine.
 
 An engine executes a network on a device in one precision. It takes a uint8 batch of pixels
-and returns named float32 arrays. Normalisation and pooling are part of what it runs.
+and returns named float32 arrays. It also normalises the pixels and pools the outputs.
 """
 
 from __future__ import annotations

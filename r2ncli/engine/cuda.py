@@ -296,7 +296,7 @@ class _Gpu:
         for _ in range(WARM_UPS):
             self._outputs = self._forward(pixels)
         if self._on_gpu:
-            self._outputs = {}  # freed for those of the capture
+            self._outputs = {}  # freed before the capture allocates new ones
             graph = torch.cuda.CUDAGraph()
             # thread_local: other threads of the caller's program may do what a capture forbids,
             # such as allocating memory on the GPU

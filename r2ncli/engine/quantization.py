@@ -1,6 +1,6 @@
 """Quantise a graph to int8 with NNCF, and choose the images that it is calibrated with.
 
-NNCF runs in a process of its own: importing it replaces Python's logger class, it prints its
+NNCF runs in a separate process: importing it replaces Python's logger class, it prints its
 progress, and it would keep memory.
 """
 

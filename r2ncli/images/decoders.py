@@ -167,7 +167,7 @@ def decoder_versions() -> dict[str, str | None]:
     Returns
     -------
     dict
-        From a library's name to its version; None where it is not installed.
+        The version of each library by its name; None if it is not installed.
     """
     libraries = {library.name: library for decoder in DECODERS for library in decoder.libraries}
     return {name: library.version() for name, library in libraries.items()}

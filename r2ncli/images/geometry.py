@@ -1,4 +1,4 @@
-"""Which part of a stored image the network sees, and how the result is turned upright."""
+"""Find the part of a stored image that the network sees, and turn the result upright."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HEIC, which pillow-heif decodes; its container says whether it is HEIC or AVIF."""
+"""Decode HEIC with pillow-heif; the container's brands distinguish HEIC from AVIF."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formats that Pillow decodes, opened without its process-wide limit on pixels."""
+"""Open the formats that Pillow decodes, without its process-wide limit on pixels."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ DAMAGE = (
 
 @contextmanager
 def damage_as_error(output: Path) -> Iterator[None]:
-    """Raise an OutputError that names `output` in place of whatever its corruption raises."""
+    """Raise an OutputError that names `output` in place of any error that its corruption causes."""
     try:
         yield
     except DAMAGE as error:

@@ -178,7 +178,7 @@ class RowFormat:
         topk = sum(column.startswith(f"{INDEX}_") for column in columns)
         format = cls(topk, f"{WNID}_1" in columns, f"{LABEL}_1" in columns)
         if not topk or columns != format.header():
-            raise ValueError("its columns are not those of a result")
+            raise ValueError("its columns are not those of an output of r2n")
         return format
 
     def batch(self, rows: Sequence[Cells]) -> Batch:
@@ -324,7 +324,7 @@ def suffixes(content: str | None = None) -> tuple[str, ...]:
 
 
 def format_of(output: Path, content: str | None = None) -> type[Format]:
-    """Return the format that a file's suffix stands for.
+    """Return the format of files with this suffix.
 
     Raises
     ------

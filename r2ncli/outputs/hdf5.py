@@ -78,7 +78,7 @@ class Hdf5Format:
             for key, value in record.items():
                 plain = isinstance(value, str | int | float)
                 file.attrs[key] = value if plain else json.dumps(value, ensure_ascii=False)
-            # whole chunks of fixed sizes, whatever the blocks were: the same bytes each time
+            # chunks of fixed sizes, independent of the blocks: the same bytes each time
             for layer, shape in self.shapes.items():
                 chunk = _chunk_shape(shape, np.dtype(self.dtype), count)
                 dataset = file.create_dataset(

@@ -43,8 +43,8 @@ def merge(
     Returns
     -------
     dict
-        The run record: that of the first shard with the counts of all, from the earliest start
-        to the latest end.
+        The first shard's run record with the counts of all, from the earliest start to the
+        latest end.
 
     Raises
     ------

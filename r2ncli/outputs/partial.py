@@ -52,7 +52,7 @@ class PartialOutput:
     Attributes
     ----------
     again : str
-        How an error tells the user to continue.
+        The words with which an error says how to continue.
     done : int
         Rows in finished blocks.
     """
@@ -200,7 +200,7 @@ class PartialOutput:
         return self.folder / f"inputs-{block:08d}.stamps"
 
     def _finish_stamps(self, blocks: int) -> None:
-        """Join the stamps of all blocks beside the output; leave none of an earlier output."""
+        """Join the stamps of all blocks into a file beside the output; remove an earlier one."""
         joined = self.folder / "joined.inputs"
         known = False
         with open(joined, "wb") as file:
@@ -277,7 +277,7 @@ def checked_output(
     replaced : bool
         Whether an existing output or unfinished run may be replaced.
     choices : str
-        What the error tells the user to do if it may not be replaced.
+        The advice in the error if it may not be replaced.
 
     Raises
     ------

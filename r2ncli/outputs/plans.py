@@ -1,4 +1,4 @@
-"""Plans: what a run still has to compute, and what it appends to its output.
+"""Plan what a run still has to compute, and what it appends to its output.
 
 A plan compares the inputs with the rows that are kept, names those that must be computed, and
 gives the rows to append in order. `choose_plan` is the only place that asks which kind of run
@@ -53,7 +53,7 @@ class Fresh:
     record : dict
         The run record.
     done, failed : int
-        Rows that are kept, and those of them that failed; known once `todo` has given an input.
+        Number of kept rows, and of failed ones among them; known once `todo` gave an input.
     """
 
     def __init__(self, output: Output, record: Record) -> None:
@@ -202,7 +202,7 @@ def choose_plan(output: PartialOutput, options: RunOptions, record: Record) -> F
     Raises
     ------
     OutputError
-        The output exists although a new one is wanted, or does not fit the settings.
+        The output exists although a new one is wanted, or was made with other settings.
     """
     out = output.output
     if options.retry_failed:

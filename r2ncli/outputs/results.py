@@ -1,4 +1,4 @@
-"""Read a finished output back, whatever its format: its record, its names, its rows.
+"""Read a finished output of any format: its record, its names, its rows.
 
 Everything is streamed: at most a row group of Parquet, or a few rows of features, is in memory.
 """

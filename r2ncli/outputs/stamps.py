@@ -1,4 +1,4 @@
-"""Which files the rows of an output came from: their sizes and times, kept in ``OUT.inputs``.
+"""Keep the sizes and times of the files behind the rows of an output, in ``OUT.inputs``.
 
 `resume` compares them, so that an image that was replaced under the same name is noticed. The
 file holds two little-endian int64 per row, the size in bytes and the modification time in

@@ -1,4 +1,4 @@
-"""One input: its name, its bytes, and the size and time of the file that they came from."""
+"""Represent and read one input: its name, its bytes, and the size and time of its file."""
 
 from __future__ import annotations
 

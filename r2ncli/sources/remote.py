@@ -1,4 +1,4 @@
-"""Read images that URLs name: http(s) by `web`, all others (s3://, gs://, …) by fsspec.
+"""Read images at URLs: http(s) with `web`, all others (s3://, gs://, …) with fsspec.
 
 A request that fails temporarily is repeated, with growing pauses, within a time limit for each
 image.
@@ -178,7 +178,7 @@ def remote_kind(url: str, seconds: float) -> str:
 def list_folder(url: str) -> tuple[list[str], list[str]]:
     """Return URLs of the visible files and folders in a remote folder, by the bytes of names.
 
-    It raises whatever the file system of fsspec raises.
+    Errors of fsspec's file system are not caught here.
     """
     system, path = _system(url)
     files: list[str] = []

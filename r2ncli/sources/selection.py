@@ -1,4 +1,4 @@
-"""Which inputs are taken, by suffix, pattern, number and shard; and what is left out."""
+"""Select inputs by suffix, pattern, number and shard, and count what is left out."""
 
 from __future__ import annotations
 

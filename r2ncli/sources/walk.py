@@ -62,7 +62,7 @@ def as_sequence(paths: Sequence[PathLike] | PathLike) -> Sequence[PathLike]:
 
 
 class Walk:
-    """The inputs among `paths`, found in a thread of its own while they are used.
+    """The inputs among `paths`, found by a separate thread while they are used.
 
     Iterate once. Leaving the `with` block ends the walk.
     """

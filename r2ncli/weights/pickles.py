@@ -133,7 +133,7 @@ def _sentence(refused: dict[str, None]) -> str:
 
 
 def _pickles(path: Path, container: str) -> Iterator[tuple[str, Requests]]:
-    """Yield each pickle of a file and where it is, as words; empty for the checkpoint's own."""
+    """Yield where each pickle of a file is (empty for the checkpoint's own), and its requests."""
     with reading(path) as file:
         if container == "zip":
             yield from _zipped(path, file)

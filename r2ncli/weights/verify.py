@@ -1,4 +1,4 @@
-"""Check whether a checkpoint file is what it should be, without executing anything in it."""
+"""Check the integrity and content of a checkpoint file, without executing anything in it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Check:
     expected: str = ""
 
     def describe(self) -> str:
-        """Return what was found, and where the check did not pass what was expected."""
+        """Return what was found and, if the check did not pass, what was expected."""
         wanted = self.expected if self.status in (FAILED, WARNING) else ""
         return f"{self.found} (expected {wanted})" if wanted else self.found
 
@@ -129,7 +129,7 @@ def verify_weights(
     Parameters
     ----------
     file : str, path or None
-        A file; where there is none of this name, one whose name differs only in ``-`` and
+        A file; if it does not exist, one whose name differs only in ``-`` and
         ``_``. A name without a folder is then looked for in torch.hub's folder, and may be
         a published name or ``demo``. None means the checkpoint that `classify` would load.
     sha256 : str, optional
