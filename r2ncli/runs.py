@@ -134,7 +134,7 @@ def run_to_file(
     continues = options.resume or options.retry_failed
     out = checked_output(output, task.content, replaced=options.overwrite or continues)
     if options.retry_failed and not out.exists():
-        raise OutputError(f"{out}: there is no finished output whose failed rows to try again")
+        raise OutputError(f"{out}: there is no finished output for `retry_failed`")
     if continues:
         options = _with_begun_batch_size(options, begun_record(out) or read_record(out))
     opened = open_run(task, paths, options, listeners)

@@ -64,7 +64,7 @@ for panel, name, command, example in (
 def show_help(
     context: typer.Context,
     command: Annotated[
-        str | None, typer.Argument(help="The command.", show_default="the whole program")
+        str | None, typer.Argument(help="Explain this command.", show_default="the whole program")
     ] = None,
 ) -> None:
     """Show the help of a command."""

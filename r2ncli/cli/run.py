@@ -60,7 +60,7 @@ def classify(
 
     if output not in (None, STDOUT):
         if format is not None:
-            raise UsageError(f"--format is for stdout; the suffix of {output} says its format")
+            raise UsageError(f"--format is for stdout; the suffix of {output} decides its format")
         return _run_to_file(Classify(), output, paths, options, quiet)
     if options.overwrite or options.resume or options.retry_failed:
         raise UsageError(

@@ -95,7 +95,7 @@ def _in_order(shards: list[Shard]) -> list[Shard]:
         totals[total] = path
         if len(totals) > 1:
             (few, one), (many, other) = totals.items()
-            raise OutputError(f"{one} is one of {few} shards, {other} of {many}: of two runs")
+            raise OutputError(f"{one} is one of {few} shards, {other} of {many}: not of one run")
         if number in numbered:
             raise OutputError(f"{numbered[number][0]} and {path}: both are shard {number}/{total}")
         numbered[number] = path, record
@@ -120,7 +120,7 @@ def _format(ordered: list[Shard]) -> Format:
     format = read_format(first)
     for path, _ in others:
         if read_format(path) != format:
-            raise OutputError(f"{first} and {path}: cannot be merged: other columns or layers")
+            raise OutputError(f"{first} and {path}: cannot be merged: columns or layers differ")
     return format
 
 

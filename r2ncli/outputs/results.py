@@ -120,4 +120,4 @@ def _check_count(output: Path, count: int) -> None:
     """Raise a ValueError if the run record counts other rows: the file may have been cut."""
     recorded = read_record(output).get("counts", {}).get("inputs", count)
     if recorded != count:
-        raise ValueError(f"{count:,} rows, {recorded:,} in its run record")
+        raise ValueError(f"{count:,} rows, but its run record counts {recorded:,}")
