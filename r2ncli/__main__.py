@@ -1,6 +1,6 @@
 """The entry point of the program: ``r2n`` and ``python -m r2ncli``.
 
-It imports the command line late, so that Ctrl-C is answered from the first moment.
+It imports the command line inside `main`, so that Ctrl-C during the import ends it cleanly.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
         print(result.path, result.error or result.predictions[0].label)
 
 Each function takes the fields of `RunOptions` and of `Listeners` as keywords, with the names
-and defaults that the command line has; ``help(r2ncli.classify)`` lists them. What type checkers
-and editors see of this file is ``api.pyi``, which is generated from the same fields.
+and defaults that the command line has; ``help(r2ncli.classify)`` lists them. Type checkers
+and editors read ``api.pyi``, which is generated from the same fields.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from r2ncli.runs import Paths
 F = TypeVar("F", bound=Callable[..., Any])
 
 OUTPUT = (
-    "The file to write; the suffix says the format. It grows in ``OUT.partial/`` until it is whole."
+    "The file to write; its suffix decides the format. It grows in ``OUT.partial/`` until complete."
 )
 PATHS = (
     "Images, folders, archives, patterns, ``@list`` files, ``-`` (names on standard input) and "
     "URLs; one or a sequence. None means the current folder, an empty sequence no input."
 )
 LISTENERS = {
-    "on_warning": "Called with a sentence, say about what is left out.",
+    "on_warning": "Called with a warning as a sentence, for example about inputs that are skipped.",
     "on_progress": "Called with a `Progress` after each image.",
     "on_download": "Called with a `DownloadProgress` while weights are downloaded.",
     "on_quantising": "Called with the number of calibration images before int8 is prepared.",
@@ -42,7 +42,7 @@ LISTENERS = {
 
 
 def keywords(command: str, *, to_file: bool) -> Iterator[inspect.Parameter]:
-    """The keywords of the function for a command: its options, then the listeners."""
+    """Yield the keyword parameters of a command's function: its options, then the listeners."""
     hints = get_type_hints(RunOptions)
     for declared, _ in options_of(command, to_file=to_file):
         yield inspect.Parameter(
@@ -59,7 +59,7 @@ def keywords(command: str, *, to_file: bool) -> Iterator[inspect.Parameter]:
 
 
 def _complete(command: str, *, to_file: bool = False) -> Callable[[F], F]:
-    """Give a function the signature of the keywords that it takes, and their documentation."""
+    """Give a function the signature and the documentation of a command's keywords."""
 
     def complete(function: F) -> F:
         written = inspect.signature(function, eval_str=True)
@@ -85,12 +85,12 @@ _RESULT = [
     *("", "Yields", "------"),
     "One record per input; an image that cannot be used has an `error`.",
     *_RAISES,
-    "    At the call: an option, a path, the weights or the device does not fit.",
+    "    At the call: an option, a path, the weights or the device cannot be used.",
 ]
 _RESULT_TO_FILE = [
-    *("", "Returns", "-------", "dict", "    The run record, as it is stored with the output."),
+    *("", "Returns", "-------", "dict", "    The run record, as stored with the output."),
     *_RAISES,
-    "    Before anything is written if an argument does not fit; later if the device or the disk",
+    "    Before anything is written if an argument cannot be used; later if the device or the disk",
     "    fails: finished blocks are kept then.",
 ]
 
@@ -98,14 +98,14 @@ _RESULT_TO_FILE = [
 def _parsed(
     command: str, given: dict[str, Any], *, to_file: bool = False
 ) -> tuple[RunOptions, Listeners]:
-    """Keywords as options and listeners.
+    """Split keywords into options and listeners.
 
     Raises
     ------
     TypeError
         There is no such keyword.
     UsageError
-        A value does not fit.
+        A value is not valid.
     """
     known = {parameter.name for parameter in keywords(command, to_file=to_file)}
     for name in given:

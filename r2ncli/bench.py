@@ -43,7 +43,7 @@ MOST_IMAGES = 2000  # names taken from a folder; they are repeated as often as n
 class ModelSpeed:
     """Throughput of the model alone on full batches, and latency of one batch.
 
-    `flops_per_second` counts convolutions and classifier. `matmul_share` is its ratio to that
+    `flops_per_second` counts convolutions and classifier. `matmul_share` is its ratio to the rate
     of a large matrix product in the same precision; None if torch has no such product.
     """
 
@@ -60,7 +60,7 @@ class ModelSpeed:
 
 @dataclass(frozen=True)
 class StageSpeed:
-    """Throughput of one stage, or of all together (``whole``); latencies of an image or batch."""
+    """Throughput of one stage or of the whole pipeline (``whole``); latency per image or batch."""
 
     stage: str
     images_per_second: float
@@ -88,7 +88,7 @@ class BenchReport:
     peak_resident_mb: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """As the JSON document of ``r2n bench --json``."""
+        """Return the JSON document of ``r2n bench --json``."""
         return {"schema": 3, "r2n": __version__, **asdict(self)}
 
 
@@ -110,12 +110,12 @@ def bench(
     Parameters
     ----------
     paths : path or sequence of paths
-        Images for the pipeline; none means generated JPEGs of 500 x 375.
+        Images for the pipeline; an empty sequence means generated JPEGs of 500 x 375.
     options : RunOptions
         Its `device`, `backend` and `workers` are used.
     weights : str, path or None
         A checkpoint that is on this machine (nothing is downloaded); None means the default
-        network with random weights, which are as fast.
+        network with random weights, which run at the same speed.
     precisions, batch_sizes : sequences
         What the model alone is measured with; None means batch sizes that suit the device.
     seconds : float
@@ -126,7 +126,7 @@ def bench(
     Raises
     ------
     R2NError
-        An option, the weights, the device or a path does not fit.
+        An option, the weights, the device or a path cannot be used.
     """
     if not 0 < seconds < 3600:  # false for NaN
         raise UsageError(f"`seconds` must be more than 0 and less than 3600, not {seconds:g}")
@@ -275,7 +275,7 @@ def matmul_flops_per_second(precision: str, device: str) -> float | None:
     with torch.inference_mode():
         for _ in range(6):
             start = time.perf_counter()
-            (matrix @ matrix)[0, 0].item()  # waits for a GPU
+            (matrix @ matrix)[0, 0].item()  # waits until a GPU has finished
             best = min(best, time.perf_counter() - start)
     return 2 * side**3 / best
 
@@ -325,7 +325,7 @@ def _stages(
 
 
 def _decode_speed(predictor: Predictor, inputs: list[Input], seconds: float) -> StageSpeed:
-    """Decode with all threads for so many seconds."""
+    """Measure decoding with all threads for `seconds`."""
     deadline = time.perf_counter() + seconds
 
     def decode_until_deadline(first: int) -> list[float]:

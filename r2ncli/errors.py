@@ -3,9 +3,9 @@
 R2NError
 ├── UsageError            2   an invalid option value or combination of options
 ├── InputNotFoundError    3   an argument that does not exist, or no image found
-├── CheckpointError       4   weights absent, altered or unfit
-├── DeviceError           5   a device that is not there or fails
-├── OutputError           6   an output that exists, is locked, full or does not fit
+├── CheckpointError       4   weights absent, altered or unsuitable
+├── DeviceError           5   a device that does not exist or fails
+├── OutputError           6   an output that exists, is locked or cannot be written or resumed
 └── FailedInputError      7   an image failed in a run with `on_error=fail`
 
 An image that cannot be read is not in this tree: it becomes a row that says why. Any other
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 
 class R2NError(Exception):
-    """Base of every expected error; `exit_code` is what the command line ends with."""
+    """Base of every expected error; the command line ends with its `exit_code`."""
 
     exit_code = 1
 
@@ -43,7 +43,7 @@ class CheckpointError(R2NError):
 
 
 class DeviceError(R2NError):
-    """A device that is not there, or that failed while it was used."""
+    """A device that does not exist, or that failed while it was used."""
 
     exit_code = 5
 

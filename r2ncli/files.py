@@ -17,7 +17,7 @@ PathLike = str | os.PathLike[str]
 
 
 def open_regular(path: PathLike, buffering: int = -1) -> tuple[BinaryIO, os.stat_result]:
-    """Open a regular file for reading, without waiting where it is a pipe; also its status.
+    """Open a regular file for reading and return it with its status; never wait for a pipe.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def sync(path: Path) -> None:
 def take_lock(path: Path, *, wait: bool = False) -> BaseFileLock | None:
     """Lock the file `path`; where another process holds the lock, wait for it or return None.
 
-    The operating system holds the lock, so that it ends with the process, however that dies.
+    The operating system releases the lock when the process ends, even if it is killed.
     The file and its folder are created if they do not exist.
 
     Raises
@@ -115,12 +115,12 @@ def remove_lock(lock: BaseFileLock) -> None:
     with suppress(OSError):
         path.unlink(missing_ok=True)  # while it is held: afterwards it may be another process's
     lock.release()
-    if os.name == "nt":  # which removes no open file, and none that another process has open
+    if os.name == "nt":  # Windows cannot remove a file that a process has open
         with suppress(OSError):
             path.unlink(missing_ok=True)
 
 
 def reason(error: BaseException) -> str:
-    """Say in lower case, on one line, what failed, without a path that the user did not type."""
+    """Return what failed, in lower case on one line, without a path that the user did not type."""
     text = (isinstance(error, OSError) and error.strerror) or str(error)
     return " ".join(text.lower().split()) or type(error).__name__.lower()

@@ -1,7 +1,7 @@
 """Entry points for torch.hub, as in
 ``torch.hub.load("…/r2ncli", "res2net50_v1b_26w_4s", source="local")``.
 
-``weights="res2net50_v1b_26w_4s"`` gives the official weights, a file those in it.
+``weights`` is the network's own name for its official weights, or a checkpoint file.
 """
 
 import os
@@ -9,7 +9,7 @@ import sys
 
 dependencies = ["torch", "safetensors"]
 
-# the package of this checkout is meant, whether or not one is installed
+# import the package of this checkout, even if another one is installed
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from r2ncli.architectures import PUBLISHED  # noqa: E402
 from r2ncli.weights import loading as _loading  # noqa: E402

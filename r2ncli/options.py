@@ -34,7 +34,7 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of one option beside its name, type and default.
+    """The properties of one option besides its name, type and default.
 
     Attributes
     ----------
@@ -50,15 +50,15 @@ class Option:
     flags : tuple of str
         Its names on the command line, where they are not made from the keyword.
     metavar, shown : str or None
-        Its value in ``--help``, and its default in words, where ``None`` would say nothing.
+        Its value in ``--help``, and its default in words where the plain value is unclear.
     choices : tuple of str
-        All values that it may have; empty where the choice is open.
+        All allowed values; empty if they cannot be listed.
     at_least, at_most : float or None
         The limits of a number.
     repeatable : bool
         Whether it holds several values; one value alone is taken as a sequence of one.
     suggestions : callable or None
-        Gives values that the shell completes, where the choice is open.
+        Returns values for the shell's completion, where not all values can be listed.
     """
 
     help: str
@@ -105,12 +105,12 @@ class RunOptions:
     """The options of a run, checked.
 
     Every field is a keyword of the public functions and an option of the commands; `Option`
-    says what is known of it, `options_of` which command has it.
+    describes it, and `options_of` says which commands have it.
 
     Raises
     ------
     UsageError
-        A value has the wrong type, is outside its limits, or does not fit another one. What
+        A value has the wrong type, is outside its limits, or contradicts another one. What
         depends on the device or on the weights is checked when these are opened.
     """
 
@@ -312,7 +312,7 @@ class RunOptions:
             )
 
     def selection(self) -> Selection:
-        """Which inputs are taken."""
+        """Return which inputs are taken."""
         return Selection(
             include=tuple(self.include),
             exclude=tuple(self.exclude),
@@ -324,7 +324,7 @@ class RunOptions:
         )
 
     def decode_rules(self) -> DecodeRules:
-        """How images are decoded."""
+        """Return how images are decoded."""
         return DecodeRules(self.decode, self.max_pixels, self.max_bytes)
 
 
@@ -332,7 +332,7 @@ class RunOptions:
 class Progress:
     """How far a run is after the row of `path`, which failed if it has an `error`.
 
-    `found` is the number of inputs once `walk_ended`, and before that at least their number.
+    `found` counts the inputs found so far; once `walk_ended`, it is the total.
     """
 
     path: str
@@ -348,12 +348,12 @@ def _ignore(_news: Any) -> None: ...
 
 @dataclass(frozen=True)
 class Listeners:
-    """Functions that are called while a run goes on; each does nothing unless given.
+    """Functions that are called during a run; each does nothing unless given.
 
     Attributes
     ----------
     on_warning : callable
-        Takes a sentence, say about what is left out.
+        Takes a warning as a sentence, for example about inputs that are skipped.
     on_progress : callable
         Takes a `Progress` after each image.
     on_download : callable
@@ -375,7 +375,7 @@ NO_LISTENERS = Listeners()
 
 
 def options_of(command: str, *, to_file: bool) -> Iterator[tuple[Field[Any], Option]]:
-    """The fields of `RunOptions` that a command has, in the order of their declaration."""
+    """Yield the fields of `RunOptions` that a command has, in the order of their declaration."""
     for declared in fields(RunOptions):
         option: Option = declared.metadata["option"]
         if command in option.commands and (to_file or not option.to_file):
@@ -383,7 +383,7 @@ def options_of(command: str, *, to_file: bool) -> Iterator[tuple[Field[Any], Opt
 
 
 def _checked(name: str, value: Any, hints: dict[str, Any], option: Option) -> Any:
-    """`value` in the form that `RunOptions` keeps it in; raises a UsageError where it is none."""
+    """Return `value` in the form that `RunOptions` stores; raise a UsageError if it is invalid."""
     if option.repeatable and value is not None:
         single = isinstance(value, str | os.PathLike)
         try:

@@ -1,4 +1,4 @@
-"""Inputs become results: decode threads, batches, engine, results in input order.
+"""Turn inputs into results: decode threads, batches, engine, results in input order.
 
     inputs ──► decode threads ──► batches ──► a thread per stream ──► results, in input order
 
@@ -47,11 +47,11 @@ from r2ncli.weights.checkpoints import Labels
 Columns = Mapping[str, npt.NDArray[Any]]  # of a batch, by name
 Outcome = str | None  # of an image: why it failed, or None
 
-FETCHERS = 16  # threads that wait for networks, far more than cores
+FETCHERS = 16  # threads that read remote images; far more than cores, because they mostly wait
 
 
 class Task(Protocol):
-    """What a command asks of the network, and what it keeps of the answers.
+    """What a command needs from the network, and which results it keeps.
 
     Attributes
     ----------
@@ -65,22 +65,22 @@ class Task(Protocol):
     content: str
 
     def layers(self, options: RunOptions) -> Sequence[str]:
-        """The outputs of the network that are wanted."""
+        """Return the names of the network's outputs that are wanted."""
 
     def keep(self, options: RunOptions, predictor: Predictor) -> Callable[[Outputs], Columns]:
-        """A function from the outputs of a batch to the columns that are kept.
+        """Return a function from the outputs of a batch to the columns that are kept.
 
-        It works in the engine's threads, side by side.
+        The engine's threads call it at the same time.
         """
 
     def format(self, kind: type[Any], options: RunOptions, predictor: Predictor) -> Format:
-        """A format of files with the columns, or the layers, of this run."""
+        """Return a format of files with the columns, or the layers, of this run."""
 
     def settings(self, options: RunOptions, predictor: Predictor) -> dict[str, Any]:
-        """What the run record holds of this command alone."""
+        """Return the settings that only this command has in the run record."""
 
     def records(self, batch: Batch) -> Iterator[Any]:
-        """The rows of a batch, one record each."""
+        """Yield the rows of a batch, one record each."""
 
 
 class Classify:
@@ -147,10 +147,10 @@ class Extract:
 def run(
     inputs: Iterable[Input], predictor: Predictor, keep: Callable[[Outputs], Columns]
 ) -> Iterator[Batch]:
-    """The results of every input, in order, a batch as soon as it is there.
+    """Yield the results of every input in order, each batch as soon as it is ready.
 
-    An image that fails keeps its place and its reason; its neighbours do not notice. `keep`
-    gives what is wanted of a batch's outputs; it works in the engine's threads.
+    An image that fails keeps its place and its error, and does not affect the others. `keep`
+    makes columns of a batch's outputs; the engine's threads call it.
     """
     engine, workers = predictor.engine, predictor.workers
     batch_size = engine.description.batch_size
@@ -214,7 +214,7 @@ def run(
                     yield results
     except BaseException:
         stopped.set()
-        # who interrupts does not wait for a batch, or for a server
+        # after an interrupt, do not wait for a batch or for a server
         runner.shutdown(wait=False, cancel_futures=True)
         raise
     else:
@@ -225,7 +225,7 @@ def run(
 
 
 def until_failure(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """`batches` up to the first input that failed.
+    """Yield `batches` up to the first input that failed.
 
     Raises
     ------
@@ -242,7 +242,7 @@ def until_failure(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 class _Batch:
-    """Images on their way to the engine: a row of pixels each, and what became of it.
+    """Images on their way to the engine, each with its row of pixels and its outcome.
 
     There is one object per batch, not per image: a GPU computes more images per second than
     Python creates futures for them.
@@ -264,7 +264,7 @@ class _Batch:
         self.pixels = pixels
         self.ready = threading.Event()
         self._outcomes: list[Outcome | BaseException] = []
-        self._done: list[int] = []  # to append is atomic, so no image waits for a lock
+        self._done: list[int] = []  # `append` is atomic, so no image waits for a lock
         self._closed = False
 
     def add(self, name: str) -> int:
@@ -286,7 +286,7 @@ class _Batch:
         self._look()
 
     def outcomes(self) -> list[Outcome]:
-        """What became of the images; raises an error that is not about an image."""
+        """Return the outcome of each image; raise any error that is not about an image."""
         for outcome in self._outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -325,11 +325,11 @@ class _Threads:
     def _run(self) -> None:
         while (action := self._work.get()) is not None:
             action()
-            del action  # what an input holds is free as soon as it was used
+            del action  # frees what the input holds as soon as it was used
 
 
 def top_classes(topk: int, labels: Labels | None = None) -> Callable[[Outputs], Columns]:
-    """What `run` is to keep of logits: the `topk` most probable classes, with their labels."""
+    """Return the function that keeps the `topk` most probable classes of logits, with labels."""
     names = {} if labels is None else {LABEL: np.array(labels.labels, object)}
     if labels is not None and labels.wnids is not None:
         names[WNID] = np.array(labels.wnids, object)
@@ -347,11 +347,11 @@ def top_classes(topk: int, labels: Labels | None = None) -> Callable[[Outputs], 
 
 
 def _best(logits: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.intp]:
-    """Indices [N, k] of each row's highest logits, highest first (ties: the lower index first)."""
+    """Return indices [N, k] of each row's highest logits, highest first (ties: lower first)."""
     some = np.sort(np.argpartition(-logits, k - 1, axis=1)[:, :k], axis=1)
     values = np.take_along_axis(logits, some, axis=1)
     best = np.take_along_axis(some, np.argsort(-values, axis=1, kind="stable"), axis=1)
-    # where more than k are as high as the k-th, which of them were found is an accident
+    # if several logits equal the k-th, it is arbitrary which of them were found
     tied = (logits >= values.min(axis=1, keepdims=True)).sum(axis=1) != k
     best[tied] = np.argsort(-logits[tied], axis=1, kind="stable")[:, :k]
     return best

@@ -24,7 +24,7 @@ MAX_WORKERS = 256
 
 @dataclass(frozen=True)
 class Predictor:
-    """A network that is ready to turn inputs into rows, and what it is made of.
+    """A network that is ready to turn inputs into rows, and its settings.
 
     Attributes
     ----------
@@ -70,7 +70,7 @@ def open_predictor(
     Raises
     ------
     UsageError, CheckpointError, DeviceError
-        An option, the weights or the device do not fit.
+        An option, the weights or the device cannot be used.
     InputNotFoundError
         `options.calibration` has no image that can be used.
     """
@@ -106,7 +106,7 @@ def assemble_predictor(
     Raises
     ------
     UsageError, DeviceError
-        An option or the device does not fit.
+        An option or the device cannot be used.
     """
     return _opened(
         _checked(options),

@@ -1,7 +1,7 @@
-"""A run from its options to the finished output.
+"""Execute a run, from its options to the finished output.
 
-A task (see `pipeline`) says what is asked of the network, a plan (see `outputs.plans`) what is
-still to compute; the same steps write files, streams, and what Python iterates over.
+A task (see `pipeline`) says what the network computes, a plan (see `outputs.plans`) what is
+still to compute; the same steps serve output files, streams and Python iterators.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """Inputs that are found while a network that is ready computes what a task asks for."""
+    """A network that is ready to compute what a task asks for, and the inputs for it."""
 
     task: Task
     options: RunOptions
@@ -47,13 +47,13 @@ class Run:
     predictor: Predictor
 
     def inputs(self) -> Iterator[Input]:
-        """All inputs; raises an InputNotFoundError at the end if there was none."""
+        """Yield all inputs; raise an InputNotFoundError at the end if there was none."""
         yield from self.walk
         if not self.walk.any_found:
             raise no_image_found(self.walk.left_out)
 
     def compute(self, inputs: Iterator[Input]) -> Iterator[Batch]:
-        """The results of `inputs` in their order.
+        """Yield the results of `inputs` in their order.
 
         Raises
         ------
@@ -64,7 +64,7 @@ class Run:
         return until_failure(results) if self.options.on_error == "fail" else results
 
     def report(self, batch: Batch, done: int, failed: int) -> None:
-        """Tell the listener of each row of `batch`, before which there were `done` rows."""
+        """Report each row of `batch` to the listener; `done` rows came before the batch."""
         for name, error in zip(batch.names, batch.errors, strict=True):
             done += 1
             failed += error is not None
@@ -74,12 +74,12 @@ class Run:
 
 
 def open_run(task: Task, paths: Paths, options: RunOptions, listeners: Listeners) -> Run:
-    """Look at every argument, load the weights and get the device ready.
+    """Check that every argument exists, load the weights and get the device ready.
 
     Raises
     ------
     R2NError
-        An option, a path, the weights or the device does not fit.
+        An option, a path, the weights or the device cannot be used.
     """
     walk = Walk(_as_sequence(paths), listeners.on_warning, options.selection())
     predictor = open_predictor(task.layers(options), options, listeners)
@@ -88,12 +88,12 @@ def open_run(task: Task, paths: Paths, options: RunOptions, listeners: Listeners
 
 
 def records(task: Task, paths: Paths, options: RunOptions, listeners: Listeners) -> Iterator[Any]:
-    """The result of every input as a record, in input order.
+    """Yield the result of every input as a record, in input order.
 
     Raises
     ------
     R2NError
-        At the call: an option, a path, the weights or the device does not fit.
+        At the call: an option, a path, the weights or the device cannot be used.
     """
     opened = open_run(task, paths, options, listeners)
 
@@ -118,7 +118,7 @@ def run_to_file(
     options: RunOptions,
     listeners: Listeners,
 ) -> Record:
-    """Write the results of every input into a file, as a plan that fits `options` says.
+    """Write the results of every input into a file; `options` decide what is computed.
 
     Returns
     -------
@@ -128,13 +128,13 @@ def run_to_file(
     Raises
     ------
     R2NError
-        Before anything is written if an argument does not fit; later if the device or the
+        Before anything is written if an argument cannot be used; later if the device or the
         disk fails: finished blocks are kept then.
     """
     continues = options.resume or options.retry_failed
     out = checked_output(output, task.content, replaced=options.overwrite or continues)
     if options.retry_failed and not out.exists():
-        raise OutputError(f"{out}: there is no finished output whose failed rows to try again")
+        raise OutputError(f"{out}: there is no finished output for `retry_failed`")
     if continues:
         options = _with_begun_batch_size(options, begun_record(out) or read_record(out))
     opened = open_run(task, paths, options, listeners)
@@ -153,7 +153,7 @@ def run_to_stream(
     options: RunOptions,
     listeners: Listeners,
 ) -> Record:
-    """Hand the results of every input to `write`, a batch as soon as it is there.
+    """Pass the results of every input to `write`, each batch as soon as it is ready.
 
     Returns
     -------
@@ -177,14 +177,14 @@ def _execute(opened: Run, output: Output, plan: Fresh) -> Record:
             done, failed = done + len(batch), failed + batch.failed
     except OutputError:
         raise
-    except BaseException:  # Ctrl-C, a failed device: keep what is there
+    except BaseException:  # Ctrl-C, a failed device: keep the finished rows
         output.flush()
         raise
     return plan.finish(plan.done + done, plan.failed + failed)
 
 
 class _Stream:
-    """An output (see `plans.Output`) that hands on every batch and keeps nothing."""
+    """An output (see `plans.Output`) that passes on every batch and keeps nothing."""
 
     def __init__(self, write: Callable[[Batch], None]) -> None:
         self.append = write
@@ -195,9 +195,9 @@ class _Stream:
 
 
 def run_record(opened: Run, packages: Sequence[str] = ()) -> Record:
-    """What is known of a run before it starts, its fingerprint included.
+    """Return the run record as known before the run starts, with its fingerprint.
 
-    `packages` are those that write its output, beyond the ones that every run needs.
+    `packages` are those that write its output, besides the ones that every run needs.
     """
     task, options, predictor = opened.task, opened.options, opened.predictor
     description = predictor.engine.description
@@ -247,7 +247,7 @@ def run_record(opened: Run, packages: Sequence[str] = ()) -> Record:
 
 
 def _as_sequence(paths: Paths) -> Sequence[PathLike]:
-    """`paths` as a sequence: one path is a sequence of one, and None is the current folder."""
+    """Return `paths` as a sequence: one path gives a sequence of one, None the current folder."""
     if paths is None:
         return (".",)
     return [paths] if isinstance(paths, str | OsPathLike) else paths
@@ -264,9 +264,9 @@ def _note_executed_batch_size(record: Record, predictor: Predictor) -> bool:
 
 
 def _with_begun_batch_size(options: RunOptions, begun: Record) -> RunOptions:
-    """`options` with the batch size that the run was begun with, unless they name one.
+    """Return `options` with the batch size that the run was begun with, unless they name one.
 
-    It decides the last bits of the values, and the size that is chosen for a device may change
+    It affects the last bits of the values, and the size that is chosen for a device may change
     from version to version.
     """
     batch_size = begun.get("batch_size")

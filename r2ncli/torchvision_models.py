@@ -4,7 +4,7 @@
 
     torchvision.models.get_model("res2net50_v1b_26w_4s", weights="DEFAULT")
 
-The weights are found, downloaded and checked as everywhere else in r2ncli. Like torchvision's
+The weights are found, downloaded and checked as elsewhere in r2ncli. Like torchvision's
 own builders, these give the network in training mode.
 """
 

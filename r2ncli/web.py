@@ -57,19 +57,19 @@ class CutOffError(WebError, EOFError):
 
 
 def is_web(url: str) -> bool:
-    """Whether a URL is one of http or https."""
+    """Return whether a URL is one of http or https."""
     return re.match(r"https?://", url, re.IGNORECASE) is not None
 
 
 def without_secrets(url: str) -> str:
-    """A URL as it may be shown: no user name, no password, and for http no query."""
+    """Return a URL as it may be shown: no user name, no password, and for http no query."""
     parts = re.split(r"::(?=[A-Za-z][A-Za-z0-9+.-]*://)", url)  # of a chain of fsspec's
     plain = (re.split(r"[?#]", part, maxsplit=1)[0] if is_web(part) else part for part in parts)
     return "::".join(re.sub(r"://[^/]*@", "://", part, count=1) for part in plain)
 
 
 def retry(action: Callable[[], T], first_pause: float, deadline: float = float("inf")) -> T:
-    """Return what `action` returns; try again after a `WebError` that may pass.
+    """Return what `action` returns; try again after a temporary `WebError`.
 
     It is tried `ATTEMPTS` times at most, the second time after `first_pause` seconds; each
     further pause is twice as long. No attempt begins after `deadline` (of `time.monotonic`).
@@ -77,7 +77,7 @@ def retry(action: Callable[[], T], first_pause: float, deadline: float = float("
     Raises
     ------
     WebError
-        The last attempt failed, or another one would be of no use.
+        The last attempt failed, or another one could not succeed.
     """
     pause = first_pause
     for _ in range(ATTEMPTS - 1):
@@ -94,7 +94,7 @@ def retry(action: Callable[[], T], first_pause: float, deadline: float = float("
 def within(seconds: float, action: Callable[[], T]) -> T:
     """Return what `action` returns, or stop waiting for it after `seconds`.
 
-    The action runs in a daemon thread. After the time it goes on there, and its result is
+    The action runs in a daemon thread. After the time it continues there, and its result is
     dropped: some calls, such as a look-up of a host name, cannot be interrupted.
 
     Raises
@@ -123,7 +123,7 @@ class Client:
         self._lock = threading.Lock()
 
     def open(self, url: str, deadline: float, headers: Mapping[str, str] | None = None) -> Response:
-        """Ask for a URL, once, and return the answer before its body is read.
+        """Request a URL once, and return the answer before its body is read.
 
         A user name and password in the URL are sent to its own host only. The server may take
         until `deadline` (of `time.monotonic`) to answer; looking up the host's name is not
@@ -132,7 +132,7 @@ class Client:
         Raises
         ------
         WebError
-            There is no connection, no answer, or an answer that says no.
+            There is no connection or no answer, or the answer has an error status.
         """
         from urllib3 import Retry, Timeout
 
@@ -150,7 +150,7 @@ class Client:
             )  # fmt: skip
         response = Response(answer)
         if monotonic() > deadline:
-            response.close()  # nobody waits for it any more
+            response.close()  # the caller no longer waits for it
         if answer.status >= 300:
             response.close()
             raise WebError(
@@ -162,7 +162,7 @@ class Client:
         return response
 
     def _pool(self, url: str) -> PoolManager:
-        """The connections for a URL: its proxy's, if the environment names one for it."""
+        """Return the connections for a URL: its proxy's, if the environment names one for it."""
         from urllib3 import PoolManager, ProxyManager
 
         parts = urlsplit(url)
@@ -200,13 +200,13 @@ class Response(io.RawIOBase):
 
     def close(self) -> None:
         if not self.closed:
-            self._answer.close()  # a body that was read to its end has left its connection
+            self._answer.close()  # after a whole body its connection is already back in the pool
         super().close()
 
 
 def _certificates() -> ssl.SSLContext:
-    """The trusted servers: the system's, ``SSL_CERT_FILE`` and ``REQUESTS_CA_BUNDLE``."""
-    context = ssl.create_default_context()  # which looks at SSL_CERT_FILE itself
+    """Return the trusted certificates: the system's, ``SSL_CERT_FILE``, ``REQUESTS_CA_BUNDLE``."""
+    context = ssl.create_default_context()  # this reads SSL_CERT_FILE itself
     if bundle := os.environ.get("REQUESTS_CA_BUNDLE"):
         kind = "capath" if os.path.isdir(bundle) else "cafile"
         try:
@@ -220,7 +220,7 @@ def _certificates() -> ssl.SSLContext:
 
 
 def _split_user(url: str) -> tuple[str, dict[str, str]]:
-    """A URL without user name, password and fragment, in ASCII; and the header for the user."""
+    """Return a URL in ASCII without user name, password and fragment, and the user's header."""
     from urllib3.util import parse_url
 
     parts = parse_url(url)
@@ -242,7 +242,7 @@ def _explained() -> Iterator[None]:
 
 
 def _web_error(error: BaseException) -> WebError:
-    """Say in words what failed; urllib3 wraps the cause several times."""
+    """Return what failed, in words; urllib3 wraps the cause several times."""
     from urllib3 import exceptions
 
     chain = [error]
@@ -271,7 +271,7 @@ def _web_error(error: BaseException) -> WebError:
 
 
 def _inner(error: BaseException) -> BaseException | None:
-    """The error that this one was made from; urllib3 keeps it in several places."""
+    """Return the error that caused this one; urllib3 keeps it in several places."""
     named = (getattr(error, name, None) for name in ("original_error", "reason", "__cause__"))
     inner = (one for one in (*named, *reversed(error.args)) if isinstance(one, BaseException))
     return next(inner, None)

@@ -17,7 +17,7 @@ RUN, RESULTS, CHECKPOINTS, SYSTEM = "Run", "Results", "Checkpoints", "System"
 
 
 class _Command(TyperCommand):
-    """A command that suggests an option only where its name is near the unknown one."""
+    """A command that suggests an option only if its name is similar to the unknown one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -64,7 +64,7 @@ for panel, name, command, example in (
 def show_help(
     context: typer.Context,
     command: Annotated[
-        str | None, typer.Argument(help="The command.", show_default="the whole program")
+        str | None, typer.Argument(help="Explain this command.", show_default="the whole program")
     ] = None,
 ) -> None:
     """Show the help of a command."""
@@ -95,7 +95,7 @@ def program(
 
 
 def near_options(unknown: str, known: list[str]) -> list[str]:
-    """The option whose name is most like an unknown one, or none: both begin alike."""
+    """Return the option most similar to an unknown one, if both begin alike."""
     start = unknown.lstrip("-")[:2]
     near = {
         name: SequenceMatcher(None, unknown, name).ratio()
@@ -111,7 +111,7 @@ def main() -> None:
     try:
         app(prog_name="r2n")
     except SystemExit as ended:
-        # commands end with other codes, and bugs with their traceback: 1 is how the libraries
-        # answer to a help page that goes into a closed pipe
+        # commands end with other codes, and bugs with their traceback: 1 can only come from
+        # typer, when it prints a help page into a closed pipe
         stop_writing()
         raise SystemExit(0 if ended.code == 1 else ended.code) from None

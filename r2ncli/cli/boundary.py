@@ -24,7 +24,7 @@ _SILENT = logging.NullHandler()
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, handled as Ctrl-C is."""
+    """Raised on SIGTERM and handled as Ctrl-C."""
 
 
 def boundary(command: Callable[..., int | None]) -> Callable[..., None]:
@@ -58,8 +58,8 @@ def boundary(command: Callable[..., int | None]) -> Callable[..., None]:
 def _leave(code: int) -> None:
     """Exit at once, unless a test runs this in its own process.
 
-    The interpreter would wait for threads that may be in the middle of a large batch, or wait
-    for a server. All that was to be written is written.
+    The interpreter would wait for threads that may be computing a large batch or waiting for a
+    server. All output has been written by now.
     """
     if sys.stdout is sys.__stdout__:
         for stream in filter(None, (sys.stdout, sys.stderr)):

@@ -42,14 +42,14 @@ Overwrite = Annotated[
 
 
 def flags(name: str) -> tuple[str, ...]:
-    """The names of a keyword on the command line."""
+    """Return the names of a keyword on the command line."""
     declared = _ALL.get(name)
     given: tuple[str, ...] = declared.metadata["option"].flags if declared else ()
     return given or ("--" + name.replace("_", "-"),)
 
 
 def for_command_line(text: str) -> str:
-    """`text` of an error with the keywords that it names in backticks as options.
+    """Return an error's text with the keywords in backticks rewritten as options.
 
     ``use `batch_size=4` `` becomes ``use --batch-size 4``.
     """
@@ -65,8 +65,8 @@ def for_command_line(text: str) -> str:
 def with_run_options(command: str) -> Callable[[F], F]:
     """Add the options of `command` to the parameters of a function that takes ``options``.
 
-    The function's parameter ``options`` becomes all options of `RunOptions` that the command
-    has; it is called with the `RunOptions` that were given.
+    The parameter ``options`` is replaced by one parameter for each option of the command; the
+    function is called with the `RunOptions` made from their values.
     """
 
     def complete(function: F) -> F:

@@ -11,8 +11,8 @@ from r2ncli.cli.terminal import Report, plain_lines, print_json, print_table, pu
 
 
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="Compare this output …")],
-    b: Annotated[str, typer.Argument(metavar="B", help="… with this one of the same kind.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="Compare this output with B.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Compare A with this output.")],
     atol: Annotated[
         float,
         typer.Option("--atol", help="Count values that differ by no more than this as equal."),

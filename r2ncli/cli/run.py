@@ -39,7 +39,7 @@ def classify(
             "-o",
             "--output",
             metavar="FILE|-",
-            help="Write to this file, whose suffix says the format; - is stdout.",
+            help="Write to this file, whose suffix decides the format; - is stdout.",
             show_default="a line per image to a terminal, CSV to a pipe",
             rich_help_panel="Results",
         ),
@@ -58,7 +58,7 @@ def classify(
     """Classify images: print or save the most probable classes of each."""
     if output not in (None, STDOUT):
         if format is not None:
-            raise UsageError(f"--format is for stdout; the suffix of {output} says its format")
+            raise UsageError(f"--format is for stdout; the suffix of {output} decides its format")
         return _run_to_file(CLASSIFY, output, paths, options, quiet)
     if options.overwrite or options.resume or options.retry_failed:
         raise UsageError(
@@ -93,7 +93,7 @@ def _write_lines(batch: Batch) -> None:
 
 
 def _writer_of_text(format: str) -> Callable[[Batch], None]:
-    """A function that writes batches as CSV or JSONL to stdout."""
+    """Return a function that writes batches as CSV or JSONL to stdout."""
     from r2ncli.outputs.formats import FORMATS
     from r2ncli.outputs.rows import LABEL, PROBABILITY, WNID
 
@@ -121,7 +121,7 @@ def extract(
             "-o",
             "--output",
             metavar="FILE",
-            help="Write to this file, whose suffix says the format.",
+            help="Write to this file, whose suffix decides the format.",
             rich_help_panel="Results",
         ),
     ] = "features.h5",
@@ -190,7 +190,7 @@ def _executed(record: dict[str, Any]) -> str:
 
 @contextmanager
 def _resumable(output: Path, options: RunOptions) -> Iterator[None]:
-    """Tell the user of a run that was ended early what is kept and how to continue."""
+    """Tell the user, when a run ends early, which rows are kept and how to continue."""
     try:
         yield
     except (KeyboardInterrupt, FailedInputError) as ended:

@@ -126,5 +126,5 @@ def _milliseconds(speed: ModelSpeed | StageSpeed) -> list[str]:
 
 
 def _every() -> int:
-    """A narrow terminal has room for the first and the last latency only."""
+    """Return the step between shown latencies: a narrow terminal shows the first and last only."""
     return 1 if terminal_width() >= 80 else 3

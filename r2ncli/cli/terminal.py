@@ -33,18 +33,18 @@ MIN_PATH = 16  # columns that are left to a path beside a long label
 
 
 def say(text: str, colour: str | None = None) -> None:
-    """Print a sentence to stderr; a stderr that is closed or full stops no run."""
+    """Print a sentence to stderr; a closed or full stderr does not stop a run."""
     with suppress(OSError, ValueError):
         typer.echo(coloured(plain(text), colour, sys.stderr), err=True)
 
 
 def say_error(text: str) -> None:
-    """Print why a command ended to stderr."""
+    """Print to stderr the error that ended a command."""
     say(text, "red")
 
 
 def coloured(text: str, colour: str | None, stream: TextIO | None) -> str:
-    """`text` in a colour where `stream` is a terminal and ``NO_COLOR`` is not set."""
+    """Return `text` in a colour if `stream` is a terminal and ``NO_COLOR`` is not set."""
     if colour is None or not is_terminal(stream) or os.environ.get("NO_COLOR"):
         return text
     return typer.style(text, fg=colour)
@@ -58,7 +58,7 @@ def put(text: str) -> None:
     BrokenPipeError
         The reader closed the pipe.
     OutputError
-        It is closed or full.
+        Stdout is closed or full.
     """
     if sys.stdout is None:
         raise OutputError("stdout is closed: give an output file with -o")
@@ -72,12 +72,12 @@ def put(text: str) -> None:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a stream is a terminal; a closed one is not."""
+    """Return whether a stream is a terminal; a closed one is not."""
     return stream is not None and stream.isatty()
 
 
 def plain(text: str) -> str:
-    """`text` for a terminal, with control characters escaped."""
+    """Return `text` for a terminal, with control characters escaped."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in bytes_as_hex(text)
@@ -106,7 +106,7 @@ class Report:
         self._end_bar()
 
     def preparing(self) -> None:
-        """Show that the network is prepared, which takes a while in a first run."""
+        """Show that the network is being prepared, which takes a while in a first run."""
         if not self.quiet and is_terminal(sys.stderr):
             self._show("preparing the network", 0, None, "(a first run takes longer)")
 
@@ -136,7 +136,7 @@ class Report:
             self._show(self.verb, progress.done, progress.found, text)
 
     def rows(self, done: int) -> None:
-        """Report how many rows are copied."""
+        """Report how many rows have been copied."""
         if self._with_bar:
             self._show(self.verb, done, None, f"{done:,} rows")
 
@@ -144,7 +144,7 @@ class Report:
         """Report one piece of a download."""
         if not self._announced:
             self._announced = True
-            self.sentence(f"downloading {progress.address} to {progress.destination.parent}")
+            self.sentence(f"downloading {progress.url} to {progress.destination.parent}")
             self.sentence(f"note: {LICENCE_NOTICE}")
         if not self.quiet and is_terminal(sys.stderr):
             text = f"{progress.received / 1e6:,.0f} MB"
@@ -161,7 +161,7 @@ class Report:
             self.sentence(f"quantising with {images} images; {kept}")
 
     def sentence(self, text: str, colour: str | None = None) -> None:
-        """Print a sentence without tearing the progress line."""
+        """Print a sentence without breaking the progress line."""
         if self._bar is None:
             say(text, colour)
         else:
@@ -170,7 +170,7 @@ class Report:
             )
 
     def summary(self, more: str) -> int:
-        """End the progress line, print what was done, and return the exit code."""
+        """End the progress line, print a summary of the run, and return the exit code."""
         self._end_bar()
         progress = self.progress
         done, failed = (0, 0) if progress is None else (progress.done, progress.failed)
@@ -219,9 +219,9 @@ def _duration(seconds: float) -> str:
 
 
 def image_line(result: Classification, width: int) -> str:
-    """``path  label 87.3 %, label 6.1 %, …``: as many classes as fit into `width`, at least one.
+    """Return ``path  label 87.3 %, …`` with as many classes as fit into `width`, at least one.
 
-    A path that is too long for that is shortened in its middle.
+    A path that is too long for one class is shortened in its middle.
     """
     from rich.cells import cell_len
 
@@ -243,7 +243,7 @@ def image_line(result: Classification, width: int) -> str:
 
 
 def shortened(path: str, width: int) -> str:
-    """`path` in at most `width` columns, with ``…`` in place of its middle where it is longer."""
+    """Return `path` in at most `width` columns, with ``…`` in place of its middle if necessary."""
     from rich.cells import cell_len, set_cell_size
 
     if cell_len(path) <= width:
@@ -256,7 +256,7 @@ def shortened(path: str, width: int) -> str:
 
 
 def terminal_width() -> int:
-    """Columns of the terminal, or ``COLUMNS``."""
+    """Return the columns of the terminal, or ``COLUMNS``."""
     return shutil.get_terminal_size().columns
 
 
@@ -287,7 +287,7 @@ def print_table(
 
 
 def plain_lines(text: str) -> str:
-    """Every line of `text` for a terminal (see `plain`)."""
+    """Return `text` with each line escaped for a terminal (see `plain`)."""
     return "\n".join(map(plain, text.splitlines()))
 
 

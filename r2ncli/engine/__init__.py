@@ -40,7 +40,7 @@ class BackendModule(Protocol):
         Raises
         ------
         UsageError, CheckpointError, DeviceError, InputNotFoundError
-            A layer, the weights, the device or the calibration images do not fit.
+            A layer, the weights, the device or the calibration images cannot be used.
         """
 
 
@@ -67,11 +67,11 @@ class Backend:
 
     @property
     def installed(self) -> bool:
-        """Whether its library is installed."""
+        """Return whether its library is installed."""
         return find_spec(self.package) is not None
 
     def runs_on(self, device: str) -> bool:
-        """Whether it runs on a device or a kind of devices: ``cpu``, ``cuda``, ``cuda:N``."""
+        """Return whether it runs on a device or a kind of device: ``cpu``, ``cuda``, ``cuda:N``."""
         return device.partition(":")[0] in self.kinds
 
     def load(self) -> BackendModule:
@@ -88,13 +88,13 @@ BACKENDS = (  # auto is the first that is installed and runs on the device
 def choose_backend(backend: str, device: str) -> tuple[Backend, tuple[str, ...]]:
     """Return the backend and the devices for the options `backend` and `device`.
 
-    The devices are ``("cpu",)`` or GPUs of one model, such as ``("cuda:0", "cuda:1")``. A
-    run on a CPU imports no torch for it, unless a driver reports a GPU.
+    The devices are ``("cpu",)`` or GPUs of one model, such as ``("cuda:0", "cuda:1")``. To
+    choose a CPU, torch is not imported unless a driver reports a GPU.
 
     Raises
     ------
     DeviceError
-        The device is not valid or not there.
+        The device is not valid or does not exist.
     UsageError
         The backend is not installed, or does not run on the device.
     """
@@ -162,7 +162,7 @@ def _find_devices(kind: str, device: str) -> tuple[str, ...]:
     if device == AUTO:
         from r2ncli.engine.base import cuda_gpus
 
-        if not cuda_gpus():  # torch sees none then, and is not imported
+        if not cuda_gpus():  # torch would find none either, and is not imported
             return ()
     from r2ncli.engine.devices import find_gpus
 

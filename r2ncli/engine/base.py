@@ -1,7 +1,7 @@
 """What all backends share: the interface of an engine, and facts about this machine.
 
 An engine executes a network on a device in one precision. It takes a uint8 batch of pixels
-and returns named float32 arrays. Normalisation and pooling are part of what it runs.
+and returns named float32 arrays. It also normalises the pixels and pools the outputs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Outputs = Mapping[str, npt.NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class EngineDescription:
-    """What really runs: part of the run record.
+    """What an engine actually runs; part of the run record.
 
     Attributes
     ----------
@@ -46,10 +46,10 @@ class EngineDescription:
     streams : int
         Batches that it executes at the same time, each in a thread that calls it.
     stream_threads : int
-        Most threads that compute one batch.
+        The largest number of threads that compute one batch.
     executed_batch_size : int or None
-        Fewest images that were computed at a time so far, if the memory was too small for a
-        whole batch; None otherwise.
+        The smallest number of images computed at a time so far, if the memory was too small
+        for a whole batch; None otherwise.
     """
 
     backend: str
@@ -73,7 +73,7 @@ class Engine(Protocol):
 
     @property
     def description(self) -> EngineDescription:
-        """What really runs."""
+        """Return what the engine actually runs."""
 
     def empty_batch(self, side: int) -> Pixels:
         """Allocate one batch where the device reads it fastest: uint8 [batch_size, side, side, 3].
@@ -159,7 +159,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class ReadyNetwork:
-    """A network that is ready to run, and what is known of it (see `Predictor`)."""
+    """A network that is ready to run, and its properties (see `Predictor`)."""
 
     engine: Engine
     variant: str
@@ -199,7 +199,7 @@ def cpu_precisions() -> tuple[str, ...]:
 
 
 def cores() -> int:
-    """Count the cores that this process may use; a container may allow fewer than there are."""
+    """Count the cores that this process may use; a container may allow only a part of them."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -226,7 +226,7 @@ def cpu_has_bf16() -> bool:
 
 
 def _cpuinfo(*starts: str) -> str:
-    """Return the value of the first line that starts with one of `starts`, or nothing."""
+    """Return the value of the first line that starts with one of `starts`, or an empty string."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -55,10 +55,10 @@ def loaded_entry(
     load: Callable[[Entry], T],
     on_warning: Callable[[str], None],
 ) -> tuple[Entry, T]:
-    """Return the entry of these settings, read from the cache or made, and what `load` makes of it.
+    """Return the entry of these settings, read from the cache or made, and the result of `load`.
 
-    A new entry is written to the cache. One in it that `load` refuses with an `R2NError` counts
-    as a cache miss. If `settings` is None, the cache is not used.
+    A new entry is written to the cache. A cached one that `load` refuses with an `R2NError`
+    counts as a cache miss. If `settings` is None, the cache is not used.
     """
     entry = None if settings is None else read_entry(settings)
     if entry is not None:
@@ -103,7 +103,7 @@ def write_entry(settings: Mapping[str, Any], entry: Entry) -> None:
     header += b" " * (-(40 + len(header)) % ALIGNMENT)
     parts = (len(header).to_bytes(8, "little"), header, entry.graph.data)
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = f"{os.getpid()}-{threading.get_ident()}"  # others may write the same entry now
+    writer = f"{os.getpid()}-{threading.get_ident()}"  # others may be writing the same entry
     temporary = path.with_name(f".{path.stem}-{writer}{SUFFIX}")
     write_whole(path, (_digest(*parts), *parts), temporary)
     _evict(path)

@@ -40,7 +40,7 @@ WARM_UPS = 3  # torch advises to warm up before a capture, so that nothing is lo
 # Images in a batch at 224 x 224, by a word in the GPU's name: more for more multiprocessors. The
 # numbers are estimates, not measurements.
 BATCH_SIZES = {"T4": 64, "L4": 128, "A10": 128, "A100": 256, "H100": 256, "H200": 512, "B200": 512}
-# The same by memory (at least so many GiB): the size for other GPUs, and the limit for those above,
+# The same by total memory (GiB, at least): the size for other GPUs, and the limit for those above,
 # because a process may see only a part of a GPU.
 BATCH_SIZES_BY_MEMORY = ((60, 512), (20, 256), (10, 128), (0, 64))
 MOST_OUTPUT_BYTES = 2**29  # of a batch; each slot has them twice, on the GPU and pinned
@@ -54,15 +54,15 @@ _capturing = threading.Lock()  # torch captures one graph at a time in a process
 def suitable_batch_size(model: str, memory: int, side: int, output_bytes: int) -> int:
     """Return the batch size for a GPU.
 
-    It depends only on what never changes, because the batch size decides the last bits of the
-    values.
+    It depends only on properties that never change, because the batch size affects the last
+    bits of the values.
 
     Parameters
     ----------
     model : str
         The GPU's name.
     memory : int
-        Its whole memory in bytes, whether it is free or not.
+        Its total memory in bytes, free or used.
     side : int
         Width and height of an image in pixels.
     output_bytes : int
@@ -139,7 +139,7 @@ class CudaEngine:
 
     @property
     def description(self) -> EngineDescription:
-        """What really runs."""
+        """Return what the engine actually runs."""
         rows = min(gpu.rows for gpu in self._gpus)
         if rows == self._description.batch_size:
             return self._description
@@ -159,7 +159,7 @@ class CudaEngine:
 
 
 def _names(devices: Sequence[torch.device]) -> str:
-    """``cuda:0``, or ``cuda:0,1``."""
+    """Return the devices as one name: ``cuda:0``, or ``cuda:0,1``."""
     return ",".join([str(devices[0]), *(str(device.index) for device in devices[1:])])
 
 
@@ -296,7 +296,7 @@ class _Gpu:
         for _ in range(WARM_UPS):
             self._outputs = self._forward(pixels)
         if self._on_gpu:
-            self._outputs = {}  # freed for those of the capture
+            self._outputs = {}  # freed before the capture allocates new ones
             graph = torch.cuda.CUDAGraph()
             # thread_local: other threads of the caller's program may do what a capture forbids,
             # such as allocating memory on the GPU

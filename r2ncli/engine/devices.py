@@ -23,7 +23,7 @@ def find_gpus(name: str) -> tuple[str, ...]:
     Raises
     ------
     DeviceError
-        ``cuda`` or ``cuda:N`` is not there.
+        ``cuda`` or ``cuda:N`` does not exist.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     every = tuple(f"cuda:{number}" for number in range(count))
@@ -57,8 +57,8 @@ def gpu_precisions(gpu: str) -> tuple[str, ...]:
 def out_of_memory(error: BaseException | None) -> bool:
     """Return whether an error means that a device had too little memory.
 
-    torch's allocator has an error type for it, CUDA and its libraries only words. An error
-    that ended the capture of a graph is the context of the error of the capture.
+    torch's allocator raises a type of its own; CUDA's libraries only say so in the message. An
+    error that ended the capture of a graph is the `__context__` of the capture's error.
     """
     words = "out of memory", "ALLOC_FAILED", "unable to find an engine"  # cuDNN's, for workspace
     return error is not None and (
@@ -70,7 +70,7 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 @contextmanager
 def device_errors(device: str, model: str, batch_size: int) -> Iterator[None]:
-    """Raise failures of the device as a DeviceError."""
+    """Turn failures of the device into a DeviceError."""
     smaller = f"at batch size {batch_size}; use a smaller `batch_size`"
     try:
         yield
@@ -117,7 +117,7 @@ def exact_settings(device: torch.device) -> Iterator[None]:
             while not _settings_users and _settings_before:
                 place, name, before = _settings_before.pop()
                 if name == "fp32_precision":
-                    place.fp32_precision = "none"  # means: as its backend
+                    place.fp32_precision = "none"  # means: the setting of its backend
                 if getattr(place, name) != before:
                     setattr(place, name, before)
 

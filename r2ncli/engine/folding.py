@@ -88,7 +88,7 @@ def pooled(full: Tensor, pool: str) -> Tensor:
 
 
 def rewritten(network: Res2Net, outputs: Sequence[str]) -> Res2Net:
-    """Return a copy of `network` for inference; the modules named `outputs` give the same."""
+    """Return a copy of `network` for inference; modules named in `outputs` give the same values."""
     fast = folded(network, {_maker(network, name) for name in outputs})
     for module in fast.modules():
         if isinstance(module, nn.ReLU):
@@ -116,7 +116,7 @@ def folded(network: Res2Net, unfolded: Collection[str] = ()) -> Res2Net:
 
 
 def _maker(network: Res2Net, name: str) -> str:
-    """Return the module that computes the output of `name`: in a sequence, the last one."""
+    """Return the name of the module that computes the output of `name`: a sequence's last one."""
     module = network.get_submodule(name)
     if not isinstance(module, nn.Sequential):
         return name

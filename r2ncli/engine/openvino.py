@@ -43,7 +43,7 @@ BATCH_SIZE = 8  # the activations of small batches fit the processor's cache
 
 Bytes = npt.NDArray[np.uint8]
 
-_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # for what is not quantised
+_HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # for layers that are not quantised
 _EXECUTED = {"f32": "fp32", "bf16": "bf16", "u8": "int8", "i8": "int8"}
 
 
@@ -223,7 +223,7 @@ class OpenVinoEngine:
 
 
 def _streams(cores: int) -> int:
-    """Return how many streams suit so many cores: with one thread each, no core waits."""
+    """Return the number of streams for `cores`: with one thread each, no core waits for another."""
     return min(cores, max(4, cores // 4))
 
 
@@ -240,7 +240,7 @@ def _executed(network: CompiledModel) -> str:
 
 @contextmanager
 def _device_errors(batch_size: int) -> Iterator[None]:
-    """Raise failures of OpenVINO as a DeviceError."""
+    """Turn failures of OpenVINO into a DeviceError."""
     try:
         yield
     # UnicodeDecodeError: its message quotes the bytes that it could not read

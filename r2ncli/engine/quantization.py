@@ -1,6 +1,6 @@
 """Quantise a graph to int8 with NNCF, and choose the images that it is calibrated with.
 
-NNCF runs in a process of its own: importing it replaces Python's logger class, it prints its
+NNCF runs in a separate process: importing it replaces Python's logger class, it prints its
 progress, and it would keep memory.
 """
 
@@ -114,7 +114,7 @@ def spread(inputs: Iterable[T], most: int) -> list[T]:
 def _each(
     inputs: Sequence[Input], rules: DecodeRules, workers: int, use: Callable[[bytes], T]
 ) -> tuple[str, list[T], list[str]]:
-    """Return the digest of all contents, the results of `use`, and the errors of the others."""
+    """Return the digest of all contents, the results of `use`, and the errors of failed inputs."""
 
     def attempt(source: Input) -> tuple[bytes, list[T], list[str]]:
         digest = b""

@@ -1,4 +1,4 @@
-"""Loaded images become eight bits without transparency, and resized pixels become sRGB."""
+"""Convert loaded images to eight bits without transparency, and resized pixels to sRGB."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from r2ncli.images.tiff import declared_bits, white_is_zero
 
 
 def opaque(image: Image.Image) -> Image.Image:
-    """A loaded image in eight bits, composited on white, in mode RGB, L or CMYK."""
+    """Return a loaded image in eight bits, composited on white, in mode RGB, L or CMYK."""
     if image.mode == "F" or image.mode.startswith("I"):
         return _greyscale(image)
     grey = image.mode in ("1", "L", "LA")
@@ -47,7 +47,7 @@ def _greyscale(image: Image.Image) -> Image.Image:
 
 
 def _declared_white(image: Image.Image) -> float | None:
-    """The highest value of the declared depth; None for 32 bits, which declare no range."""
+    """Return the highest value of the declared depth; None for 32 bits, which declare no range."""
     if isinstance(image, TiffImageFile):
         bits = declared_bits(image)
         return 2.0**bits - 1 if bits <= 16 else None
@@ -55,7 +55,7 @@ def _declared_white(image: Image.Image) -> float | None:
 
 
 def _range_of(values: npt.NDArray[Any], declared: float | None) -> float:
-    """The value that means white: the declared one, or the smallest usual one that fits."""
+    """Return the value that means white: the declared one, or the smallest usual one that fits."""
     low, high = float(values.min()), float(values.max())
     usual = [1.0] * (values.dtype.kind == "f") + [255.0, 65535.0]
     candidates = usual if declared is None else [declared]
@@ -66,12 +66,12 @@ def _range_of(values: npt.NDArray[Any], declared: float | None) -> float:
 
 
 def conversion(profile: object, stored: str, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The transform of resized pixels to sRGB, or None if they need none.
+    """Return the transform of resized pixels to sRGB, or None if they need none.
 
     It is applied after resizing, to image_size x image_size pixels: converting the twelve
     million pixels of a phone's photo would take as long as decoding them. `stored` and `mode`
-    are Pillow's modes of the file and of the resized pixels. A profile that is not bytes counts
-    as none.
+    are Pillow's modes of the file and of the resized pixels. A profile that is not bytes is
+    ignored.
     """
     if stored == "LAB" or not isinstance(profile, bytes):  # Pillow converts LAB without a profile
         return None
@@ -83,7 +83,7 @@ _MAX_PROFILE_BYTES = 16_000_000  # several times the size of a printing profile;
 
 @lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """LittleCMS's transform of a profile to sRGB.
+    """Return LittleCMS's transform of a profile to sRGB.
 
     None if the profile is that of sRGB, is corrupted, or is of another colour space.
 

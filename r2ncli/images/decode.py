@@ -74,7 +74,7 @@ def decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) -> 
 
 
 def _in_words(error: object) -> str:
-    """What an error says, without addresses of objects and in one line."""
+    """Return an error's message on one line, without the memory addresses of objects."""
     text = re.sub(r"<?\S*( object)? at 0x[0-9a-f]+>?", "", str(error)) or type(error).__name__
     return " ".join(text.split())
 
@@ -105,7 +105,7 @@ def _decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) ->
 
 
 def _open(content: bytes) -> tuple[Image.Image, Codec]:
-    """Read an image's header with the first decoder whose format it has."""
+    """Read an image's header with the first decoder that accepts the file."""
     head = content[:128].ljust(16, b"\0")  # decoders read these bytes without checking the length
     unavailable = None
     for decoder in DECODERS:

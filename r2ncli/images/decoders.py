@@ -1,8 +1,8 @@
 """The table of decoders: one row for each image format.
 
-The suffixes that a walk tries, the versions in the run record, the rule for what a retry may
-find changed, and the advice on what to install all follow from this table. A new format is a
-new row. Importing this module imports no decoder: a row loads its own when it is first needed.
+The suffixes that a walk tries, the versions in the run record, the libraries that a retry may
+find newly installed, and the advice on what to install all come from this table. A new format is a
+new row. Importing this module imports no decoder: a row loads its decoder when it is first needed.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Decoder:
 
 
 def installed_version(distribution: str) -> str | None:
-    """The version of an installed distribution, or None."""
+    """Return the version of an installed distribution, or None."""
     try:
         return version(distribution)
     except PackageNotFoundError:
@@ -100,7 +100,7 @@ def _littlecms_version() -> str | None:
 
 
 def _by_pillow(format_name: str, plugin: str) -> Callable[[], Codec]:
-    """A function that loads a format that needs no rules beyond Pillow's."""
+    """Return a function that loads a format that needs no rules beyond Pillow's."""
 
     def load() -> Codec:
         from r2ncli.images.pillow import registered
@@ -111,7 +111,7 @@ def _by_pillow(format_name: str, plugin: str) -> Callable[[], Codec]:
 
 
 def _by_rules_of(module: str, name: str) -> Callable[[], Codec]:
-    """A function that loads a format that has rules of its own in a module of `images`."""
+    """Return a function that loads a format with rules of its own in a module of `images`."""
 
     def load() -> Codec:
         codec: Codec = getattr(import_module(f"r2ncli.images.{module}"), name)
@@ -162,18 +162,18 @@ SUFFIXES = tuple(suffix for decoder in DECODERS for suffix in decoder.suffixes)
 
 
 def decoder_versions() -> dict[str, str | None]:
-    """Versions of the libraries that decide pixels, for the run record.
+    """Return the versions of the libraries that decide pixels, for the run record.
 
     Returns
     -------
     dict
-        From a library's name to its version; None where it is not installed.
+        The version of each library by its name; None if it is not installed.
     """
     libraries = {library.name: library for decoder in DECODERS for library in decoder.libraries}
     return {name: library.version() for name, library in libraries.items()}
 
 
 def may_be_added() -> frozenset[str]:
-    """Names of the libraries that a retry may find installed though they were absent before."""
+    """Return the names of libraries that may be installed between a run and a retry."""
     libraries = [library for decoder in DECODERS for library in decoder.libraries]
     return frozenset(library.name for library in libraries if library.may_be_absent)

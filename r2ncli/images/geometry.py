@@ -1,4 +1,4 @@
-"""Which part of a stored image the network sees, and how the result is turned upright."""
+"""Find the part of a stored image that the network sees, and turn the result upright."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Box = tuple[float, float, float, float]
 
 
 def stored_box(size: tuple[int, int], orientation: int, preprocessing: Preprocessing) -> Box:
-    """The box (left, top, right, bottom) that the network sees of an image of `size` as stored.
+    """Return the box (left, top, right, bottom) that the network sees of an image as stored.
 
     `size` is (width, height), before the image is turned upright.
     """
@@ -23,7 +23,7 @@ def stored_box(size: tuple[int, int], orientation: int, preprocessing: Preproces
 
 
 def _crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> Box:
-    """The box that the network sees of an upright image of `size` (width, height)."""
+    """Return the box that the network sees of an upright image of `size` (width, height)."""
     width, height = size
     if preprocessing.crop == "none":
         return (0.0, 0.0, float(width), float(height))
@@ -45,7 +45,7 @@ def _crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> Box:
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """The orientation in an image's EXIF; 1 (upright) if there is none that can be read."""
+    """Return the orientation in an image's EXIF; 1 (upright) if none can be read."""
     try:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # the pixels of an image with corrupted EXIF are intact
@@ -53,7 +53,7 @@ def exif_orientation(image: Image.Image) -> int:
 
 
 def turned_upright(image: Image.Image, orientation: int) -> Image.Image:
-    """The image upright, given its EXIF orientation."""
+    """Return the image turned upright, given its EXIF orientation."""
     transpose, _ = _UPRIGHT.get(orientation, _UPRIGHT[1])
     return image if transpose is None else image.transpose(transpose)
 

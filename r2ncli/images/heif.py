@@ -1,4 +1,4 @@
-"""HEIC, which pillow-heif decodes; its container says whether it is HEIC or AVIF."""
+"""Decode HEIC with pillow-heif; the container's brands distinguish HEIC from AVIF."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HEVC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b
 
 
 def is_heic(head: bytes) -> bool:
-    """Whether a file's brands are those of HEIC, not those of AVIF, which Pillow decodes."""
+    """Return whether a file's brands are those of HEIC and not of AVIF, which Pillow decodes."""
     if head[4:8] != b"ftyp":
         return False
     end = min(int.from_bytes(head[:4]), len(head))

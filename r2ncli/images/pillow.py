@@ -1,4 +1,4 @@
-"""Formats that Pillow decodes, opened without its process-wide limit on pixels."""
+"""Open the formats that Pillow decodes, without its process-wide limit on pixels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Factory = Callable[[IO[bytes], str], Image.Image]
 
 
 class _PillowsLimit:
-    """Sets Pillow's limit on pixels aside within a `with` block; threads may overlap.
+    """Lifts Pillow's limit on pixels within a `with` block; blocks of several threads may overlap.
 
     Pillow has one limit for the whole process. `Image.open` is not used here, but some formats
     compare with the limit themselves: WebP when it is opened, TIFF when it is loaded.
@@ -46,7 +46,7 @@ without_pillows_limit = _PillowsLimit()
 
 
 def unlimited(factory: Factory) -> Callable[[bytes], Image.Image]:
-    """A function that opens a file of the format, whatever Pillow's limit is."""
+    """Return a function that opens a file of the format without Pillow's limit on pixels."""
 
     def open_image(content: bytes) -> Image.Image:
         try:
@@ -64,7 +64,7 @@ def load(image: Image.Image, _content: bytes) -> None:
 
 
 def registered(name: str, plugin: str) -> Codec:
-    """A format under Pillow's name for it, which importing the plugin registers."""
+    """Return the codec of a format that importing `plugin` registers in Pillow as `name`."""
     import_module(f"PIL.{plugin}")
     factory, accept = Image.OPEN[name]
     assert accept is not None

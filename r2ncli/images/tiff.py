@@ -19,7 +19,7 @@ _PILLOWS = registered("TIFF", "TiffImagePlugin")
 
 
 def _open(content: bytes) -> Image.Image:
-    """Open a TIFF; the error of a layout that Pillow does not know says which it is."""
+    """Open a TIFF; if Pillow does not know the layout, the error names it."""
     try:
         return _PILLOWS.open(content)
     except SyntaxError as error:
@@ -31,7 +31,7 @@ def _open(content: bytes) -> Image.Image:
 
 
 def _layout(content: bytes) -> str:
-    """The number, depth and kind of a pixel's samples, in words."""
+    """Return the number, depth and kind of a pixel's samples, in words."""
     tags = TiffImagePlugin.ImageFileDirectory_v2(content[: 16 if content[2] == 43 else 8])
     file = BytesIO(content)
     file.seek(tags.next)
@@ -61,12 +61,12 @@ def _silence_libtiff() -> None:
 
 
 def declared_bits(image: TiffImagePlugin.TiffImageFile) -> int:
-    """Bits of a sample, as the header declares them."""
+    """Return the bits of a sample, as the header declares them."""
     return int(image.tag_v2[_BITS][0])
 
 
 def white_is_zero(image: TiffImagePlugin.TiffImageFile) -> bool:
-    """Whether 0 means white. Pillow inverts such an image only up to eight bits."""
+    """Return whether 0 means white. Pillow inverts such an image only up to eight bits."""
     return image.tag_v2.get(_PHOTOMETRIC) == 0
 
 

@@ -1,4 +1,4 @@
-"""What reading a corrupted output raises, and how a user hears of it."""
+"""Turn the errors of reading a corrupted output into an OutputError that names the file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DAMAGE = (
 
 @contextmanager
 def damage_as_error(output: Path) -> Iterator[None]:
-    """Raise an OutputError that names `output` in place of whatever its corruption raises."""
+    """Raise an OutputError that names `output` in place of any error that its corruption causes."""
     try:
         yield
     except DAMAGE as error:

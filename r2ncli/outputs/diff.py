@@ -1,8 +1,8 @@
 """Compare two outputs: which rows, classes and values differ, and by how much.
 
-It answers what an upgrade, a precision or another machine changed. Both are read side by side.
-Where rows come in another order (merged shards), they wait in memory for their match: of
-features only the row numbers wait.
+It shows what an upgrade, a precision or another machine changed. Both are read side by side.
+Rows in a different order (merged shards) wait in memory for their match; of features only the
+row numbers are kept.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Largest:
-    """A largest difference, infinite if one value is not a number, and its row."""
+    """The largest difference, infinite if one of the two values is NaN, and its row."""
 
     difference: float = 0.0
     path: str | None = None
@@ -92,11 +92,11 @@ class Difference:
 
     @property
     def different(self) -> bool:
-        """Whether any row differs; settings alone make no difference."""
+        """Whether any row differs; settings do not count."""
         return any(names.count for names in self.changes().values())
 
     def changes(self) -> dict[str, Names]:
-        """The rows that differ, by kind, under the names of `as_dict`."""
+        """Return the rows that differ, by kind, under the names of `as_dict`."""
         names = {
             "only_in_a": self.only_in_a,
             "only_in_b": self.only_in_b,
@@ -107,7 +107,7 @@ class Difference:
         return {key: value for key, value in names.items() if value is not None}
 
     def as_dict(self) -> dict[str, Any]:
-        """As ``r2n diff --json`` prints it; a difference that is not finite is null."""
+        """Return the JSON document of ``r2n diff --json``; an infinite difference is null."""
         return {
             "schema": 1,
             "a": self.a,
@@ -160,23 +160,23 @@ class _Tally:
 def diff(a: str | OsPathLike[str], b: str | OsPathLike[str], *, atol: float = 0.0) -> Difference:
     """Compare two results of either kind, in any of its formats, row by row.
 
-    Rows belong together by name, a repeated one by its occurrence; their order makes no
-    difference, nor does the reason of a row that failed in both.
+    Rows are matched by name, and repeated names by occurrence. The order of the rows and the
+    errors of rows that failed in both are ignored.
 
     Parameters
     ----------
     a, b : path
         Finished outputs of `classify_to` or of `extract_to`.
     atol : float
-        Probabilities or features that differ by no more count as equal.
+        Probabilities or features that differ by no more than this count as equal.
 
     Raises
     ------
     UsageError
-        They cannot be compared: rows against features, other layers or shapes, another number
-        of classes.
+        The outputs cannot be compared: one has classes and the other features, or their layers,
+        shapes or numbers of classes differ.
     InputNotFoundError, OutputError
-        One is not there, is damaged, or none of r2n's.
+        An output does not exist, is corrupted, or was not written by r2n.
     """
     if not atol >= 0:
         raise UsageError(f"`atol` must be at least 0, not {atol}")
@@ -211,7 +211,7 @@ def _settings(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]
     if "fingerprint" not in a or "fingerprint" not in b:
         return None
     differing = differing_settings(a, b)
-    differing.pop("versions pyarrow", None)  # decides a file's bytes, and no value
+    differing.pop("versions pyarrow", None)  # affects a file's bytes, but no value
     return differing
 
 
@@ -258,9 +258,9 @@ def _in_words(shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def _largest_difference(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
-    """max |a - b|: 0 where both are the same or no number, infinite where one of them is none."""
+    """Return max |a - b|: NaN in both counts as equal, NaN in one as an infinite difference."""
     a, b = a.astype(np.float64), b.astype(np.float64)
-    with np.errstate(invalid="ignore"):  # infinity less infinity, which are the same
+    with np.errstate(invalid="ignore"):  # infinity minus infinity, which count as equal
         difference = np.abs(a - b)
     difference[(a == b) | (np.isnan(a) & np.isnan(b))] = 0.0
     return float(np.nan_to_num(difference, nan=np.inf, posinf=np.inf).max(initial=0.0))
@@ -302,9 +302,9 @@ def _top1(row: _Row) -> int | None:
 
 
 def _matched(a: Iterator[_Row], b: Iterator[_Row]) -> Iterator[tuple[_Row | None, _Row | None]]:
-    """Rows of one name, the first with the first; None for one that the other has not.
+    """Yield pairs of rows with the same name, by occurrence; None where one output lacks the row.
 
-    As long as the names agree nothing waits.
+    While both outputs have the same order, no row is held in memory.
     """
     waiting_a: dict[str, deque[_Row]] = {}
     waiting_b: dict[str, deque[_Row]] = {}

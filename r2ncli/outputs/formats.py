@@ -25,7 +25,7 @@ from r2ncli.errors import UsageError
 from r2ncli.outputs.hdf5 import Hdf5Format
 from r2ncli.outputs.rows import CLASSES, INDEX, LABEL, PROBABILITY, WNID, Batch
 
-ROWS_AT_ONCE = 1024  # of a finished file that is read
+ROWS_AT_ONCE = 1024  # rows of a finished file that are read at a time
 GROUP_CELLS = 200_000  # of a Parquet row group, which is held in memory while it is written
 
 Record = Mapping[str, Any]
@@ -44,7 +44,7 @@ class Format(Protocol):
     packages : tuple of str
         Distributions that write it; they are recorded with their versions.
     holds_record : bool
-        Whether the run record is inside the file; else it stands beside it.
+        Whether the run record is inside the file; otherwise it is in a file beside it.
     """
 
     suffix: ClassVar[str]
@@ -54,32 +54,32 @@ class Format(Protocol):
     holds_record: ClassVar[bool]
 
     def pack(self, batches: Sequence[Batch]) -> bytes:
-        """The bytes of a block."""
+        """Return the bytes of a block."""
 
     def row_bytes(self) -> int:
-        """About how many bytes a row takes in a block."""
+        """Return about how many bytes a row takes in a block."""
 
     def read_block(self, block: Path) -> Iterator[tuple[str, bool]]:
-        """Name of each row of a block, and whether it failed."""
+        """Yield the name of each row of a block, and whether it failed."""
 
     def join(self, blocks: Sequence[Path], out: Path, record: Record) -> None:
         """Write the whole file."""
 
     @classmethod
     def of(cls, output: Path) -> Self:
-        """The format that a finished file was written with."""
+        """Return the format that a finished file was written with."""
 
     @classmethod
     def read_record(cls, output: Path) -> dict[str, Any]:
-        """The run record inside a finished file; empty where it is not inside."""
+        """Return the run record inside a finished file; an empty dict if it is not inside."""
 
     @classmethod
     def read_names(cls, output: Path) -> Iterator[tuple[str, bool]]:
-        """Name of each row of a finished file, and whether it failed."""
+        """Yield the name of each row of a finished file, and whether it failed."""
 
     @classmethod
     def read(cls, output: Path, start: int = 0) -> Iterator[Batch]:
-        """The rows of a finished file from number `start` on."""
+        """Yield the rows of a finished file from number `start` on."""
 
 
 # --- classes: CSV, JSONL, Parquet -----------------------------------------------------------
@@ -94,7 +94,7 @@ class RowFormat:
     topk : int
         Classes per row.
     with_wnids, with_labels : bool
-        Whether they are known: else there are no such columns.
+        Whether wnids and labels are known; otherwise these columns are absent.
     """
 
     content: ClassVar[str] = CLASSES
@@ -106,14 +106,14 @@ class RowFormat:
     with_labels: bool
 
     def header(self) -> list[str]:
-        """The names of the columns."""
+        """Return the names of the columns."""
         columns = ["path", "status", "error"]
         for rank in range(1, self.topk + 1):
             columns += [f"{name}_{rank}" for name in self._ranked()]
         return columns
 
     def _ranked(self) -> list[str]:
-        """The columns of one rank, without their number."""
+        """Return the columns of one rank, without its number."""
         return [
             INDEX,
             *[WNID] * self.with_wnids,
@@ -122,7 +122,7 @@ class RowFormat:
         ]
 
     def cells(self, batch: Batch) -> Iterator[Cells]:
-        """Each row's cells, None where one is empty; a failed row is empty after its error."""
+        """Yield each row's cells, None for an empty one; a failed row is empty after its error."""
         ok = [error is None for error in batch.errors]
         columns: list[Iterable[Any]] = [
             batch.names,
@@ -166,7 +166,7 @@ class RowFormat:
 
     @classmethod
     def _opened(cls, output: Path) -> AbstractContextManager[tuple[Self, Iterator[Cells]]]:
-        """The format of a finished file, and each row's cells."""
+        """Return the format of a finished file, and an iterator over each row's cells."""
         raise NotImplementedError
 
     @classmethod
@@ -174,13 +174,13 @@ class RowFormat:
         topk = sum(column.startswith(f"{INDEX}_") for column in columns)
         format = cls(topk, f"{WNID}_1" in columns, f"{LABEL}_1" in columns)
         if not topk or columns != format.header():
-            raise ValueError("its columns are not those of a result")
+            raise ValueError("its columns are not those of an output of r2n")
         return format
 
     def batch(self, rows: Sequence[Cells]) -> Batch:
-        """Rows of cells, as `cells` gives them or as text, as a batch.
+        """Return rows of cells, as `cells` gives them or as text, as a batch.
 
-        Probabilities are the float32 that they were; one without a number is NaN.
+        Probabilities are the original float32 values; an empty cell is NaN.
         """
         shape = len(rows), self.topk
         columns: dict[str, Any] = {
@@ -216,7 +216,7 @@ class CsvFormat(RowFormat):
     block_suffix: ClassVar[str] = ".csv"
 
     def head(self) -> bytes:
-        """The first line."""
+        """Return the first line."""
         return _csv_text([self.header()]).encode()
 
     def pack(self, batches: Sequence[Batch]) -> bytes:
@@ -248,7 +248,7 @@ class JsonlFormat(RowFormat):
     block_suffix: ClassVar[str] = ".jsonl"
 
     def head(self) -> bytes:
-        """What comes before the first row: nothing."""
+        """Return what comes before the first row: nothing."""
         return b""
 
     def pack(self, batches: Sequence[Batch]) -> bytes:
@@ -275,7 +275,7 @@ class JsonlFormat(RowFormat):
         if first:
             row = json.loads(first)
             format = cls._with_columns(list(row) if isinstance(row, dict) else [])
-        else:  # no row tells no columns: a shard may have none
+        else:  # without rows the columns are unknown: a shard may be empty
             format = cls(0, False, False)
         yield format, ([*row.values()] for row in _json_rows(output, format.header()))
 
@@ -294,7 +294,7 @@ class ParquetFormat(JsonlFormat):
         columns = self.header()
         schema = pyarrow.schema([(column, _parquet_type(column)) for column in columns])
         rows = chain.from_iterable(map(_json_rows, blocks, repeat(columns)))
-        group_rows = max(1, GROUP_CELLS // len(columns))  # whatever the blocks were
+        group_rows = max(1, GROUP_CELLS // len(columns))  # independent of the blocks
         with open(out, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
             while group := list(islice(rows, group_rows)):
                 writer.write_table(pyarrow.Table.from_pylist(group, schema), group_rows)
@@ -314,17 +314,17 @@ FORMATS: dict[str, type[Format]] = {
 
 
 def suffixes(content: str | None = None) -> tuple[str, ...]:
-    """The suffixes of all formats, or of those that hold `content`."""
+    """Return the suffixes of all formats, or of those that hold `content`."""
     return tuple(suffix for suffix, f in FORMATS.items() if content in (None, f.content))
 
 
 def format_of(output: Path, content: str | None = None) -> type[Format]:
-    """The format that a file's suffix stands for.
+    """Return the format of files with this suffix.
 
     Raises
     ------
     UsageError
-        There is none with that suffix (and that `content`), or its libraries are not installed.
+        No format has that suffix (and that `content`), or its libraries are not installed.
     """
     expected = suffixes(content)
     suffix = output.suffix.lower()
@@ -363,7 +363,7 @@ def _of_width(rows: Iterator[list[str]], width: int) -> Iterator[Cells]:
 
 
 def _check_last_line(output: Path) -> None:
-    """Raise where a text ends inside a line: its last number may have lost digits."""
+    """Raise a ValueError if a text ends inside a line: its last number may have lost digits."""
     with open(output, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         if file.read() not in (b"", b"\n"):
@@ -371,12 +371,12 @@ def _check_last_line(output: Path) -> None:
 
 
 def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file; raises a ValueError where a line does not have `columns`."""
+    """Yield the objects of a JSONL file; raise a ValueError if a line does not have `columns`."""
     with open(path, encoding="utf-8", newline="\n") as file:
         for line in file:
             row = json.loads(line)
             if not isinstance(row, dict) or list(row) != list(columns):
-                raise ValueError("a line that is no object with the keys of a row")
+                raise ValueError("a line that is not an object with the keys of a row")
             yield row
 
 
@@ -391,14 +391,14 @@ def _parquet_type(column: str) -> str:
 
 
 def _utf8(text: str | None) -> str | None:
-    """`text` with halves of surrogate pairs, which a JSON file may hold, escaped."""
+    """Return `text` with halves of surrogate pairs, which a JSON file may hold, escaped."""
     if text is None or text.isascii():
         return text
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _json_text(cell: str | int | np.float32 | None) -> str:
-    if isinstance(cell, np.float32):  # the shortest number that gives it back
+    if isinstance(cell, np.float32):  # the shortest text that reads back as it
         return str(cell) if np.isfinite(cell) else "null"
     return json.dumps(cell, ensure_ascii=False)
 
@@ -417,7 +417,7 @@ def _csv_text(rows: Iterable[Cells]) -> str:
 
 def _csv_cell(cell: object) -> str:
     if not isinstance(cell, str):
-        return "" if cell is None else str(cell)  # of a float32 the shortest that gives it back
+        return "" if cell is None else str(cell)  # of a float32 the shortest text
     if _QUOTED(cell):
         return '"' + cell.replace('"', '""') + '"'
     return cell

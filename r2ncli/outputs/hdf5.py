@@ -21,7 +21,7 @@ from r2ncli.outputs.rows import FEATURES, Batch
 
 CHUNK_BYTES = 4_000_000
 STRINGS_AT_ONCE = 4096  # names held while a file is joined or read
-# features in memory at once: a few rows each of a few places, for rows that come in another order
+# features in memory at once: some slabs of a few rows each, for rows that come in another order
 SLAB_ROWS, SLAB_BYTES, SLABS = 64, 4_000_000, 16
 
 Record = Mapping[str, Any]
@@ -78,7 +78,7 @@ class Hdf5Format:
             for key, value in record.items():
                 plain = isinstance(value, str | int | float)
                 file.attrs[key] = value if plain else json.dumps(value, ensure_ascii=False)
-            # whole chunks of fixed sizes, whatever the blocks were: the same bytes each time
+            # chunks of fixed sizes, independent of the blocks: the same bytes each time
             for layer, shape in self.shapes.items():
                 chunk = _chunk_shape(shape, np.dtype(self.dtype), count)
                 dataset = file.create_dataset(
@@ -140,7 +140,7 @@ class FeatureFile:
             raise ValueError("it has no layer")
         for dataset in (*self._layers.values(), *self._texts):
             if len(dataset) != self._count:
-                raise ValueError(f"{len(dataset):,} rows of one thing, {self._count:,} of another")
+                raise ValueError(f"one dataset has {len(dataset):,} rows, another {self._count:,}")
         self.shapes = {layer: dataset.shape[1:] for layer, dataset in self._layers.items()}
         self.dtype = str(next(iter(self._layers.values())).dtype)
         row_bytes = Hdf5Format(self.shapes, self.dtype).row_bytes()
@@ -149,7 +149,7 @@ class FeatureFile:
         self._slab = lru_cache(slabs)(self._read_slab)
 
     def names(self, start: int = 0) -> Iterator[tuple[str, str | None]]:
-        """Name of each row from number `start` on, and its error if it failed."""
+        """Yield the name of each row from number `start` on, and its error if it failed."""
         paths, statuses, errors = self._texts
         with damage_as_error(self._output):
             for first in range(start, self._count, STRINGS_AT_ONCE):
@@ -159,7 +159,7 @@ class FeatureFile:
                     yield name, error if status == "failed" else None
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        """All rows from number `start` on."""
+        """Yield all rows from number `start` on."""
         rows = self.names(start)
         for first in range(start, self._count, self._slab_rows):
             some = slice(first, min(first + self._slab_rows, self._count))
@@ -167,7 +167,7 @@ class FeatureFile:
             yield Batch(names, errors, {layer: d[some] for layer, d in self._layers.items()})
 
     def __getitem__(self, number: int) -> dict[str, npt.NDArray[Any]]:
-        """The features of row `number` by layer; NaN where it failed."""
+        """Return the features of row `number` by layer; NaN if it failed."""
         slab, row = divmod(number, self._slab_rows)
         return {layer: rows[row] for layer, rows in self._slab(slab).items()}
 
@@ -179,7 +179,7 @@ class FeatureFile:
 
 @contextmanager
 def open_features(output: Path) -> Iterator[FeatureFile]:
-    """Open a finished HDF5 file for as long as the block lasts."""
+    """Open a finished HDF5 file within a `with` block."""
     import h5py
 
     with ExitStack() as stack:
@@ -198,7 +198,7 @@ def _from_attribute(value: Any) -> Any:
 
 @contextmanager
 def _new_file(out: Path) -> Iterator[tuple[Any, _Disk]]:
-    """A new HDF5 file, and the disk below it, whose first failed write is raised at the end."""
+    """Create an HDF5 file; the first failed write is raised at the end of the `with` block."""
     import h5py
 
     with _Disk(out, "w+b") as disk:
@@ -236,7 +236,7 @@ class _Disk(io.FileIO):
             return size or 0
 
     def raise_error(self) -> None:
-        """Raise what went wrong, if anything did."""
+        """Raise the first failed write, if there was one."""
         if self.error is not None:
             raise self.error
 
@@ -244,7 +244,7 @@ class _Disk(io.FileIO):
 def _slabs(
     blocks: Sequence[Path], key: str, rows_at_once: int
 ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """One array of all blocks, `rows_at_once` rows at a time, each with its first row's number."""
+    """Yield an array of all blocks in slabs of `rows_at_once` rows, and each first row's number."""
     start, waiting = 0, []
     for block in [*blocks, None]:
         if block is not None:
@@ -264,7 +264,7 @@ def _as_stored(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _chunk_shape(shape: tuple[int, ...], dtype: np.dtype[Any], rows: int) -> tuple[int, ...]:
-    """Rows together, at most `CHUNK_BYTES`; a larger row is cut along its first axes."""
+    """Return a chunk's shape: rows of at most `CHUNK_BYTES`, or a part of one larger row."""
     chunk = list(shape)
     for axis in range(len(chunk)):
         while chunk[axis] > 1 and np.prod(chunk) * dtype.itemsize > CHUNK_BYTES:

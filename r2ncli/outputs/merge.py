@@ -27,14 +27,14 @@ def merge(
     overwrite: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Record:
-    """Join the finished outputs of ``--shard 1/N`` to ``N/N`` into `output`, in shard order.
+    """Join the finished outputs of the shards ``1/N`` to ``N/N`` into `output`, in shard order.
 
     Parameters
     ----------
     shards : sequence of path
-        All of them, in any order.
+        The outputs of all shards, in any order.
     output : path
-        A name with the same suffix.
+        The file to write, with the same suffix.
     overwrite : bool
         Replace an existing output.
     on_progress : callable, optional
@@ -43,16 +43,16 @@ def merge(
     Returns
     -------
     dict
-        The run record: that of the first shard with the counts of all, from the earliest start
-        to the latest end.
+        The first shard's run record with the counts of all, from the earliest start to the
+        latest end.
 
     Raises
     ------
     UsageError
         There is no shard, or the suffixes differ.
     InputNotFoundError, OutputError
-        One is not there, is missing among 1 to N or there twice, was made with other settings,
-        or is corrupted; or `output` exists or cannot be written.
+        A shard does not exist, is missing or repeated, was made with other settings, or is
+        corrupted; or `output` exists or cannot be written.
     """
     paths = [existing_result(shard) for shard in shards]
     suffixes = sorted({path.suffix.lower() for path in paths})
@@ -84,7 +84,7 @@ def merge(
 
 
 def _in_order(shards: list[Shard]) -> list[Shard]:
-    """The shards by number, all of 1 to N once."""
+    """Return the shards by number; raise an OutputError if one is missing or repeated."""
     numbered: dict[int, Shard] = {}
     totals: dict[int, Path] = {}
     for path, record in shards:
@@ -95,7 +95,7 @@ def _in_order(shards: list[Shard]) -> list[Shard]:
         totals[total] = path
         if len(totals) > 1:
             (few, one), (many, other) = totals.items()
-            raise OutputError(f"{one} is one of {few} shards, {other} of {many}: of two runs")
+            raise OutputError(f"{one} is one of {few} shards, {other} of {many}: not of one run")
         if number in numbered:
             raise OutputError(f"{numbered[number][0]} and {path}: both are shard {number}/{total}")
         numbered[number] = path, record
@@ -115,12 +115,12 @@ def _check_settings(ordered: list[Shard]) -> None:
 
 
 def _format(ordered: list[Shard]) -> Format:
-    """The one format of all; a shard without rows may not tell its columns."""
+    """Return the common format of all shards; without rows, a shard's columns may be unknown."""
     (first, _), *others = [shard for shard in ordered if shard[1]["counts"]["inputs"]] or ordered
     format = read_format(first)
     for path, _ in others:
         if read_format(path) != format:
-            raise OutputError(f"{first} and {path}: cannot be merged: other columns or layers")
+            raise OutputError(f"{first} and {path}: cannot be merged: columns or layers differ")
     return format
 
 

@@ -1,9 +1,9 @@
 """Write an output as finished blocks in ``OUT.partial/``, joined and renamed at the end.
 
 A run's output grows as blocks of at most 256 rows or 64 MB, each written under a
-temporary name, fsynced and renamed: a block that exists is whole. At the end they are
-joined under a temporary name, fsynced and renamed to OUT, and the folder goes. One
-mechanism for every format.
+temporary name, fsynced and renamed: a block that exists is complete. At the end they are
+joined under a temporary name, fsynced and renamed to OUT, and the folder is removed.
+Every format uses this mechanism.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ OURS = re.compile(
 class PartialOutput:
     """The growing output of one run: ``OUT.partial/``, locked for this process.
 
-    Entering takes the lock and reads what is there; leaving releases it. A folder that
-    holds no block when an error leaves is removed. Files that r2n did not write are never
+    Entering takes the lock and reads the existing blocks; leaving releases it. After an error,
+    a folder without blocks is removed. Files that r2n did not write are never
     touched: a folder that holds one is refused.
 
     Attributes
     ----------
     again : str
-        How an error tells the user to continue.
+        The words with which an error says how to continue.
     done : int
         Rows in finished blocks.
     """
@@ -89,16 +89,16 @@ class PartialOutput:
         self._release()
 
     def blocks(self) -> list[Path]:
-        """The finished blocks, in order."""
+        """Return the finished blocks, in order."""
         return sorted(self.folder.glob("block-*" + self.format.block_suffix))
 
     def record(self) -> dict[str, Any] | None:
-        """The run record that this partial output began with; None where nothing was begun.
+        """Return the run record that this partial output began with; None if there is none.
 
         Raises
         ------
         OutputError
-            There are blocks, and no record that can be read.
+            There are blocks, but no record that can be read.
         """
         record = begun_record(self.output)
         if record is None and self.blocks():
@@ -109,7 +109,7 @@ class PartialOutput:
         return record
 
     def names(self) -> Iterator[tuple[str, bool, Stamp | None]]:
-        """Name of each finished row, whether it failed, and the stamp of its file.
+        """Yield the name of each finished row, whether it failed, and the stamp of its file.
 
         Raises
         ------
@@ -133,7 +133,7 @@ class PartialOutput:
                 ) from error
 
     def begin(self, record: Record) -> None:
-        """Remove what is there and write the run record."""
+        """Remove existing blocks and write the run record."""
         self._empty_folder()
         self._next_block = 0
         self._write("run.json", json_bytes(record))
@@ -143,7 +143,7 @@ class PartialOutput:
         self._write("run.json", json_bytes(record))
 
     def append(self, batch: Batch) -> None:
-        """Add rows; every block that they fill is written."""
+        """Add rows, and write every block that they fill."""
         while len(batch):
             room = self._block_rows - sum(map(len, self._batches))
             self._batches.append(batch[:room])
@@ -152,17 +152,17 @@ class PartialOutput:
                 self.flush()
 
     def flush(self) -> None:
-        """Write the rows since the last block as a block of their own."""
+        """Write the rows added since the last block as a block."""
         if not self._batches:
             return
         name = f"block-{self._next_block:08d}{self.format.block_suffix}"
         stamps = [stamp for batch in self._batches for stamp in batch.stamps or [None] * len(batch)]
         # not synced: stamps that are lost in a power cut are not compared, and no row is lost
-        with suppress(OSError):  # a full disk is told of when the block is written
+        with suppress(OSError):  # a full disk is reported when the block is written
             self._stamps_of(self._next_block).write_bytes(pack_stamps(stamps))
         self._write(name, self.format.pack(self._batches))
-        # An interrupt before this writes the same block once more under the same name; none can
-        # come in between, for signals are seen at calls and jumps only.
+        # After an interrupt before this, the same block is written again under the same name. None
+        # can come in between: Python handles signals at calls and jumps only.
         done, following = self.done + sum(map(len, self._batches)), self._next_block + 1
         self._batches, self._next_block, self.done = [], following, done
 
@@ -200,7 +200,7 @@ class PartialOutput:
         return self.folder / f"inputs-{block:08d}.stamps"
 
     def _finish_stamps(self, blocks: int) -> None:
-        """Join the stamps of all blocks beside the output; leave none of an earlier output."""
+        """Join the stamps of all blocks into a file beside the output; remove an earlier one."""
         joined = self.folder / "joined.inputs"
         known = False
         with open(joined, "wb") as file:
@@ -237,10 +237,10 @@ class PartialOutput:
             self.folder.rmdir()
 
     def _empty_folder(self) -> None:
-        """Remove what r2n wrote, so that a kill in between leaves no resumable run.
+        """Remove r2n's files in an order that leaves no resumable run if the process is killed.
 
-        The record gets another name first and goes last: blocks beside that name are of a
-        run that has ended, and go when the folder is entered next.
+        The record is renamed first and removed last: blocks beside the renamed record belong to a
+        run that has ended, and are removed when the folder is entered next.
         """
         with suppress(FileNotFoundError):
             os.replace(self.folder / "run.json", self.folder / REMOVED)
@@ -255,7 +255,7 @@ class PartialOutput:
             self._lock = None
 
     def _write(self, name: str, content: bytes) -> None:
-        """Write a file of the folder completely or not at all."""
+        """Write a file in the folder completely or not at all."""
         try:
             write_whole(self.folder / name, [content])
         except OSError as error:
@@ -268,16 +268,16 @@ class PartialOutput:
 def checked_output(
     output: str | OsPathLike[str], content: str, *, replaced: bool, choices: str = CHOICES
 ) -> Path:
-    """`output` as a path that a run may begin with, before anything else runs.
+    """Check that a run may write `output`, before anything else runs, and return its path.
 
     Parameters
     ----------
     content : str
         What its rows will hold (see `rows`).
     replaced : bool
-        Whether an output, or an unfinished run, that is there is no obstacle.
+        Whether an existing output or unfinished run may be replaced.
     choices : str
-        What the error tells the user to do where it is one.
+        The advice in the error if it may not be replaced.
 
     Raises
     ------
@@ -308,7 +308,7 @@ def checked_output(
 
 
 def refuse_existing(out: Path, began: bool, choices: str = CHOICES) -> None:
-    """Raise where an output or an unfinished run is there that a new one would replace."""
+    """Raise an OutputError if a new run would replace an output or an unfinished run."""
     for there, path, what in (
         (began, partial_folder(out), "an unfinished run"),
         (out.exists(), out, "a finished output"),
@@ -325,12 +325,12 @@ def _locked_by_another(out: Path) -> OutputError:
 
 
 def partial_folder(output: Path) -> Path:
-    """Where an output grows: beside it, ``OUT.partial``."""
+    """Return the folder in which an output grows: ``OUT.partial`` beside it."""
     return output.with_name(output.name + ".partial")
 
 
 def begun_record(output: Path) -> dict[str, Any] | None:
-    """The run record of an unfinished output; None if it cannot be read."""
+    """Return the run record of an unfinished output; None if it cannot be read."""
     try:
         record = json.loads((partial_folder(output) / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -339,17 +339,17 @@ def begun_record(output: Path) -> dict[str, Any] | None:
 
 
 def record_path(output: Path) -> Path:
-    """Where the run record of an output stands: beside it, ``OUT.run.json``."""
+    """Return the path of an output's run record: ``OUT.run.json`` beside it."""
     return output.with_name(output.name + ".run.json")
 
 
 def json_bytes(record: Record) -> bytes:
-    """A record as a JSON file's content."""
+    """Return a record as the content of a JSON file."""
     return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raise where a partial folder holds what r2n did not write: it would be lost."""
+    """Raise an OutputError if a partial folder has files not written by r2n: they would be lost."""
     try:
         foreign = [path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)]
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Plans: what a run still has to compute, and what it appends to its output.
+"""Plan what a run still has to compute, and what it appends to its output.
 
 A plan compares the inputs with the rows that are kept, names those that must be computed, and
 gives the rows to append in order. `choose_plan` is the only place that asks which kind of run
@@ -39,21 +39,21 @@ class Output(Protocol):
         """Add rows."""
 
     def flush(self) -> None:
-        """Keep the rows that were added, whatever follows."""
+        """Store the rows added so far, so that no later error loses them."""
 
     def finish(self, record: Record) -> None:
         """Complete the output."""
 
 
 class Fresh:
-    """Everything is computed.
+    """A plan in which every input is computed.
 
     Attributes
     ----------
     record : dict
         The run record.
     done, failed : int
-        Rows that are kept, and those of them that failed; known once `todo` has given an input.
+        Number of kept rows, and of failed ones among them; known once `todo` gave an input.
     """
 
     def __init__(self, output: Output, record: Record) -> None:
@@ -62,7 +62,7 @@ class Fresh:
         self.done = self.failed = 0
 
     def todo(self, inputs: Iterator[Input]) -> Iterator[Input]:
-        """The inputs that must be computed.
+        """Yield the inputs that must be computed.
 
         Raises
         ------
@@ -74,11 +74,11 @@ class Fresh:
         self._output.begin(self.record)
         while found is not None:
             yield found
-            found = None  # it may hold its bytes, and an archive the next until these are free
+            found = None  # it may hold bytes, and its archive waits for them before it reads on
             found = next(inputs, None)
 
     def batches(self, computed: Iterator[Batch]) -> Iterator[Batch]:
-        """The rows that are appended, made of the computed ones."""
+        """Yield the rows to append, made from the computed ones."""
         return computed
 
     def finish(self, done: int, failed: int) -> Record:
@@ -90,7 +90,7 @@ class Fresh:
 
 
 class Resumed(Fresh):
-    """The rows of the finished blocks are kept, the rest is computed."""
+    """A plan that keeps the rows of the finished blocks and computes the rest."""
 
     def __init__(self, output: PartialOutput, record: Record, begun: Record) -> None:
         super().__init__(output, record)
@@ -107,18 +107,18 @@ class Resumed(Fresh):
         for name, failed, stamp in self.output.names():
             found = next(inputs, None)
             _check_input(self.output.folder, name, found, self._compared(failed, stamp))
-            del found  # it may hold its bytes, and an archive the next until these are free
+            del found  # it may hold bytes, and its archive waits for them before it reads on
             self.done += 1
             self.failed += failed
         self.output.done = self.done
 
     def _compared(self, failed: bool, stamp: Stamp | None) -> Stamp | None:
-        """The stamp that a kept row's file must still have, if any."""
+        """Return the stamp that a kept row's file must still have, if any."""
         return None if failed else stamp
 
 
 class Retried(Resumed):
-    """The failed rows of a finished output are computed again, the others are kept."""
+    """A plan that computes the failed rows of a finished output again and keeps the others."""
 
     def __init__(self, output: PartialOutput, record: Record, finished: Record) -> None:
         Fresh.__init__(self, output, record)
@@ -139,10 +139,10 @@ class Retried(Resumed):
         yield from _failed_inputs(self.output.output, inputs, self.done)
 
     def batches(self, computed: Iterator[Batch]) -> Iterator[Batch]:
-        """The rows of the finished output, the failed ones replaced by the computed.
+        """Yield the rows of the finished output, with the failed ones replaced by computed ones.
 
-        `todo` reads the same output by itself, so that no more rows wait in memory than are
-        under way, however far apart the failed ones are.
+        `todo` reads the same output separately, so that only the rows being computed wait in
+        memory, however far apart the failed ones are.
         """
         tried: Batch | None = None
         for kept in read_batches(self.output.output, self._first_row()):
@@ -162,15 +162,15 @@ class Retried(Resumed):
             raise AssertionError("more rows were tried again than had failed")
 
     def _compared(self, failed: bool, stamp: Stamp | None) -> Stamp | None:
-        return None  # files may be mended meanwhile, and the archives that hold them
+        return None  # the files, or their archives, may have been repaired meanwhile
 
     def _first_row(self) -> int:
-        """How many rows the blocks have; they are not counted yet when the first is read."""
+        """Return how many rows the blocks have; they are not counted yet when the first is read."""
         return sum(1 for _ in self.output.names()) if self._begun else 0
 
 
 class Finished(Fresh):
-    """The output is finished: nothing is computed, and its inputs are only compared."""
+    """A plan for a finished output: nothing is computed, and its inputs are only compared."""
 
     def __init__(
         self, output: PartialOutput, record: Record, finished: Record, retry_failed: bool = False
@@ -197,12 +197,12 @@ class Finished(Fresh):
 
 
 def choose_plan(output: PartialOutput, options: RunOptions, record: Record) -> Fresh:
-    """The plan of a run whose output is locked.
+    """Choose the plan of a run whose output is locked.
 
     Raises
     ------
     OutputError
-        The output exists although a new one is wanted, or does not fit the settings.
+        The output exists although a new one is wanted, or was made with other settings.
     """
     out = output.output
     if options.retry_failed:
@@ -225,7 +225,7 @@ def _now() -> str:
 
 
 def _failed_inputs(out: Path, inputs: Iterator[Input], start: int = 0) -> Iterator[Input]:
-    """The inputs whose rows failed, from row `start` of a finished output on.
+    """Yield the inputs whose rows failed, from row `start` of a finished output on.
 
     Every name is compared up to the last.
     """
@@ -235,7 +235,7 @@ def _failed_inputs(out: Path, inputs: Iterator[Input], start: int = 0) -> Iterat
         if failed:
             assert found is not None
             yield found
-        del found  # it may hold its bytes, and an archive the next until these are free
+        del found  # it may hold bytes, and its archive waits for them before it reads on
     if (found := next(inputs, None)) is not None:
         _check_input(out, None, found)
 
@@ -243,7 +243,7 @@ def _failed_inputs(out: Path, inputs: Iterator[Input], start: int = 0) -> Iterat
 def _check_input(
     where: Path, name: str | None, found: Input | None, stamp: Stamp | None = None
 ) -> None:
-    """Raise unless `found` is the input `name`, and its file the one that `stamp` is of."""
+    """Raise an OutputError unless `found` is the input `name` and its file has this `stamp`."""
     if found is None or found.name != name:
         raise OutputError(
             f"{where}: cannot be resumed because the inputs changed: it has "
@@ -263,7 +263,7 @@ def _check_input(
 
 
 def _keep_executed_batch_size(record: Record, begun: Record) -> None:
-    """What was recorded of rows that are kept holds still."""
+    """Copy the executed batch size of the kept rows from the earlier record."""
     if EXECUTED in begun:
         record[EXECUTED] = begun[EXECUTED]
 
@@ -271,7 +271,7 @@ def _keep_executed_batch_size(record: Record, begun: Record) -> None:
 def _check_resumable(
     begun: Record, record: Record, where: Path, retry_failed: bool = False
 ) -> None:
-    """Raise unless both records decide the same rows; the error names what differs."""
+    """Raise an OutputError unless both records give the same rows; it names what differs."""
     same_shard = begun.get("shard") == record["shard"]
     if begun.get("fingerprint") == record["fingerprint"] and same_shard:
         return
@@ -296,7 +296,7 @@ def _check_resumable(
 
 
 def _keeps_ok_rows(key: str, then: Any, now: Any) -> bool:
-    """Whether a changed setting can change failed rows only.
+    """Return whether a changed setting can change failed rows only.
 
     An image within a limit is within a higher one, and an image that could be decoded did not
     need the decoder that was missing. (LittleCMS decodes nothing: it changes colours.)

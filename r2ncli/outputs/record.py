@@ -14,13 +14,13 @@ EXECUTED = "executed_batch_size"  # in the record only where memory did not hold
 
 
 def fingerprint(record: dict[str, Any]) -> str:
-    """A digest of what decides the values: equal fingerprints, equal bytes."""
+    """Return a digest of the settings that decide the values."""
     settings = json.dumps(deciding_settings(record), sort_keys=True)
     return hashlib.sha256(settings.encode()).hexdigest()
 
 
 def deciding_settings(record: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a record that decide the values, flat, under the names users know."""
+    """Return the settings of a record that decide the values, flat, under the names users know."""
     flat: dict[str, Any] = {}
     for key in (
         *("command", "layers", "pool", "dtype", "topk", "labels_sha256"),
@@ -52,7 +52,7 @@ def deciding_settings(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def differing_settings(then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The deciding settings that two records do not share, by name; None where one has none."""
+    """Return the deciding settings that differ, by name; None where one record has none."""
     before, after = deciding_settings(then), deciding_settings(now)
     return {
         key: (before.get(key), after.get(key))
@@ -62,10 +62,10 @@ def differing_settings(then: dict[str, Any], now: dict[str, Any]) -> dict[str, t
 
 
 def in_words(differing: dict[str, tuple[Any, Any]]) -> str:
-    """``topk was 5, is 3; …``"""
+    """Return the differences as text: ``topk was 5, is 3; …``."""
     return "; ".join(f"{key} was {then}, is {now}" for key, (then, now) in differing.items())
 
 
 def labels_digest(labels: Labels) -> str:
-    """A digest of the labels, which may stand beside the checkpoint and not in it."""
+    """Return a digest of the labels, which may be in a file beside the checkpoint."""
     return hashlib.sha256(json.dumps([labels.labels, labels.wnids]).encode()).hexdigest()

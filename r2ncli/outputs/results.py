@@ -1,4 +1,4 @@
-"""Read a finished output back, whatever its format: its record, its names, its rows.
+"""Read a finished output of any format: its record, its names, its rows.
 
 Everything is streamed: at most a row group of Parquet, or a few rows of features, is in memory.
 """
@@ -23,7 +23,7 @@ from r2ncli.sources.content import Stamp
 
 
 def existing_result(output: str | OsPathLike[str]) -> Path:
-    """`output` as the path of a finished output.
+    """Check that `output` is an existing file of a known format, and return its path.
 
     Raises
     ------
@@ -40,7 +40,7 @@ def existing_result(output: str | OsPathLike[str]) -> Path:
 
 
 def read_record(output: Path) -> dict[str, Any]:
-    """The run record of a finished output; empty where there is none that can be read."""
+    """Return the run record of a finished output; an empty dict if none can be read."""
     format = format_of(output)
     try:
         if format.holds_record:
@@ -52,7 +52,7 @@ def read_record(output: Path) -> dict[str, Any]:
 
 
 def read_format(output: Path) -> Format:
-    """The format of a finished output with its columns, or its layers.
+    """Return the format of a finished output with its columns, or its layers.
 
     Raises
     ------
@@ -64,7 +64,7 @@ def read_format(output: Path) -> Format:
 
 
 def read_names(output: Path) -> Iterator[tuple[str, bool]]:
-    """The names in a finished output, in order, and whether each failed.
+    """Yield the names in a finished output, in order, and whether each failed.
 
     Raises
     ------
@@ -80,9 +80,9 @@ def read_names(output: Path) -> Iterator[tuple[str, bool]]:
 
 
 def read_batches(output: Path, start: int = 0) -> Iterator[Batch]:
-    """The rows of a finished output from number `start` on, as columns.
+    """Yield the rows of a finished output from number `start` on, as columns.
 
-    Probabilities are the float32 that they were; features have the dtype that is stored.
+    Probabilities are the original float32 values; features have the dtype that is stored.
 
     Raises
     ------
@@ -99,13 +99,13 @@ def read_batches(output: Path, start: int = 0) -> Iterator[Batch]:
 
 
 def known_stamps(output: Path) -> Iterator[Stamp | None]:
-    """The stamp of the file that each row of a finished output came from, as far as known."""
+    """Yield the stamp of the file of each row of a finished output; None where it is unknown."""
     rows = read_record(output).get("counts", {}).get("inputs")
     return read_stamps(stamps_path(output), rows)
 
 
 def read_rows(output: Path) -> Iterator[Any]:
-    """The rows of a finished output, a `Classification` or `Features` each (see `read_batches`).
+    """Yield the rows of a finished output as `Classification` or `Features` (see `read_batches`).
 
     Raises
     ------
@@ -117,7 +117,7 @@ def read_rows(output: Path) -> Iterator[Any]:
 
 
 def _check_count(output: Path, count: int) -> None:
-    """Raise where the run record tells of more or fewer rows: whole ones may have been cut off."""
+    """Raise a ValueError if the run record counts other rows: the file may have been cut."""
     recorded = read_record(output).get("counts", {}).get("inputs", count)
     if recorded != count:
-        raise ValueError(f"{count:,} rows, {recorded:,} in its run record")
+        raise ValueError(f"{count:,} rows, but its run record counts {recorded:,}")

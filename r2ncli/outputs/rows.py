@@ -79,7 +79,7 @@ class Batch:
         return Batch(self.names[rows], self.errors[rows], columns, self.stamps[rows])
 
     def with_rows(self, rows: Sequence[int], other: Batch) -> Batch:
-        """This batch, in which all that is known of `rows`, their names aside, is `other`'s."""
+        """Return this batch with everything but the names of `rows` taken from `other`."""
         errors = [*self.errors]
         stamps = [*(self.stamps or [None] * len(self))]
         columns = {name: column.copy() for name, column in self.columns.items()}
@@ -97,7 +97,7 @@ class Batch:
 
 
 def classifications(batch: Batch) -> Iterator[Classification]:
-    """The rows of a batch of classifications, one record each."""
+    """Yield the rows of a batch of classifications, one record each."""
     columns = batch.columns
     nothing: list[list[None]] = [[None] * len(column) for column in columns[INDEX]]
     wnids, labels = (
@@ -112,7 +112,7 @@ def classifications(batch: Batch) -> Iterator[Classification]:
 
 
 def features(batch: Batch) -> Iterator[Features]:
-    """The rows of a batch of features, one record each."""
+    """Yield the rows of a batch of features, one record each."""
     for i, (name, error) in enumerate(zip(batch.names, batch.errors, strict=True)):
         found = {} if error is not None else {k: v[i] for k, v in batch.columns.items()}
         yield Features(name, found, error)

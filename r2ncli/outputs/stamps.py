@@ -1,4 +1,4 @@
-"""Which files the rows of an output came from: their sizes and times, kept in ``OUT.inputs``.
+"""Keep the sizes and times of the files behind the rows of an output, in ``OUT.inputs``.
 
 `resume` compares them, so that an image that was replaced under the same name is noticed. The
 file holds two little-endian int64 per row, the size in bytes and the modification time in
@@ -21,17 +21,17 @@ NONE = Stamp(-1, -1)
 
 
 def stamps_path(output: Path) -> Path:
-    """Where the stamps of an output stand: beside it, ``OUT.inputs``."""
+    """Return the path of an output's stamps: ``OUT.inputs`` beside it."""
     return output.with_name(output.name + ".inputs")
 
 
 def pack_stamps(stamps: Sequence[Stamp | None]) -> bytes:
-    """Stamps as they are stored."""
+    """Return stamps as they are stored."""
     return np.array([stamp or NONE for stamp in stamps], "<i8").tobytes()
 
 
 def read_stamps(path: Path, rows: int | None = None) -> Iterator[Stamp | None]:
-    """The stamp of each row; as many None as it takes where the file is not that of `rows` rows."""
+    """Yield the stamp of each row, then None forever; only None if there are not `rows` rows."""
     try:
         if rows is None or path.stat().st_size == rows * ROW_BYTES:
             with open(path, "rb") as file:
@@ -39,6 +39,6 @@ def read_stamps(path: Path, rows: int | None = None) -> Iterator[Stamp | None]:
                     for size, mtime_ns in np.frombuffer(some, "<i8").reshape(-1, 2).tolist():
                         yield Stamp(size, mtime_ns) if size >= 0 else None
     except (OSError, ValueError):
-        pass  # what was not given is None below
+        pass  # the missing stamps are None below
     while True:
         yield None

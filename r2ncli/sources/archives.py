@@ -1,7 +1,7 @@
 """Read images inside archives, in place: tar (plain or compressed) and zip.
 
 Members of a plain tar and of a zip are read by opening the archive again, from any thread,
-so that no file stays open however many names wait. A compressed tar can only be read from
+so that files do not stay open while names wait. A compressed tar can only be read from
 its beginning to its end: the bytes of its members are held until they are used, at most as
 many as `Budget` allows at a time.
 """
@@ -69,9 +69,9 @@ class Budget:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """A header of a tar archive; a damaged or missing header is an error.
+    """A header of a tar archive; a corrupted or missing header is an error.
 
-    Python's own reader takes either for the end of the archive, and loses what follows. It
+    Python's own reader takes either for the end of the archive and skips the rest. It
     also follows a negative size backwards, in an endless loop, and reads a long name of any
     length into memory.
     """
@@ -84,9 +84,9 @@ class _StrictTarInfo(tarfile.TarInfo):
             if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
                 raise  # a block of zeros: the end as it should be
             cut = str(error) in ("empty header", "truncated header")
-            raise tarfile.ReadError("it is cut off" if cut else "a damaged header") from error
+            raise tarfile.ReadError("it is cut off" if cut else "a corrupted header") from error
         if member.size < 0:  # by a pax record
-            raise tarfile.ReadError("a damaged header")
+            raise tarfile.ReadError("a corrupted header")
         return member
 
     @classmethod
@@ -94,7 +94,7 @@ class _StrictTarInfo(tarfile.TarInfo):
         header = super().frombuf(buf, encoding, errors)
         too_long = header.type in _EXTENDED_HEADERS and header.size > EXTENDED_HEADER_BYTES
         if header.size < 0 or too_long:
-            raise tarfile.ReadError("a damaged header")
+            raise tarfile.ReadError("a corrupted header")
         return header
 
 
@@ -125,16 +125,16 @@ class _Held:
 
 
 def is_archive(name: str) -> bool:
-    """Whether a name has the suffix of an archive."""
+    """Return whether a name has the suffix of an archive."""
     return name.lower().endswith((*TAR_SUFFIXES, *ZIP_SUFFIXES))
 
 
 def members(
     path: str, wanted: Callable[[str], bool], max_bytes: int, budget: Budget
 ) -> Iterator[tuple[str, Read]]:
-    """Name of every wanted member of the archive at `path`, as stored, and its reader.
+    """Yield the name of every wanted member of the archive at `path`, as stored, and its reader.
 
-    Of a compressed tar, no more is held than `budget` allows, and no member above `max_bytes`.
+    Of a compressed tar, at most what `budget` allows is held, and no member above `max_bytes`.
 
     Raises
     ------
@@ -172,12 +172,12 @@ def _open_unchanged(path: str, identity: tuple[int, ...]) -> Iterator[IO[bytes]]
 
 
 def _words(error: Exception) -> str:
-    """What a reader of the standard library says of damage, in words that name no file."""
+    """Return the standard library's message about a corrupted archive, without a file name."""
     text = reason(error)
     cut = isinstance(error, (EOFError, IncompleteRead, struct.error))
     if cut or text == "unexpected end of data":
         return "it is cut off"
-    return "its checksum does not fit" if "crc" in text else text
+    return "its checksum does not match" if "crc" in text else text
 
 
 # --- tar ------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def _words(error: Exception) -> str:
 def tar_stream_members(
     stream: IO[bytes], wanted: Callable[[str], bool], max_bytes: int, budget: Budget
 ) -> Iterator[tuple[str, ReadBytes]]:
-    """Members of a tar, compressed or not, that can only be read forwards (see `members`)."""
+    """Yield the members of a tar that can only be read forwards (see `members`)."""
 
     try:
         buffered = io.BufferedReader(cast(io.RawIOBase, stream), PIECE_BYTES)
@@ -235,7 +235,7 @@ def _read_range(open_again: OpenAgain, offset: int, size: int, max_bytes: int) -
     if size > max_bytes:
         raise too_large(max_bytes, size)
     with open_again() as file:
-        if offset + size > file.seek(0, os.SEEK_END):  # before so much memory is asked for
+        if offset + size > file.seek(0, os.SEEK_END):  # before that much memory is allocated
             raise ImageError("the archive ends before this member does")
         file.seek(offset)
         return file.read(size)
@@ -261,9 +261,9 @@ def _tar_members(
             while piece := file.read(PIECE_BYTES):  # a decompressor checks its checksum there
                 if piece.strip(b"\0"):
                     raise tarfile.ReadError("more follows after its end mark")
-    except Exception as error:  # damage or a server can raise anything
+    except Exception as error:  # a corrupted file or a server can raise anything
         if not count and not isinstance(error, (ImageError, WebError)):
-            raise ImageError("not a tar archive, or its beginning is damaged") from error
+            raise ImageError("not a tar archive, or its beginning is corrupted") from error
         beyond = f" beyond member {count:,}" if count else ""
         raise ImageError(f"cannot be read{beyond}: {_words(error)}") from error
 
@@ -274,11 +274,11 @@ def _tar_members(
 def zip_members(
     file: IO[bytes], open_again: OpenAgain, wanted: Callable[[str], bool]
 ) -> Iterator[tuple[str, ReadBytes]]:
-    """Members of a zip (see `members`): listed from `file`, read by opening it again."""
+    """Yield the members of a zip (see `members`): listed from `file`, read by opening it again."""
     try:
         with zipfile.ZipFile(file) as archive:
             listed = archive.infolist()
-    except Exception as error:  # damage or a server can make its reader raise anything
+    except Exception as error:  # a corrupted file or a server can raise anything
         failed = isinstance(error, ImageError) or (isinstance(error, OSError) and error.strerror)
         why = f"cannot be read: {_words(error)}" if failed else "not a zip archive, or cut off"
         raise ImageError(why) from error
@@ -289,7 +289,7 @@ def zip_members(
 
 
 def _name_as_stored(member: zipfile.ZipInfo) -> str:
-    """A member's name; taken for UTF-8 even if the flag for it is missing, as macOS does."""
+    """Return a member's name, read as UTF-8 even if the flag for it is missing, as macOS does."""
     if member.flag_bits & 0x800 or member.filename != member.orig_filename:
         return member.filename
     return member.filename.encode("cp437").decode("utf-8", "surrogateescape")
@@ -299,7 +299,7 @@ def _read_zip_member(open_again: OpenAgain, member: zipfile.ZipInfo, max_bytes: 
     if member.flag_bits & 1:
         raise ImageError("encrypted inside the archive")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        # zipfile cannot limit what one piece of bzip2 or LZMA grows to: a millionfold
+        # zipfile cannot limit the output of bzip2 or LZMA: up to a million times the input
         method = zipfile.compressor_names.get(member.compress_type, str(member.compress_type))  # type: ignore[attr-defined]
         raise ImageError(f"compressed by {method} inside the archive: only deflate is read")
     with open_again() as file:
@@ -307,11 +307,11 @@ def _read_zip_member(open_again: OpenAgain, member: zipfile.ZipInfo, max_bytes: 
             file.seek(member.header_offset)
             signature, name_bytes, extra_bytes = struct.unpack("<4s22xHH", file.read(30))
             if signature != b"PK\3\4":
-                raise zipfile.BadZipFile("a damaged header")
+                raise zipfile.BadZipFile("a corrupted header")
             file.seek(name_bytes + extra_bytes, os.SEEK_CUR)
             with zipfile.ZipExtFile(file, "r", member) as plain:
-                content = plain.read(max_bytes + 1)  # counted: its header may lie
-        except Exception as error:  # damage or a server can make its reader raise anything
+                content = plain.read(max_bytes + 1)  # the header's size may be wrong
+        except Exception as error:  # a corrupted file or a server can raise anything
             raise ImageError(f"cannot be read from the archive: {_words(error)}") from error
     if len(content) > max_bytes:
         raise too_large(max_bytes)

@@ -1,4 +1,4 @@
-"""One input: its name, its bytes, and the size and time of the file that they came from."""
+"""Represent and read one input: its name, its bytes, and the size and time of its file."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Input:
 
 
 def file_input(path: str, name: str | None = None) -> Input:
-    """A local file as an input."""
+    """Return a local file as an input."""
     return Input(printable(path) if name is None else name, partial(read_file, path), path=path)
 
 
 def stamp_of(path: str) -> Stamp | None:
-    """The size and time of a file, by one `stat`; None if it cannot be looked at."""
+    """Return the size and time of a file, by one `stat`; None if that fails."""
     try:
         return stamp_in(os.stat(path))
     except (OSError, ValueError):
@@ -55,7 +55,7 @@ def stamp_of(path: str) -> Stamp | None:
 
 
 def stamp_in(status: os.stat_result) -> Stamp:
-    """The stamp in what the system says of a file."""
+    """Return the stamp in the result of a `stat`."""
     return Stamp(status.st_size, status.st_mtime_ns)
 
 
@@ -95,7 +95,7 @@ def with_stamp(
     """Give each of these names and readers the `stamp` of the archive they are in."""
     for name, read in found:
         yield name, partial(stamped, read, stamp)
-        del read  # what it holds is free as soon as it was used
+        del read  # frees what it holds as soon as it was used
 
 
 def stamped(read: ReadBytes, stamp: Stamp | None, max_bytes: int) -> Content:
@@ -104,7 +104,7 @@ def stamped(read: ReadBytes, stamp: Stamp | None, max_bytes: int) -> Content:
 
 
 def too_large(max_bytes: int, size: int | None = None) -> ImageError:
-    """The error of an input of more than `max_bytes`."""
+    """Return the error of an input of more than `max_bytes`."""
     found = "" if size is None else f"{size:,} bytes, "
     return ImageError(f"{found}larger than the limit of {max_bytes:,} bytes")
 

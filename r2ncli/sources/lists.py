@@ -52,7 +52,7 @@ def list_file(path: str) -> OpenList:
 
 
 def names_in_list(open_list: OpenList, null: bool, stop: threading.Event) -> Iterator[str]:
-    """The names in a list, as they come, until its end or `stop`.
+    """Yield the names in a list, as they come, until its end or `stop`.
 
     Raises
     ------
@@ -63,10 +63,10 @@ def names_in_list(open_list: OpenList, null: bool, stop: threading.Event) -> Ite
 
 
 def _pieces(open_list: OpenList, stop: threading.Event) -> Iterator[bytes]:
-    """What comes out of a file or a pipe, until its end or `stop`."""
+    """Yield the content of a file or a pipe, as it comes, until its end or `stop`."""
     with open(open_list(), "rb", buffering=0) as file, selectors.DefaultSelector() as selector:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            with suppress(OSError, ValueError):  # a device without waiting, as /dev/null
+            with suppress(OSError, ValueError):  # a device that never waits, such as /dev/null
                 selector.register(file, selectors.EVENT_READ)
         while not stop.is_set():
             if not selector.get_map() or selector.select(0.2):

@@ -17,12 +17,12 @@ Warn = Callable[[str], None]
 
 
 def has_pattern(text: str) -> bool:
-    """Whether a text has one of the characters that make a pattern."""
+    """Return whether a text has one of the characters that make a pattern."""
     return re.search(r"[*?\[]", text) is not None
 
 
 def matching_paths(pattern: str, warn: Warn) -> Iterator[str]:
-    """Paths that a pattern matches, in the order of a walk; ``**`` stands for any folders.
+    """Yield the paths that a pattern matches, in a walk's order; ``**`` stands for any folders.
 
     The caller walks a folder that matches; ``**`` finds nothing more in it. A folder link
     that leads back to a folder above it does not match: `warn` takes a sentence about it.
@@ -34,14 +34,14 @@ def matching_paths(pattern: str, warn: Warn) -> Iterator[str]:
         pattern = "/".join((*parts, ""))
     paths = _expanded(root, parts, (), warn)
     if parts.count("**") > 1:
-        paths = iter(dict.fromkeys(paths))  # several of them find a path in several ways
+        paths = iter(dict.fromkeys(paths))  # several ``**`` find a path in several ways
     if "**" in parts:
         paths = _outside_matches(paths)
     return (path for path in paths if not pattern.endswith("/") or os.path.isdir(path))
 
 
 def _outside_matches(paths: Iterable[str]) -> Iterator[str]:
-    """`paths` without those in a folder that is one of them and came before."""
+    """Yield `paths` without those inside a folder that is one of them and came before."""
     folders: set[str] = set()
     for path in paths:
         above = path
@@ -54,7 +54,7 @@ def _outside_matches(paths: Iterable[str]) -> Iterator[str]:
 
 
 def _expanded(base: str, parts: Sequence[str], above: Folders, warn: Warn) -> Iterator[str]:
-    """Paths below `base` that `parts` match; `above` are the folders on the way to `base`."""
+    """Yield paths below `base` that `parts` match; `above` are the folders on the way to `base`."""
     if not parts:
         yield base or os.curdir
         return
@@ -88,13 +88,13 @@ def _expanded(base: str, parts: Sequence[str], above: Folders, warn: Warn) -> It
 
 
 def listed(folder: str) -> list[os.DirEntry[str]]:
-    """What is in a folder, by the bytes of the names; an `OSError` if it cannot be listed."""
+    """Return a folder's entries, sorted by the bytes of their names; raises an `OSError`."""
     with os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: os.fsencode(entry.name))
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder, or a link to what may be one."""
+    """Return whether an entry is a folder, or a link to what may be one."""
     try:
         return entry.is_dir()
     except OSError as error:  # a link: a broken one, or one to what may be a folder
@@ -103,7 +103,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def device_and_inode(path: str) -> Identity | None:
-    """What identifies a folder, whatever it is called; None where it cannot be looked at."""
+    """Return the device and inode, which identify a folder; None if `stat` fails."""
     try:
         status = os.stat(path)
     except OSError:
@@ -112,6 +112,6 @@ def device_and_inode(path: str) -> Identity | None:
 
 
 def link_back(path: str) -> str:
-    """The sentence about a folder link that is not followed."""
+    """Return the warning about a folder link that is not followed."""
     name = printable(without_dot_slash(path))
     return f"{name}: a link back to a folder above it, not followed"

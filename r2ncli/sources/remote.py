@@ -1,7 +1,7 @@
-"""Read images that URLs name: http(s) by `web`, all others (s3://, gs://, …) by fsspec.
+"""Read images at URLs: http(s) with `web`, all others (s3://, gs://, …) with fsspec.
 
-A server that fails for the moment is asked again, with growing pauses, within a time limit
-for each image.
+A request that fails temporarily is repeated, with growing pauses, within a time limit for each
+image.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from r2ncli.sources.content import too_large
 from r2ncli.sources.selection import is_visible
 from r2ncli.web import Client, WebError, is_web, retry, within, without_secrets
 
-FIRST_PAUSE_SECONDS = 0.5  # each further one is twice as long
+FIRST_PAUSE_SECONDS = 0.5  # each further pause is twice as long
 PIECE_BYTES = 1 << 16
 
 T = TypeVar("T")
 
 
 def is_url(text: str) -> bool:
-    """Whether a text is a URL and not a path."""
+    """Return whether a text is a URL and not a path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.-]+)*://", text) is not None
 
 
 def read_url(url: str, client: Client, seconds: float, max_bytes: int) -> bytes:
-    """Read what is at `url`, in at most `seconds`.
+    """Return the bytes at `url`, read in at most `seconds`.
 
     Raises
     ------
     ImageError
-        It cannot be read, does not come in time, or has more than `max_bytes`.
+        The URL cannot be read, reading it takes too long, or it has more than `max_bytes`.
     """
 
     def read(deadline: float) -> bytes:
@@ -59,7 +59,7 @@ def read_url(url: str, client: Client, seconds: float, max_bytes: int) -> bytes:
 
 
 def open_url(url: str, client: Client, seconds: float) -> IO[bytes]:
-    """Open what is at `url` for reading, in at most `seconds`.
+    """Open `url` for reading, in at most `seconds`.
 
     Raises
     ------
@@ -117,7 +117,7 @@ def _connect(url: str, client: Client, deadline: float) -> IO[bytes]:
 
 
 def _retried(action: Callable[[float], T], seconds: float) -> T:
-    """Return what `action(deadline)` returns; tried again while the server fails for the moment."""
+    """Return what `action(deadline)` returns; repeat it while the server fails temporarily."""
     deadline = monotonic() + seconds
 
     def attempt() -> T:
@@ -150,7 +150,7 @@ def _web_error(error: Exception) -> WebError:
 
 
 def remote_kind(url: str, seconds: float) -> str:
-    """What is at `url`: ``file``, ``folder``, or ``missing``; http cannot tell, and has files.
+    """Return what is at `url`: ``file``, ``folder`` or ``missing``; for http always ``file``.
 
     Raises
     ------
@@ -176,9 +176,9 @@ def remote_kind(url: str, seconds: float) -> str:
 
 
 def list_folder(url: str) -> tuple[list[str], list[str]]:
-    """URLs of the visible files and folders in a remote folder, by the bytes of their names.
+    """Return URLs of the visible files and folders in a remote folder, by the bytes of names.
 
-    It raises whatever the file system of fsspec raises.
+    Errors of fsspec's file system are not caught here.
     """
     system, path = _system(url)
     files: list[str] = []
@@ -193,7 +193,7 @@ def list_folder(url: str) -> tuple[list[str], list[str]]:
 
 
 def match_remote(pattern: str) -> list[str]:
-    """URLs that a pattern with ``*``, ``?`` or ``[…]`` matches, in order.
+    """Return the URLs that a pattern with ``*``, ``?`` or ``[…]`` matches, in order.
 
     Raises
     ------
@@ -221,7 +221,7 @@ def match_remote(pattern: str) -> list[str]:
 
 @contextmanager
 def _opening(url: str) -> Iterator[None]:
-    """Make an `InputNotFoundError` of whatever a file system of fsspec raises."""
+    """Turn whatever a file system of fsspec raises into an `InputNotFoundError`."""
     try:
         yield
     except UsageError:
@@ -232,7 +232,7 @@ def _opening(url: str) -> Iterator[None]:
 
 
 def _system(url: str) -> tuple[Any, str]:
-    """The file system of fsspec for a URL, and the path in it."""
+    """Return the file system of fsspec for a URL, and the path in it."""
     try:
         import fsspec
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""How an argument, or an entry of a list, becomes inputs."""
+"""Find the inputs of an argument, or of an entry of a list."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from r2ncli.sources.remote import is_url
 from r2ncli.sources.selection import LeftOut, Selection, is_tried, is_visible
 from r2ncli.web import Client, is_web, without_secrets
 
-MOST_REMEMBERED = 1000  # sentences that are not said twice
+MOST_REMEMBERED = 1000  # warnings that are not repeated
 
 
 class Search:
@@ -32,7 +32,7 @@ class Search:
         self.client = Client()  # one for each run; connects when it is first used
 
     def of_argument(self, argument: str) -> Iterator[Input]:
-        """The inputs of an argument; checks now whether it exists, and reads it later.
+        """Return the inputs of an argument; check now that it exists, and read it later.
 
         Raises
         ------
@@ -53,7 +53,7 @@ class Search:
         if first is not None:
             of_match = partial(self._of_path, matched=True)
             return chain.from_iterable(map(of_match, chain([first], matches)))
-        broken = " (a link to nothing)" if os.path.islink(argument) else ""
+        broken = " (a broken link)" if os.path.islink(argument) else ""
         raise _missing(printable(argument) or "''", is_pattern, broken)
 
     def _of_list(self, argument: str, open_list: lists.OpenList) -> Iterator[Input]:
@@ -62,7 +62,7 @@ class Search:
             empty = False
             if is_url(entry):
                 yield from self._of_remote_entry(entry)
-            elif is_tried(entry):  # not looked at: that would double the time
+            elif is_tried(entry):  # without `stat`, which would double the time
                 yield from self._file(entry)
             else:
                 yield from self._of_path(entry)
@@ -70,7 +70,7 @@ class Search:
             self.left_out.add_empty_list(printable(argument))
 
     def _of_path(self, path: str, matched: bool = False) -> Iterator[Input]:
-        """The inputs of a path; links back to what a pattern passed to match it count."""
+        """Return a path's inputs; `matched` also skips links to folders above the path."""
         if os.path.isdir(path):
             return self._walk(path, _folders_above(path) if matched else ())
         if is_archive(path) and os.path.exists(path):
@@ -94,9 +94,9 @@ class Search:
         raise _missing(without_secrets(url), has_pattern(url))
 
     def _of_remote_entry(self, url: str) -> Iterator[Input]:
-        """The inputs of a URL in a list, or of one that a pattern matches."""
+        """Return the inputs of a URL in a list, or of one that a pattern matches."""
         name = without_secrets(url)
-        if is_web(url) or is_tried(name) or is_archive(name):  # not looked at, as above
+        if is_web(url) or is_tried(name) or is_archive(name):  # without a request, as above
             return self._remote_file(url)
         try:
             return self._of_url(url)
@@ -133,7 +133,7 @@ class Search:
             folders.extend(reversed(below))
 
     def _takes_file(self, file: str, name: str) -> bool:
-        """Whether a file below a folder, which outputs call `name`, is an input."""
+        """Return whether a file below a folder, which outputs call `name`, is an input."""
         if is_tried(file):
             return self.left_out.takes(name)
         if is_archive(file):
@@ -165,7 +165,7 @@ class Search:
         try:
             for member, read in found:
                 yield Input(f"{archive}!{printable(member)}", read, remote, path)
-                del read  # what it holds is free as soon as it was used
+                del read  # frees what it holds as soon as it was used
         except ImageError as error:
             yield _failed(archive, str(error))
 
@@ -227,7 +227,7 @@ def _missing(name: str, is_pattern: bool, why: str = "") -> InputNotFoundError:
 
 
 def _may_exist(path: str) -> bool:
-    """Whether something exists, or may: what may not be looked at becomes a failed row."""
+    """Return whether a path exists or may exist: without permission it becomes a failed row."""
     try:
         return os.stat(path) is not None
     except (OSError, ValueError) as error:
@@ -235,7 +235,7 @@ def _may_exist(path: str) -> bool:
 
 
 def _folders_above(path: str) -> Folders:
-    """The folders on the way to `path`, the current one for a path that is relative."""
+    """Return the folders on the way to `path`; a relative path starts at the current one."""
     parts = path.split("/")
     top = "/" if path.startswith("/") else os.curdir
     passed = ("/".join(parts[:count]) or top for count in range(len(parts)))

@@ -1,4 +1,4 @@
-"""Which inputs are taken, by suffix, pattern, number and shard; and what is left out."""
+"""Select inputs by suffix, pattern, number and shard, and count what is left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from r2ncli.images.decoders import SUFFIXES as SUFFIXES
 from r2ncli.images.rules import MAX_BYTES as MAX_BYTES
 
 TIMEOUT = 60.0
-MOST_SUFFIXES = 1000  # how many different suffixes are counted, each by itself
+MOST_SUFFIXES = 1000  # how many different suffixes are counted separately
 MOST_NAMED = 5  # how many of them, or of empty lists, an error names
 OTHERS = "others"  # all further suffixes
 
@@ -37,7 +37,7 @@ class Selection:
     max_bytes: int = MAX_BYTES  # larger files become failed rows
 
     def left_out_by(self, name: str) -> str | None:
-        """Which option leaves an image of this name out: ``include``, ``exclude`` or None."""
+        """Return which option leaves out an image of this name: ``include``, ``exclude``, None."""
         if self.excludes(name):
             return "exclude"
         if not self.include:
@@ -47,7 +47,7 @@ class Selection:
         return None if any(starmap(fnmatchcase, compared)) else "include"
 
     def excludes(self, name: str) -> bool:
-        """Whether `exclude` leaves out an image or a folder, or a folder above it."""
+        """Return whether `exclude` leaves out an image or a folder, or a folder above it."""
         if not self.exclude:
             return False
         parts = _BORDER.split(name)
@@ -71,7 +71,7 @@ class LeftOut:
         self.empty_lists: list[str] = []  # at most `MOST_NAMED`
 
     def takes(self, name: str) -> bool:
-        """Whether the patterns let this name through; counted if they do not."""
+        """Return whether the patterns let this name through; count it if they do not."""
         option = self.selection.left_out_by(name)
         if option is not None:
             self.options[option] += 1
@@ -96,7 +96,7 @@ class LeftOut:
 
 
 def no_image_found(left_out: LeftOut) -> InputNotFoundError:
-    """The error of a search that found no input, with its causes."""
+    """Return the error of a search that found no input, with its causes."""
     causes = []
     for option, count in sorted(left_out.options.items()):
         patterns = ", ".join(getattr(left_out.selection, option))
@@ -139,19 +139,19 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def in_shard(name: str, shard: tuple[int, int]) -> bool:
-    """Whether an input belongs to share i of n: by the blake2b hash of its name modulo n."""
+    """Return whether an input belongs to shard i of n: by its name's blake2b hash modulo n."""
     index, count = shard
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % count == index - 1
 
 
 def is_visible(name: str) -> bool:
-    """Whether a file or folder below an argument is looked at."""
+    """Return whether a file or folder below an argument is visited: hidden ones are not."""
     return not name.startswith(".") and name != "__MACOSX"
 
 
 def is_tried(name: str) -> bool:
-    """Whether a name has the suffix of an image."""
+    """Return whether a name has the suffix of an image."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 

@@ -3,8 +3,8 @@
 Within a folder first its files, then its subfolders, depth first, each by the bytes of
 its name. No file is `stat`ed while walking.
 
-An argument that exists is itself. Of the others ``-`` is standard input and ``@file`` a
-list, one name a line; then come URLs, and patterns with ``*``, ``?`` or ``[…]``.
+An argument that exists as a path means that path. Any other is ``-`` (standard input),
+``@file`` (a list, one name a line), a URL, or a pattern with ``*``, ``?`` or ``[…]``.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ def find_images(
     arguments = [os.fspath(path) for path in paths]
     budget = Budget(BYTES_AHEAD if stop else float("inf"), stop or threading.Event())
     search = Search(warn, selection, budget, left_out or LeftOut(selection))
-    # each begins here, so that a missing argument is an error before anything runs
+    # every argument is checked here: a missing one is an error before anything runs
     begun = [search.of_argument(argument) for argument in arguments]
     return islice(chain.from_iterable(begun), selection.max)
 
 
 def as_sequence(paths: Sequence[PathLike] | PathLike) -> Sequence[PathLike]:
-    """`paths` as a sequence: one path is a sequence of one."""
+    """Return `paths` as a sequence: one path gives a sequence of one."""
     return [paths] if isinstance(paths, str | os.PathLike) else paths
 
 
 class Walk:
-    """The inputs among `paths`, found in a thread of its own while they are used.
+    """The inputs among `paths`, found by a separate thread while they are used.
 
     Iterate once. Leaving the `with` block ends the walk.
     """
@@ -74,7 +74,7 @@ class Walk:
         selection: Selection = Selection(),  # noqa: B008  frozen
     ) -> None:
         self.found = 0  # inputs of this shard so far; the total once the walk ended
-        self.any_found = not paths  # an input of whatever shard; nothing to find is no error
+        self.any_found = not paths  # an input of any shard; an empty `paths` is no error
         self.ended = False
         self.left_out = LeftOut(selection)
         self._shard = selection.shard
@@ -96,7 +96,7 @@ class Walk:
             if isinstance(found, BaseException):
                 raise found
             yield found
-            del found  # what it holds is free as soon as it was used
+            del found  # frees what it holds as soon as it was used
 
     def _run(self) -> None:
         try:
@@ -106,7 +106,7 @@ class Walk:
                     self.found += 1
                     if not self._put(source):
                         return
-                del source  # what it holds is free as soon as it was used
+                del source  # frees what it holds as soon as it was used
             self.ended = True
             self._put(None)
         except BaseException as error:  # raised where the inputs are used

@@ -1,4 +1,4 @@
-"""A checkpoint as a file: find it, hash it, read its metadata. No torch.
+"""Find a checkpoint file, hash it and read its metadata, without torch.
 
 A checkpoint is looked for in this order: the option, ``R2N_WEIGHTS``, torch.hub's folder,
 the official URL. Nothing here ever falls back from one network to another.
@@ -31,11 +31,11 @@ from r2ncli.architectures import (
 from r2ncli.errors import CheckpointError
 from r2ncli.files import reason
 from r2ncli.weights.containers import SUFFIXES, container, reading, safetensors_header
-from r2ncli.weights.download import OnProgress, digits_in_name, download_file
+from r2ncli.weights.download import OnProgress, download_file, hash_prefix
 
 Weights = str | os.PathLike[str] | None  # a file, a published name or ``demo``
 
-# the metadata that decides what r2n does; any other key is a note and is kept as it is
+# the metadata that decides what r2n does; any other key is a note and is kept unchanged
 KEYS = ("labels", "wnids", "preprocessing")
 PREPROCESSING_KEYS = tuple(field.name for field in fields(Preprocessing))
 # keys that other programs use for the same things
@@ -82,8 +82,8 @@ def open_checkpoint(
     Raises
     ------
     CheckpointError
-        The file is absent, is no checkpoint or not the published one, or its metadata
-        cannot be used.
+        The file is absent, not a checkpoint or not the published one, or its metadata cannot
+        be used.
     """
     path = find_checkpoint(weights, download=download, on_progress=on_progress)
     container(path)
@@ -95,7 +95,7 @@ def open_checkpoint(
 
 
 def requested_weights(weights: Weights = None) -> str:
-    """Return what was asked for: `weights`, or ``$R2N_WEIGHTS``, or the default network."""
+    """Return the weights to load: `weights`, or ``$R2N_WEIGHTS``, or the default network."""
     if weights is None:
         weights = os.environ.get("R2N_WEIGHTS") or DEFAULT_NETWORK
     return os.fspath(weights)
@@ -216,7 +216,7 @@ def published_file(name: str) -> PublishedNetwork | None:
 
 
 def named_variant(path: Path) -> str | None:
-    """Return the published network that a file is named after, whatever its hash prefix is."""
+    """Return the published network that a file is named after, ignoring the hash prefix."""
     stem = re.sub(r"[-_][0-9a-f]{8,64}$", "", path.stem).replace("-", "_")
     for network in PUBLISHED.values():
         if stem in (network.name, network.file.rpartition("-")[0]):
@@ -240,7 +240,7 @@ def checked_sha256(path: Path) -> str:
     """
     digest = sha256(path)
     network = published_file(path.name)
-    prefix = (digits_in_name(network.file) if network else None) or ""
+    prefix = (hash_prefix(network.file) if network else None) or ""
     if not digest.startswith(prefix):
         raise CheckpointError(
             f"{path}: not the published file: expected a SHA-256 that starts with {prefix}, "
@@ -254,9 +254,9 @@ def checked_sha256(path: Path) -> str:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint says about itself: `labels`, `wnids`, `preprocessing`, and more.
+    """Return a checkpoint's metadata: `labels`, `wnids`, `preprocessing`, and more.
 
-    In a safetensors file, whatever its name is, the metadata is JSON in the header under the
+    In a safetensors file of any name, the metadata is JSON in the header under the
     key ``r2n``. Otherwise it is a JSON file beside the checkpoint: for ``mine.pth`` this is
     ``mine.pth.json`` or ``mine.json``. A checkpoint without metadata gives an empty dict.
 

@@ -55,7 +55,7 @@ class TensorComparison:
         return self.error is None and not different
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the JSON document of ``r2n verify-weights --against --json``; same keys always."""
+        """Return the JSON document of ``r2n verify-weights --against``; always the same keys."""
         return {"schema": 1, **asdict(self), "ok": self.ok}
 
 

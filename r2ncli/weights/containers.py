@@ -1,4 +1,4 @@
-"""Tell from a file's bytes which container a checkpoint has, or what else the file is.
+"""Recognise from a file's bytes which container a checkpoint has, or what else the file is.
 
 Nothing is unpickled or executed here, and torch is not needed.
 """
@@ -72,7 +72,7 @@ def container(path: Path) -> str:
 
 
 def safetensors_header(path: Path) -> bytes | None:
-    """Return the header of a safetensors file, told by its content; None for any other file."""
+    """Return the header of a safetensors file, recognised by content; None for any other file."""
     with reading(path) as file:
         start = file.read(9)
         length = int.from_bytes(start[:8], "little")
@@ -114,7 +114,7 @@ def _zip_archive(file: BufferedReader) -> str | None:
 
 
 def broken_members(path: Path) -> tuple[int, list[str]]:
-    """Return how many members of a zip archive have a CRC-32, and which do not match theirs.
+    """Return how many members of a zip archive have a CRC-32, and which members do not match.
 
     A file that torch wrote without checksums (``set_crc32_options``) gives 0.
     """
@@ -187,7 +187,7 @@ def _inside(folder: Path) -> str:
 
 @contextmanager
 def reading(path: Path) -> Iterator[BufferedReader]:
-    """A regular file, open for reading; a pipe or a device is an error at once."""
+    """Open a regular file for reading; a pipe or a device is an error at once."""
     try:
         file, _ = open_regular(path)
         with file:

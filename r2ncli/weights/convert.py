@@ -37,7 +37,7 @@ LOGITS, FEATURES = "logits", "features"  # what is compared before a file gets i
 TOLERANCES = {".pth": 0.0, ".safetensors": 0.0, ".onnx": 1e-4, ".xml": 1e-4}
 NEEDED = {
     ".onnx": ("onnx", "onnxscript", "onnxruntime"),
-    ".xml": ("onnx", "onnxscript", "openvino"),  # OpenVINO reads what is exported to ONNX
+    ".xml": ("onnx", "onnxscript", "openvino"),  # OpenVINO reads the model that is exported to ONNX
 }
 
 Run = Callable[[Tensor], Tensor]  # from pixels to the outputs that are compared
@@ -47,9 +47,9 @@ Run = Callable[[Tensor], Tensor]  # from pixels to the outputs that are compared
 class Conversion:
     """What a conversion read, wrote and compared.
 
-    `sha256` is that of the source, `variant` the published network's name or the architecture in
-    words, `naming` one of `NAMINGS`. `files` are all that were written, `output` last. Compared
-    were ``logits``, or ``features`` (those of layer4) where the output has no classifier;
+    `sha256` is the source's, `variant` the published network's name or the architecture in
+    words, `naming` one of `NAMINGS`. `files` are all that were written, `output` last. `compared`
+    is ``logits``, or ``features`` (those of layer4) where the output has no classifier;
     `difference` is the largest one, relative to the source's largest value.
     """
 
@@ -256,12 +256,12 @@ def _write_program(path: Path, network: Res2Net, size: int, metadata: str) -> Ru
 
 
 def _publish(partial: Path, out: Path) -> None:
-    """Give what was written its final name, the companion first."""
+    """Rename the written files to their final names, the companion first."""
     written, final = _files(partial), _files(out)
     for file in written:
         sync(file)
     if len(final) > 1:
-        out.unlink(missing_ok=True)  # what was there does not fit the new companion
+        out.unlink(missing_ok=True)  # an older file would not match the new companion
     for file, name in zip(written, final, strict=True):
         os.replace(file, name)
     sync(out.parent)

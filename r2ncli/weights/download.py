@@ -1,6 +1,6 @@
 """Download a file whose name carries the first hex digits of its SHA-256, as torch.hub names them.
 
-A download goes on where it broke off, is tried again when a server fails, is checked before
+A download continues where it broke off, is tried again when a server fails, is checked before
 the file gets its name, and is done by one process at a time.
 """
 
@@ -32,9 +32,9 @@ PIECE_BYTES = 1 << 18
 
 @dataclass(frozen=True)
 class DownloadProgress:
-    """How many bytes of a download have come; `total` is None if the server does not say it."""
+    """How many bytes were downloaded; `total` is None if the server does not send the size."""
 
-    address: str
+    url: str
     destination: Path
     received: int
     total: int | None
@@ -43,8 +43,8 @@ class DownloadProgress:
 OnProgress = Callable[[DownloadProgress], None]
 
 
-def digits_in_name(name: str) -> str | None:
-    """The hash prefix at the end of a file name, by torch.hub's convention; None without one.
+def hash_prefix(name: str) -> str | None:
+    """Return the hash prefix at the end of a file name, by torch.hub's convention, or None.
 
     It consists of the first hex digits of the file's SHA-256: eight or more, before the suffix,
     after a hyphen or an underscore. Eight decimal digits that are a date (20240131) do not count.
@@ -85,7 +85,7 @@ def download_file(url: str, destination: Path, on_progress: OnProgress | None = 
                 _fetch(url, file, destination, on_progress)
             with open(partial, "rb") as whole:
                 digest = hashlib.file_digest(whole, "sha256").hexdigest()
-            prefix = digits_in_name(destination.name) or ""
+            prefix = hash_prefix(destination.name) or ""
             if not digest.startswith(prefix):
                 partial.unlink()
                 raise CheckpointError(
@@ -105,9 +105,9 @@ def download_file(url: str, destination: Path, on_progress: OnProgress | None = 
 
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    """Let one process at a time write `partial`; remove it if nothing came."""
+    """Let one process at a time write `partial`; remove it if it is empty."""
     lock = take_lock(partial.with_name(partial.name + ".lock"), wait=True)
-    assert lock is not None  # it waited for it
+    assert lock is not None  # it waits for the lock
     try:
         yield
     finally:
@@ -118,7 +118,7 @@ def _locked(partial: Path) -> Iterator[None]:
 
 
 def _fetch(url: str, file: BinaryIO, destination: Path, on_progress: OnProgress | None) -> None:
-    """Append to `file` until the whole of `url` is there."""
+    """Append to `file` until it holds everything at `url`."""
     if urlsplit(url).scheme == "file":
         file.truncate(0)
         try:
@@ -138,7 +138,7 @@ def _fetch(url: str, file: BinaryIO, destination: Path, on_progress: OnProgress 
         except WebError as error:
             if error.status != 416:
                 raise
-            # no byte is left after those that are here: they are all, or of another file
+            # the server has no further byte: the download is complete, or of another file
             if error.headers.get("Content-Range") == f"bytes */{received}":
                 return
             file.truncate(0)
@@ -168,7 +168,7 @@ def _fetch(url: str, file: BinaryIO, destination: Path, on_progress: OnProgress 
 
 
 def _open(client: Client, url: str, received: int) -> Response:
-    """Ask for what comes after the bytes that are here."""
+    """Request the part of `url` after the first `received` bytes."""
     headers = {"Range": f"bytes={received}-"} if received else {}
     try:
         return web.within(
@@ -178,5 +178,5 @@ def _open(client: Client, url: str, received: int) -> Response:
         raise WebError(f"no answer in {OPEN_SECONDS:g} s", may_recover=received > 0) from error
     except WebError as error:
         if not error.connected and not received:
-            error.may_recover = False  # a server that was never there: say so at once
+            error.may_recover = False  # no connection at all: do not retry
         raise

@@ -1,4 +1,4 @@
-"""A checkpoint as tensors: load it safely, unwrap it, build the network.
+"""Load a checkpoint's tensors safely, unwrap them and build the network.
 
 A pickle's opcodes are checked before anything is loaded, and every load is
 ``weights_only=True``: nothing in a file is executed.
@@ -45,7 +45,7 @@ WRAPPERS = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint, loaded: its network and what its file says about it.
+    """A loaded checkpoint: its network, and the metadata of its file.
 
     `variant` is the published network's name, ``demo``, or the architecture in words; `network`
     is in eval mode, float32, on the CPU; `sha256` is that of the file, as 64 hex digits.
@@ -207,7 +207,7 @@ def _load(path: Path) -> object:
             warnings.catch_warnings(),
             torch.serialization.safe_globals([argparse.Namespace]),
         ):
-            warnings.simplefilter("ignore")  # torch warns about what it then refuses
+            warnings.simplefilter("ignore")  # torch warns about files that it then refuses
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = str(error).partition("WeightsUnpickler error:")[2] or str(error)
@@ -268,7 +268,7 @@ def published_network(name: str, weights: Weights = None, output_stride: int = 3
     return checkpoint.network
 
 
-@cache  # a function that is asked for twice is the same one, so it can be pickled
+@cache  # each call returns the same function, so that it can be pickled
 def builder(name: str) -> Callable[..., Res2Net]:
     """Return the function ``r2ncli.NAME`` that builds the published network `name`."""
 

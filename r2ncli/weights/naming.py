@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-MARK = "layer1.0.conv1.weight"  # in every Res2Net of every library: what is before it is the prefix
+MARK = "layer1.0.conv1.weight"  # in every Res2Net of every library; text before it is the prefix
 
 OFFICIAL, TIMM, MMPRETRAIN, MMDETECTION = "official", "timm", "mmpretrain", "mmdetection"
 LIBRARIES = (OFFICIAL, TIMM, MMPRETRAIN, MMDETECTION)
@@ -38,7 +38,7 @@ class Naming:
 
 
 def read_naming(names: Iterable[str]) -> Naming:
-    """Find out which library's names these are, all those of a state dict.
+    """Recognise which library's names these are; `names` are all those of a state dict.
 
     The names of another network stay as they are. No two names become the same: a name whose
     new form is taken stays as it is.

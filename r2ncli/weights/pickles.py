@@ -1,4 +1,4 @@
-"""Read which names a pickle would import from its opcodes, without executing it.
+"""Read from a pickle's opcodes which names it would import, without executing it.
 
 A pickle is a small program. It can call only what it imports by name (a "global"), so the
 names decide: a state dict needs the few in `ALLOWED`, and any other is refused. torch's own
@@ -133,7 +133,7 @@ def _sentence(refused: dict[str, None]) -> str:
 
 
 def _pickles(path: Path, container: str) -> Iterator[tuple[str, Requests]]:
-    """Yield each pickle of a file, after where it is where that is not the checkpoint's own."""
+    """Yield where each pickle of a file is (empty for the checkpoint's own), and its requests."""
     with reading(path) as file:
         if container == "zip":
             yield from _zipped(path, file)
@@ -151,7 +151,7 @@ def _pickles(path: Path, container: str) -> Iterator[tuple[str, Requests]]:
 
 
 def _zipped(path: Path, file: BufferedReader) -> Iterator[tuple[str, Requests]]:
-    """Yield the pickles of a zip archive, told by the bytes of its members, not their names."""
+    """Yield the pickles of a zip archive, recognised by its members' bytes, not their names."""
     try:
         with zipfile.ZipFile(file) as archive:
             for member in archive.infolist():

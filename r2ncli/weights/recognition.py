@@ -1,4 +1,4 @@
-"""Tell which other network a state dict seems to be, from the names of a few tensors.
+"""Recognise which other network a state dict seems to be, from the names of a few tensors.
 
 Only names and shapes are used: nothing here imports torch.
 """

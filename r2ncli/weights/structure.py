@@ -1,4 +1,4 @@
-"""Which Res2Net a state dict is, told by the names, shapes and dtypes of its tensors.
+"""Find out which Res2Net a state dict is, from the names, shapes and dtypes of its tensors.
 
 The name of a file plays no part in it.
 """

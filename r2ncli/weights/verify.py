@@ -1,4 +1,4 @@
-"""Check whether a checkpoint file is what it should be, without executing anything in it."""
+"""Check the integrity and content of a checkpoint file, without executing anything in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from r2ncli.weights.checkpoints import Weights, find_on_this_machine, named_vari
 from r2ncli.weights.checkpoints import sha256 as digest_of
 from r2ncli.weights.compare import TensorComparison, compare_weights
 from r2ncli.weights.containers import broken_members, container
-from r2ncli.weights.download import digits_in_name
+from r2ncli.weights.download import hash_prefix
 from r2ncli.weights.loading import build, load_tensors, tensors_sha256
 from r2ncli.weights.naming import OFFICIAL, Naming, read_naming
 from r2ncli.weights.pickles import check_pickles
@@ -61,7 +61,7 @@ class Check:
     expected: str = ""
 
     def describe(self) -> str:
-        """Return what was found, and where the check did not pass what was expected."""
+        """Return what was found and, if the check did not pass, what was expected."""
         wanted = self.expected if self.status in (FAILED, WARNING) else ""
         return f"{self.found} (expected {wanted})" if wanted else self.found
 
@@ -94,7 +94,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """False where a check failed or none was possible; warnings do not count."""
+        """Whether no check failed; False if no check was possible. Warnings are not failures."""
         return self.error is None and not self.failures
 
     @property
@@ -129,7 +129,7 @@ def verify_weights(
     Parameters
     ----------
     file : str, path or None
-        A file; where there is none of this name, one whose name differs only in ``-`` and
+        A file; if it does not exist, one whose name differs only in ``-`` and
         ``_``. A name without a folder is then looked for in torch.hub's folder, and may be
         a published name or ``demo``. None means the checkpoint that `classify` would load.
     sha256 : str, optional
@@ -140,8 +140,8 @@ def verify_weights(
     Returns
     -------
     Verification or TensorComparison
-        A comparison where `against` is given. Checks that a failed one makes pointless are
-        "not applicable".
+        A comparison where `against` is given. A check that cannot run because another one failed
+        is "not applicable".
 
     Raises
     ------
@@ -218,7 +218,7 @@ def _file_checks(path: Path, digest: str, expected: str | None) -> Iterator[Chec
 
 
 def _hash_prefix(name: str, digest: str) -> Check:
-    prefix = digits_in_name(name)
+    prefix = hash_prefix(name)
     if prefix is None:
         date = re.search(r"[-_]([0-9]{8})\.", name)
         found = "the file name has none" + (f" ({date[1]} is a date)" if date else "")
@@ -234,7 +234,7 @@ def _hash_prefix(name: str, digest: str) -> Check:
 
 def _published(path: Path, digest: str) -> Check:
     files = [network.file for network in PUBLISHED.values()] + list(DECLINED.values())
-    listed = {digits_in_name(file): file for file in files}.get(digest[:8])
+    listed = {hash_prefix(file): file for file in files}.get(digest[:8])
     if listed is not None:
         found = f"the SHA-256 starts like that of {listed}; only these 8 hex digits were published"
         return Check("published list", PASSED, found)

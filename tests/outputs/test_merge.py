@@ -98,7 +98,7 @@ def test_shards_of_other_columns_or_layers_are_refused(tmp_path, sharded):
     three.unlink()
     (tmp_path / "3.csv.run.json").unlink()
     write(three, ROW_FORMATS[".csv"](1, True, True), [classified("a", 0.5)], record("3/3", 1))
-    with pytest.raises(OutputError, match="other columns or layers"):
+    with pytest.raises(OutputError, match="columns or layers differ"):
         r2ncli.merge([one, two, three], tmp_path / "all.csv")
 
 

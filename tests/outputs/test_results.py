@@ -168,7 +168,7 @@ def test_features_without_their_names_are_none_of_ours(tmp_path):
     with h5py.File(out, "a") as file:
         del file["status"]
         file["status"] = ["ok"]
-    with pytest.raises(OutputError, match="1 rows of one thing, 300 of another"):
+    with pytest.raises(OutputError, match="one dataset has 1 rows, another 300"):
         read_all(out)
 
 
@@ -179,7 +179,7 @@ def test_a_foreign_table_is_none_of_ours(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"path": "a"}\n')
     (tmp_path / "y.jsonl").write_text("[1, 2]\n")
     for name in ("x.parquet", "x.csv", "x.jsonl", "y.jsonl"):
-        with pytest.raises(OutputError, match="its columns are not those of a result"):
+        with pytest.raises(OutputError, match="its columns are not those of an output of r2n"):
             read_format(tmp_path / name)
     (tmp_path / "z.jsonl").write_text(
         json.dumps(dict.fromkeys(LABELLED.header())) + "\n" + json.dumps({"path": 1}) + "\n"

@@ -250,7 +250,7 @@ def test_links_devices_and_sparse_files_in_a_tar_are_failed_rows(suffix: str) ->
 @pytest.mark.parametrize("content", [b"", b"x", b"\xff\xd8" * 600, b"<html>" * 900, b"\x1f\x8b"])
 def test_what_is_no_tar_is_one_failed_row(suffix: str, content: bytes) -> None:
     name = write("a" + suffix, content)
-    assert outcomes(name) == {name: "not a tar archive, or its beginning is damaged"}
+    assert outcomes(name) == {name: "not a tar archive, or its beginning is corrupted"}
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"PK\3\4" * 300, b"\0" * 9999])
@@ -331,7 +331,7 @@ def test_a_damaged_header_in_the_middle_is_a_failed_row_and_no_quiet_end(
     name = write("a" + suffix, COMPRESSORS[suffix](bytes(plain)))
     rows = outcomes(name)
     assert list(rows) == [f"{name}!{n}.jpg" for n in range(3)] + [name]
-    what = "a damaged header" if damage == b"\xff" else "more follows after its end mark"
+    what = "a corrupted header" if damage == b"\xff" else "more follows after its end mark"
     assert rows[name] == f"cannot be read beyond member 3: {what}"
 
 
@@ -353,7 +353,7 @@ def test_a_compressed_tar_that_is_cut_off_says_so(suffix: str, share: float) -> 
     rows = outcomes(name)
     *read, last = rows
     assert last == name
-    assert "cannot be read beyond" in str(rows[name]) or "beginning is damaged" in str(rows[name])
+    assert "cannot be read beyond" in str(rows[name]) or "beginning is corrupted" in str(rows[name])
     assert all(rows[key] == within(name, PICTURES)[key] for key in read)
 
 
@@ -388,7 +388,7 @@ def test_a_long_name_that_claims_gigabytes_is_not_held() -> None:
     info.type = tarfile.GNUTYPE_LONGNAME
     info.size = 1 << 33
     name = write("a.tar", info.tobuf() + bytes(9999))
-    assert outcomes(name) == {name: "not a tar archive, or its beginning is damaged"}
+    assert outcomes(name) == {name: "not a tar archive, or its beginning is corrupted"}
 
 
 @pytest.mark.slow
@@ -422,7 +422,7 @@ def test_a_wrong_checksum_in_a_zip_is_a_failed_row_of_that_member(method: int) -
     whole[end + 16] ^= 1  # the directory's checksum of the first
     write("a.zip", bytes(whole))
     assert outcomes("a.zip") == {
-        "a.zip!a.jpg": "cannot be read from the archive: its checksum does not fit",
+        "a.zip!a.jpg": "cannot be read from the archive: its checksum does not match",
         "a.zip!b.jpg": b"y",
     }
 
@@ -477,7 +477,7 @@ def test_a_zip_bomb_is_bounded_by_max_bytes_whatever_its_header_says(
         assert reason == (
             "larger than the limit of 1,000,000 bytes"
             if declared > 1000
-            else "cannot be read from the archive: its checksum does not fit"
+            else "cannot be read from the archive: its checksum does not match"
         )
     write("a.zip", lying_zip(b"x" * 5000, 4_000_000_000))  # and the other way round
     (got,) = outcomes("a.zip", max_bytes=10_000).values()

@@ -296,7 +296,7 @@ def test_a_tar_that_is_not_there_or_none_is_a_failed_row(server: Server) -> None
     name = server.at("/a.tar")
     assert outcomes(name) == {name: "the server answered 404 Not Found"}
     server.answers["/a.tar"] = content(b"<html>" * 999)
-    assert outcomes(name) == {name: "not a tar archive, or its beginning is damaged"}
+    assert outcomes(name) == {name: "not a tar archive, or its beginning is corrupted"}
 
 
 def test_a_zip_at_a_url_is_a_failed_row_that_says_what_to_do(server: Server) -> None:

@@ -263,7 +263,7 @@ def test_an_argument_that_may_not_be_looked_at_is_a_row(
 
 def test_a_link_to_nothing_that_is_named_is_missing_and_says_so(here: Path) -> None:
     os.symlink("nowhere.jpg", "a.jpg")
-    with pytest.raises(InputNotFoundError, match=r"a\.jpg \(a link to nothing\)"):
+    with pytest.raises(InputNotFoundError, match=r"a\.jpg \(a broken link\)"):
         find_images(["a.jpg"], print)
 
 

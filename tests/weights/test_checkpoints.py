@@ -31,7 +31,7 @@ from r2ncli.weights.checkpoints import (
     read_metadata,
 )
 from r2ncli.weights.containers import container
-from r2ncli.weights.download import digits_in_name
+from r2ncli.weights.download import hash_prefix
 
 FILE = PUBLISHED[DEFAULT_NETWORK].file
 HERE = Path("x.pth")
@@ -200,12 +200,12 @@ def test_a_user_without_a_home_folder_is_not_an_error(monkeypatch: pytest.Monkey
     ],
 )
 def test_the_hash_prefix_in_a_name(name: str, digits: str | None) -> None:
-    assert digits_in_name(name) == digits
+    assert hash_prefix(name) == digits
 
 
 def test_the_name_of_every_published_file_has_eight_digits_of_its_hash() -> None:
     for network in PUBLISHED.values():
-        assert re.fullmatch(r"[0-9a-f]{8}", digits_in_name(network.file) or "")
+        assert re.fullmatch(r"[0-9a-f]{8}", hash_prefix(network.file) or "")
         assert published_file(network.file) == network
         assert published_file(network.file.replace("_", "-")) == network
     assert published_file("res2net50_v1b_26w_4s.pth") is None

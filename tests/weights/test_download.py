@@ -161,7 +161,7 @@ def test_a_download_arrives_whole_and_tells_its_progress(server: Server, folder:
     assert received == sorted(set(received))
     assert received[-1] == len(CONTENT)
     assert {report.total for report in progress} == {len(CONTENT)}
-    assert {(report.address, report.destination) for report in progress} == {(server.address, path)}
+    assert {(report.url, report.destination) for report in progress} == {(server.address, path)}
     assert server.requests == [(f"/res2net/{NAME}", None)]
 
 
