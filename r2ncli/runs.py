@@ -153,13 +153,7 @@ def run_to_stream(
     options: RunOptions,
     listeners: Listeners,
 ) -> Record:
-    """Pass the results of every input to `write`, each batch as soon as it is ready.
-
-    Returns
-    -------
-    dict
-        The run record.
-    """
+    """Pass the results of every input to `write`, batch by batch; return the run record."""
     opened = open_run(task, paths, options, listeners)
     stream = _Stream(write)
     with opened.walk:

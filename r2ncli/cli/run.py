@@ -56,7 +56,7 @@ def classify(
     quiet: Quiet = False,
 ) -> int:
     """Classify images: print or save the most probable classes of each."""
-    if output not in (None, STDOUT):
+    if output is not None and output != STDOUT:
         if format is not None:
             raise UsageError(f"--format is for stdout; the suffix of {output} decides its format")
         return _run_to_file(CLASSIFY, output, paths, options, quiet)
@@ -154,9 +154,8 @@ def _list_layers(options: RunOptions, quiet: bool) -> int:
 
 
 def _run_to_file(
-    command: str, output: str | None, paths: list[str] | None, options: RunOptions, quiet: bool
+    command: str, output: str, paths: list[str] | None, options: RunOptions, quiet: bool
 ) -> int:
-    assert output is not None
     with Report(command, quiet) as report, _resumable(Path(output), options):
         report.preparing()  # before imports that take their time
         from r2ncli.pipeline import Classify, Extract
