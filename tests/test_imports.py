@@ -186,3 +186,27 @@ def test_imports_within_functions_are_seen(monkeypatch: pytest.MonkeyPatch, tmp_
     assert {"torch.nn", "rich"} <= set(imports("x"))
     assert packages_of(imports("x", at_import_only=True)) == set()
     assert "rich" not in set(imports("x", at_import_only=True))
+
+
+# --- the size of the package ----------------------------------------------------------------
+
+
+def edges() -> set[tuple[str, str]]:
+    """Which package or flat file imports from which other one."""
+    found = {(package(file), other) for file in FILES for other in packages_of(imports(file))}
+    return {(one, other) for one, other in found if one != other}
+
+
+def test_packages_and_flat_files_stay_few_and_loosely_coupled() -> None:
+    names = {package(file) for file in FILES}
+    flat = [file for file in FILES if "/" not in file]
+    assert len(flat) <= 16
+    assert len(names) <= 22
+    assert len(edges()) <= 100
+
+
+def test_no_file_is_long_and_no_package_is_crowded() -> None:
+    lengths = {file: len(path.read_text("utf-8").splitlines()) for file, path in FILES.items()}
+    assert [file for file, length in lengths.items() if length > 450] == []
+    for name in {package(file) for file in FILES if "/" in file}:
+        assert sum(package(file) == name for file in FILES) <= 12

@@ -106,7 +106,7 @@ def test_a_row_does_not_depend_on_where_a_batch_begins(pictures, tiny_weights, b
     assert all(usual[key] == shifted[key] for key in shifted)
 
 
-def test_a_broken_picture_keeps_its_row_and_leaves_its_neighbours_alone(pictures, tiny_weights):
+def test_a_broken_image_keeps_its_row_and_leaves_its_neighbours_alone(pictures, tiny_weights):
     before = list(r2ncli.classify(pictures, weights=tiny_weights))
     whole = (pictures / "00005.jpg").read_bytes()
     (pictures / "00005.jpg").write_bytes(whole[: len(whole) // 2])
@@ -123,7 +123,7 @@ def test_a_broken_picture_keeps_its_row_and_leaves_its_neighbours_alone(pictures
 
 
 @backends
-def test_the_same_pictures_give_the_same_rows_each_time(pictures, tiny_weights, backend):
+def test_the_same_images_give_the_same_rows_each_time(pictures, tiny_weights, backend):
     options = {"weights": tiny_weights, "batch_size": 3, "backend": backend, "layers": ["layer2"]}
     first, second = (list(r2ncli.extract(pictures, **options)) for _ in range(2))
     for one, other in zip(first, second, strict=True):
@@ -151,7 +151,7 @@ def test_rows_come_in_input_order_from_several_streams(pictures):
         np.testing.assert_array_equal(one.columns[LOGITS], other.columns[LOGITS])
 
 
-def test_a_folder_of_broken_pictures_only_gives_only_failed_rows(tmp_path, tiny_weights):
+def test_a_folder_of_broken_images_only_gives_only_failed_rows(tmp_path, tiny_weights):
     for n in range(19):
         (tmp_path / f"{n}.jpg").write_bytes(b"")
     rows = list(r2ncli.extract(tmp_path, weights=tiny_weights))
@@ -318,7 +318,7 @@ def test_every_batch_has_the_engines_size(pictures):
     assert engine.batches == [(8, 32, 32, 3)] * 3
 
 
-def test_only_a_few_batches_are_under_way_however_many_pictures_there_are(pictures):
+def test_only_a_few_batches_are_under_way_however_many_images_there_are(pictures):
     inputs = [file_input(str(path), path.name) for path in sorted(pictures.iterdir())]
     taken = 0
 

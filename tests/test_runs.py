@@ -438,7 +438,7 @@ def test_resume_on_a_foreign_file_says_so(tmp_path, pictures, tiny_weights, name
     assert (tmp_path / name).read_text() == content
 
 
-def test_resume_on_a_damaged_output_says_so(tmp_path, pictures, tiny_weights):
+def test_resume_on_a_corrupted_output_says_so(tmp_path, pictures, tiny_weights):
     out = tmp_path / "x.csv"
     r2ncli.classify_to(out, pictures, weights=tiny_weights)
     out.write_text(out.read_text().replace("path", "name", 1))
@@ -509,7 +509,7 @@ def test_failed_rows_tried_again_give_a_fresh_runs_bytes(tmp_path, mended, tiny_
 
 
 @pytest.mark.parametrize("kind", ["parquet", "h5"])
-def test_only_failed_pictures_are_opened_again(mended, tiny_weights, kind):
+def test_only_failed_images_are_opened_again(mended, tiny_weights, kind):
     out, folder = mended(kind)
     for n in range(40):
         if n not in (0, 1, 17, 30, 39):
@@ -652,7 +652,7 @@ def test_few_rows_wait_however_far_apart_the_failed_ones_are(monkeypatch):
 
 
 @pytest.mark.parametrize("then", ["resume", "retry_failed"])
-def test_a_compressed_archive_is_walked_to_its_end_with_room_for_one_picture(
+def test_a_compressed_archive_is_walked_to_its_end_with_room_for_one_image(
     tmp_path, pictures, tiny_weights, monkeypatch, then
 ):
     """Who still holds the picture before would wait for ever: the next is read once it is gone."""

@@ -119,7 +119,7 @@ def test_classify_to_a_file_says_where(r2n, tmp_path, pictures, tiny_weights):
     r2n("classify", pictures, "--weights", tiny_weights, "-o", out, "--overwrite", check=0)
 
 
-def test_failed_pictures_can_be_tried_again(r2n, tmp_path, pictures, tiny_weights):
+def test_failed_images_can_be_tried_again(r2n, tmp_path, pictures, tiny_weights):
     whole = (pictures / "00003.jpg").read_bytes()
     for command, name in (("classify", "x.jsonl"), ("extract", "f.h5")):
         (pictures / "00003.jpg").write_bytes(b"")
@@ -132,7 +132,7 @@ def test_failed_pictures_can_be_tried_again(r2n, tmp_path, pictures, tiny_weight
         assert ended.stderr.splitlines()[-1].endswith("nothing left to do")
 
 
-def test_failed_pictures_are_rows_sentences_and_exit_7(r2n, pictures, tiny_weights):
+def test_failed_images_are_rows_sentences_and_exit_7(r2n, pictures, tiny_weights):
     (pictures / "00003.jpg").write_bytes(b"")
     ended = r2n("classify", pictures, "--weights", tiny_weights, "-q", check=7)
     assert rows_of(ended.stdout)[3]["error"] == "empty file"
@@ -148,7 +148,7 @@ def test_many_failures_do_not_flood_the_terminal(r2n, tmp_path, tiny_weights):
     assert "50 images (50 failed)" in ended.stderr
 
 
-def test_a_terminal_gets_a_line_a_picture(pictures, tiny_weights):
+def test_a_terminal_gets_a_line_a_image(pictures, tiny_weights):
     (pictures / "00001.jpg").write_bytes(b"")
     seen, code = in_a_terminal("classify", "-q", "--weights", tiny_weights, cwd=pictures)
     lines = seen.replace("\r\n", "\n").splitlines()

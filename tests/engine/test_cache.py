@@ -72,7 +72,7 @@ def test_another_version_has_another_entry(monkeypatch):
 
 
 @pytest.mark.parametrize("where", [0, 31, 32, 40, 60, 200, -1])
-def test_a_damaged_entry_is_none_and_is_replaced(where):
+def test_a_corrupted_entry_is_none_and_is_replaced(where):
     write_entry(SETTINGS, ENTRY)
     content = bytearray(files()[0].read_bytes())
     content[where] ^= 1
@@ -158,7 +158,7 @@ def test_a_run_out_of_the_cache_gives_the_same_as_the_one_that_filled_it(picture
     assert entry.read_bytes() == written
 
 
-def test_a_damaged_entry_is_rebuilt_by_the_next_run(pictures, tiny_weights):
+def test_a_corrupted_entry_is_rebuilt_by_the_next_run(pictures, tiny_weights):
     first = rows(pictures, weights=tiny_weights)
     (entry,) = files()
     entry.write_bytes(entry.read_bytes()[:-100])

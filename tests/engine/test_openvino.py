@@ -71,7 +71,7 @@ def test_a_precision_that_does_not_run_is_refused(monkeypatch):
         openvino_engine(network, precision="bf16")
 
 
-def test_a_damaged_graph_is_a_device_error():
+def test_a_corrupted_graph_is_a_device_error():
     with pytest.raises(DeviceError, match="OpenVINO failed"):
         OpenVinoEngine(np.zeros(100, np.uint8), ["fc"], "fp32")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import h5py
@@ -11,6 +12,7 @@ from support.results import ROW_FORMATS, SHAPES, classified, features, read_all,
 import r2ncli
 from r2ncli.errors import InputNotFoundError, OutputError, UsageError
 from r2ncli.outputs.hdf5 import Hdf5Format
+from r2ncli.outputs.record import EXECUTED
 from r2ncli.outputs.results import read_record
 
 SUFFIXES = [*ROW_FORMATS, ".h5"]
@@ -102,7 +104,7 @@ def test_shards_of_other_columns_or_layers_are_refused(tmp_path, sharded):
         r2ncli.merge([one, two, three], tmp_path / "all.csv")
 
 
-def test_a_damaged_shard_leaves_no_merged_output(tmp_path, sharded):
+def test_a_corrupted_shard_leaves_no_merged_output(tmp_path, sharded):
     one, two, three = sharded(".jsonl")
     three.write_bytes(three.read_bytes()[:-40])
     with pytest.raises(OutputError, match=r"3\.jsonl: corrupted"):
@@ -149,3 +151,20 @@ def test_shards_of_real_runs_merge_to_every_input_once(tmp_path, pictures, tiny_
         assert (found.different, found.compared, found.settings) == (False, 20, {})
     with h5py.File(tmp_path / "all.h5") as file:
         assert len(set(file["paths"].asstr()[:])) == 20
+
+
+def test_the_fewest_images_computed_at_a_time_are_those_of_any_shard(tmp_path, sharded):
+    paths = sharded(".csv", batch_size=64)
+    assert "executed_batch_size" not in r2ncli.merge(paths, tmp_path / "all.csv")
+    for number, executed in ((2, 32), (3, 16)):
+        path = tmp_path / f"{number}.csv.run.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), EXECUTED: executed}))
+    merged = r2ncli.merge(paths, tmp_path / "all.csv", overwrite=True)
+    assert merged["executed_batch_size"] == 16
+
+
+def test_merging_tells_how_many_rows_are_copied(tmp_path, sharded):
+    done = []
+    r2ncli.merge(sharded(".jsonl"), tmp_path / "all.jsonl", on_progress=done.append)
+    assert done == sorted(done)
+    assert done[-1] == 430

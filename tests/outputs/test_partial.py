@@ -219,7 +219,7 @@ def glue(block):
         (lambda block: block.write_bytes(b"\xff\x00\x80"), "corrupted"),
     ],
 )
-def test_a_damaged_block_is_never_taken_for_a_whole_one(tmp_path, damage, says):
+def test_a_corrupted_block_is_never_taken_for_a_whole_one(tmp_path, damage, says):
     partial = begun(tmp_path)
     damage(partial.blocks()[1])
     with pytest.raises(OutputError, match=says):

@@ -148,7 +148,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("suffix", "damage"), DAMAGES)
-def test_a_damaged_output_is_said_to_be_so(tmp_path, suffix, damage):
+def test_a_corrupted_output_is_said_to_be_so(tmp_path, suffix, damage):
     out = written(tmp_path, suffix)
     damage(out)
     for read in (read_all, lambda out: list(read_names(out))):

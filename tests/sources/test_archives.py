@@ -322,7 +322,7 @@ def test_a_tar_that_is_cut_off_keeps_what_is_whole_and_says_so(
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
 @pytest.mark.parametrize("damage", [b"\xff", b"\0" * 512])
-def test_a_damaged_header_in_the_middle_is_a_failed_row_and_no_quiet_end(
+def test_a_corrupted_header_in_the_middle_is_a_failed_row_and_no_quiet_end(
     suffix: str, damage: bytes
 ) -> None:
     plain = bytearray(tar_bytes(PICTURES))
