@@ -37,7 +37,7 @@ def read_stamps(path: Path, rows: int | None = None) -> Iterator[Stamp | None]:
             with open(path, "rb") as file:
                 while some := file.read(ROWS_AT_ONCE * ROW_BYTES):
                     for size, mtime_ns in np.frombuffer(some, "<i8").reshape(-1, 2).tolist():
-                        yield Stamp(size, mtime_ns) if size >= 0 else None
+                        yield Stamp(size, mtime_ns) if size > 0 else None  # zeros: a power cut
     except (OSError, ValueError):
         pass  # the missing stamps are None below
     while True:
