@@ -556,8 +556,8 @@ def test_help_shows_defaults_and_choices(r2n):
 )
 def test_an_unknown_option_is_answered_with_a_near_one_or_none(r2n, typed, suggested):
     said = r2n("classify", typed, "x", check=2).stderr
-    assert typed in said
-    assert re.findall(r"ossible options?: ([^)]+)\)", said) == ([suggested] if suggested else [])
+    _, _, answer = said.rpartition(typed)  # worded by the library, and so by its release
+    assert re.findall(r"--[a-z-]+", answer) == ([suggested] if suggested else [])
 
 
 def test_stdout_may_be_json_lines(r2n, pictures, tiny_weights):
