@@ -171,9 +171,9 @@ class Client:
             if proxy not in self._pools:
                 options: dict[str, Any] = {"maxsize": CONNECTIONS, "ssl_context": _certificates()}
                 if proxy:
-                    address, user = _split_user(proxy if "://" in proxy else f"http://{proxy}")
+                    proxy_url, user = _split_user(proxy if "://" in proxy else f"http://{proxy}")
                     headers = {f"Proxy-{name}": value for name, value in user.items()}
-                    self._pools[proxy] = ProxyManager(address, proxy_headers=headers, **options)
+                    self._pools[proxy] = ProxyManager(proxy_url, proxy_headers=headers, **options)
                 else:
                     self._pools[proxy] = PoolManager(**options)
             return self._pools[proxy]
