@@ -45,13 +45,20 @@ class Entry:
     graph: Bytes
 
 
-def cache_folder() -> Path:
-    """Return ``$R2N_CACHE``, or else the platform's cache folder."""
-    if given := os.environ.get("R2N_CACHE"):
-        return Path(given)
-    from platformdirs import user_cache_dir  # late: only this case needs it
+def cache_folder() -> Path | None:
+    """Return ``$R2N_CACHE``, or else the platform's cache folder; None for a user without a home.
 
-    return Path(user_cache_dir("r2n", appauthor=False))
+    A ``~`` in it is the user's home.
+    """
+    given = os.environ.get("R2N_CACHE")
+    try:
+        if not given:
+            from platformdirs import user_cache_dir  # late: only this case needs it
+
+            given = user_cache_dir("r2n", appauthor=False)
+        return Path(given).expanduser()
+    except RuntimeError:  # no HOME, and no entry for the user in the system's list of users
+        return None
 
 
 def loaded_entry(
@@ -65,6 +72,13 @@ def loaded_entry(
     A new entry is written to the cache. A cached one that `load` refuses, or whose facts it
     cannot use, counts as a cache miss. If `settings` is None, the cache is not used.
     """
+    folder = cache_folder()
+    if settings is not None and folder is None:
+        on_warning(
+            "the compiled network is not cached, because this user has no home folder; "
+            "set R2N_CACHE to a folder"
+        )
+        settings = None
     entry = None if settings is None else read_entry(settings)
     if entry is not None:
         with suppress(R2NError, *_UNUSABLE):
@@ -76,7 +90,7 @@ def loaded_entry(
             write_entry(settings, entry)
     except OSError as error:
         on_warning(
-            f"the compiled network cannot be cached in {cache_folder()}: {reason(error)}; "
+            f"the compiled network cannot be cached in {folder}: {reason(error)}; "
             "set R2N_CACHE to another folder"
         )
     return loaded
@@ -155,7 +169,9 @@ def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _path(settings: Mapping[str, Any]) -> Path:
     text = json.dumps(_settings(settings), sort_keys=True)
-    return cache_folder() / (hashlib.sha256(text.encode()).hexdigest() + SUFFIX)
+    folder = cache_folder()
+    assert folder is not None  # or nothing is cached
+    return folder / (hashlib.sha256(text.encode()).hexdigest() + SUFFIX)
 
 
 def _own_path(settings: Mapping[str, Any]) -> Path:

@@ -209,6 +209,27 @@ def test_without_the_variable_it_is_the_platforms_folder(monkeypatch):
         assert cache_folder() == Path("/somewhere/r2n")
 
 
+def test_a_tilde_in_the_variable_is_the_users_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("R2N_CACHE", "~/mine")
+    assert cache_folder() == tmp_path / "mine"
+
+
+def no_home(*_arguments, **_options):
+    raise RuntimeError("could not determine the home directory")
+
+
+def test_a_user_without_a_home_has_no_cache_and_makes_no_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    for variable in ("~/cache", ""):
+        monkeypatch.setenv("R2N_CACHE", variable)
+        said = []
+        assert loaded_entry(SETTINGS, lambda: ENTRY, lambda entry: entry, said.append) is ENTRY
+        assert [sentence for sentence in said if "has no home folder" in sentence] == said != []
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- in a run -------------------------------------------------------------------------
 
 

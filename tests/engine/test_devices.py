@@ -14,6 +14,7 @@ import torch
 import r2ncli
 from r2ncli import engine, predictor
 from r2ncli.engine import BACKENDS, Backend, base, choose_backend, choose_precision
+from r2ncli.engine.base import cpu_quotas
 from r2ncli.engine.devices import find_gpus
 from r2ncli.errors import DeviceError, UsageError
 from r2ncli.options import RunOptions
@@ -265,3 +266,70 @@ def test_every_row_is_installed_and_names_its_module(row):
     assert row.installed
     assert row.runs_on("cpu")
     assert callable(row.load().open_network)
+
+
+# --- cores ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def control_groups(tmp_path, monkeypatch):
+    """Return a function that writes the control groups of this process, and the quotas found."""
+
+    def written(of_process, files):
+        for name, content in {"proc/self/cgroup": of_process, **files}.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        return cpu_quotas(tmp_path)
+
+    return written
+
+
+@pytest.mark.parametrize(
+    ("of_process", "files", "quotas"),
+    [
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "150000 100000\n"}, [1.5]),
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "max 100000\n"}, []),
+        ("0::/\n", {}, []),
+        ("0::/a/b\n", {"sys/fs/cgroup/a/cpu.max": "50000 100000\n"}, [0.5]),
+        (
+            "4:memory:/x\n1:cpu,cpuacct:/docker/1\n",
+            {
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "300000\n",  # as seen in the container
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            [3.0],
+        ),
+        (
+            "1:cpu:/\n",
+            {
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            [],
+        ),
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "nonsense\n"}, []),
+    ],
+)
+def test_a_containers_quota_is_found(control_groups, of_process, files, quotas):
+    assert control_groups(of_process, files) == quotas
+
+
+def test_a_system_without_control_groups_has_no_quota(tmp_path):
+    assert cpu_quotas(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("quotas", "asked", "expected"),
+    [
+        *(([], "", 8), ([1.5], "", 2), ([0.1], "", 1), ([100.0], "", 8), ([3.0, 6.0], "", 3)),
+        *(([], "2", 2), ([], "3,2", 3), ([], "16", 8), ([1.0], "4", 1), ([], "0", 1), ([], "x", 8)),
+    ],
+)
+def test_cores_are_limited_by_the_quota_and_by_omp_num_threads(
+    monkeypatch, quotas, asked, expected
+):
+    monkeypatch.setattr(base, "cpu_quotas", lambda: quotas)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert base.cores() == expected
