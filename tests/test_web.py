@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 
-from r2ncli import web
-from r2ncli.web import Client, CutOffError, WebError, retry, within, without_secrets
+from r2ncli.web import Client, CutOffError, WebError, attempts, retry, within, without_secrets
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
@@ -304,7 +303,7 @@ def test_a_name_that_takes_long_to_look_up_is_given_up(monkeypatch: pytest.Monke
 
 def test_an_action_is_tried_again_after_growing_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(web, "sleep", pauses.append)
+    monkeypatch.setattr(attempts, "sleep", pauses.append)
 
     def failing() -> None:
         raise WebError("busy", may_recover=True)
