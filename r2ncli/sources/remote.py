@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
@@ -42,7 +43,7 @@ T = TypeVar("T")
 
 def is_url(text: str) -> bool:
     """Return whether a text is a URL, or a chain of URLs, and not a path."""
-    chain = re.match(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.-]+)*://", text)
+    chain = re.match(r"[A-Za-z][A-Za-z0-9+._-]*(::[A-Za-z0-9+._-]+)*://", text)
     return chain is not None or is_file(text)
 
 
@@ -175,7 +176,8 @@ def _web_error(error: Exception, url: str) -> WebError:
     why = scrubbed(reason(error), url)
     missing = isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
     if isinstance(error, OSError) and not missing:
-        return WebError(f"the connection failed ({why})", may_recover=True)
+        unknown_host = isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN
+        return WebError(f"the connection failed ({why})", may_recover=not unknown_host)
     return WebError(f"cannot be read: {why}", may_recover=False)
 
 

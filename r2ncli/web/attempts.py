@@ -120,6 +120,8 @@ def _web_error(error: BaseException) -> WebError:
 
     if has(IncompleteRead):
         return CutOffError("the connection failed (it closed before the end)", may_recover=True)
+    if has(exceptions.InvalidHeader):
+        return WebError(f"the server sent an invalid header ({reason(cause)})", may_recover=False)
     if isinstance(error, ValueError):
         shown = without_secrets(getattr(error, "location", "")) or reason(cause)
         return WebError(f"not a URL: {shown}", may_recover=False)

@@ -63,6 +63,7 @@ def _response(connection: Bounded, sock: socket.socket, *more: Any, **options: A
     response = HTTPResponse(sock, *more, **options)
     source = response.fp.detach()
     response.fp = io.BufferedReader(_InTime(source, sock, connection.clock))
+    connection.answer = response
     return response
 
 
@@ -80,6 +81,7 @@ class Bounded:
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.clock = Clock(float("inf"))
+        self.answer: HTTPResponse | None = None  # while its head is read
         self.address = ""  # of the server, or of the proxy
         self.response_class = partial(_response, self)
 
@@ -89,7 +91,14 @@ class Bounded:
 
     def getresponse(self) -> Any:
         self.clock = Clock(monotonic() + self.timeout)
-        return super().getresponse()  # type: ignore[misc]
+        try:
+            return super().getresponse()  # type: ignore[misc]
+        except BaseException:
+            if self.answer is not None:  # urllib3 leaves it open where it does not like a header
+                self.answer.close()
+            raise
+        finally:
+            self.answer = None
 
     def _new_conn(self) -> socket.socket:
         sock: socket.socket = super()._new_conn()  # type: ignore[misc]

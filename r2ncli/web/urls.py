@@ -100,11 +100,18 @@ def scrubbed(text: str, url: str) -> str:
     The secrets of other URLs in the text are removed as well.
     """
     text = _URL_IN_TEXT.sub(lambda found: without_secrets(found[0]), text)
+    for secret in sorted(set(_secrets(url)), key=len, reverse=True):
+        text = re.sub(re.escape(secret), "***", text, flags=re.IGNORECASE)
+    return text
+
+
+def _secrets(url: str) -> Iterator[str]:
+    """Yield what a URL hides, in the forms in which it may stand in a message."""
     for link in _CHAIN.split(url):
         for _, hidden in _parts(link):
-            for secret in _spellings(hidden):
-                text = re.sub(re.escape(secret), "***", text, flags=re.IGNORECASE)
-    return text
+            inner = unquote(hidden)
+            # what is hidden may be a URL in another's query
+            yield from _secrets(inner) if "://" in inner else _spellings(hidden)
 
 
 def without_secrets_of_log(record: object) -> bool:
@@ -136,7 +143,9 @@ def _parts(url: str) -> Iterator[tuple[str, str]]:
     if is_web(url):
         rest = rest.partition("#")[0]
     place, mark, query = rest.partition("?")
-    place = re.sub(r"(?<=://)[^/@]*@", "", place)  # a URL in the path of another one
+    for user in re.findall(r"(?<=://)[^/@]*(?=@)", place):  # a URL in the path of another one
+        place = place.replace(f"{user}@", "", 1)
+        yield "", user
     # /x.jpg;token=secret?key=value&…: text and separators in turn
     for text, separator in _in_turn(r"(;)(?=[^;/=]+=)", place, ""):
         pair, end, more = text.partition("/") if separator else ("", "", text)
@@ -211,12 +220,12 @@ def _shown_pair(pair: str, signed_by_azure: bool) -> str | None:
 
 
 def _spellings(hidden: str) -> Iterator[str]:
-    """Yield the forms in which a secret may stand in a message; the longest first."""
+    """Yield the forms in which a secret may stand in a message."""
     password = hidden.partition(":")[2] or hidden
-    whole = {hidden, password, unquote(password), unquote(unquote(password))}
-    parts = set(re.split(r"[:/?#@]", password)) | set(re.split(r"[:/?#@]", unquote(password)))
-    long_enough = {one for one in whole | parts if len(one) >= SHORTEST_SECRET}
-    yield from sorted(long_enough, key=len, reverse=True)
+    for whole in (hidden, password, unquote(password), unquote(unquote(password))):
+        parts = (whole, *re.split(r"[:/?#@]", whole))
+        for part in (part for part in parts if len(part) >= SHORTEST_SECRET):
+            yield from (part, quote(part, safe=""))
 
 
 # --- requests -----------------------------------------------------------------------------
@@ -272,7 +281,8 @@ def _ascii_host(host: str) -> str:
     """
     if host.isascii():
         return host
-    plain = unicodedata.normalize("NFKC", host.replace("\u3002", ".")).lower()
+    host, colon, port = re.fullmatch(r"(.*?)(?:(:)([0-9]*))?", host).groups("")  # type: ignore[union-attr]
+    plain = unicodedata.normalize("NFKC", host).lower()
     plain = unicodedata.normalize("NFC", plain).replace("\u3002", ".")
     if re.search(r"[\s/?#@\\%]", plain):
         raise ValueError("its host has a character that no host name can have")
@@ -280,4 +290,4 @@ def _ascii_host(host: str) -> str:
         label if label.isascii() else f"xn--{label.encode('punycode').decode()}"
         for label in plain.split(".")
     )
-    return ".".join(labels)
+    return ".".join(labels) + colon + port
