@@ -274,7 +274,7 @@ def zip_members(
     overlapping = _overlapping(listed)
     for member in listed:
         name = without_dot_slash(_name_as_stored(member))
-        if not member.is_dir() and wanted(name):
+        if not name.endswith("/") and wanted(name):
             if member.header_offset in overlapping:
                 yield name, partial(fail, "it overlaps another member of the archive")
             else:
