@@ -25,8 +25,17 @@ from r2ncli.model import Res2Net
 from r2ncli.weights.checkpoints import CheckpointFile, Weights, open_checkpoint
 from r2ncli.weights.download import OnProgress
 from r2ncli.weights.loading import build, load_state_dict
-from r2ncli.weights.naming import MMPRETRAIN, OFFICIAL, TIMM, names_for
-from r2ncli.weights.structure import CLASSIFIER, StateDict, expected_shapes, identify, variant_name
+from r2ncli.weights.structure import (
+    CLASSIFIER,
+    MMPRETRAIN,
+    OFFICIAL,
+    TIMM,
+    StateDict,
+    expected_shapes,
+    identify,
+    names_for,
+    variant_name,
+)
 
 TORCHVISION = "torchvision-backbone"
 NAMINGS = (OFFICIAL, TIMM, MMPRETRAIN, TORCHVISION)

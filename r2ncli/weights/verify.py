@@ -21,19 +21,23 @@ from r2ncli.weights.compare import TensorComparison, compare_weights
 from r2ncli.weights.containers import broken_members, container
 from r2ncli.weights.download import hash_prefix
 from r2ncli.weights.loading import build, load_tensors, tensors_sha256
-from r2ncli.weights.naming import OFFICIAL, Naming, read_naming
 from r2ncli.weights.pickles import check_pickles
-from r2ncli.weights.recognition import by_block, published_dla, seems_to_be
 from r2ncli.weights.structure import (
     COUNTER,
     FLOATS,
+    OFFICIAL,
     Mismatches,
+    Naming,
     StateDict,
+    by_block,
     find_mismatches,
     guess_architecture,
     in_words,
     kind_of,
     nearest_published,
+    published_dla,
+    read_naming,
+    seems_to_be,
     shapes_of,
     variant_name,
 )
