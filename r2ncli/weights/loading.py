@@ -21,7 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r2ncli.architectures import DEMO, PUBLISHED, Architecture, Preprocessing, published
+from r2ncli.architectures import (
+    DEMO,
+    PUBLISHED,
+    Architecture,
+    Preprocessing,
+    cpu_batch_size,
+    published,
+)
 from r2ncli.errors import CheckpointError
 from r2ncli.model import Res2Net, layer_shapes
 from r2ncli.weights.checkpoints import (
@@ -51,6 +58,9 @@ WRAPPERS = (
 )
 
 LONGEST_NAME = 500  # characters; the longest of the published networks have 42
+# Of the largest layer for a batch on a CPU: 64 channels of 256 x 256 for 8 images, which the
+# published networks have at an image size of 512; at 224 they have a fifth of it.
+MOST_VALUES = 8 * 64 * 256 * 256
 MOST_TENSORS = 50_000  # the largest published network has 2,300
 
 
@@ -98,6 +108,7 @@ def load(file: CheckpointFile, output_stride: int = 32) -> Checkpoint:
     """
     state_dict = load_state_dict(file.path)
     architecture = identify(state_dict, file.path)
+    check_work(architecture, file.preprocessing.image_size, file.path)
     # a file may call itself demo; only its tensors can make it a published network
     demo = file.metadata.get("variant") == DEMO
     return Checkpoint(
@@ -108,6 +119,24 @@ def load(file: CheckpointFile, output_stride: int = 32) -> Checkpoint:
         labels=file.labels(architecture.classes),
         preprocessing=file.preprocessing,
     )
+
+
+def check_work(architecture: Architecture, image_size: int, path: Path) -> None:
+    """Check that a network does not need far more memory for an image than the published ones.
+
+    Raises
+    ------
+    CheckpointError
+        Its largest layer gives more than `MOST_VALUES` values for a batch.
+    """
+    largest = architecture.largest_output(image_size)
+    limit = MOST_VALUES // cpu_batch_size(image_size)
+    if largest > limit:
+        raise CheckpointError(
+            f"{path}: its largest layer gives {largest:,} values per image at the image size of "
+            f"{image_size} that it asks for, more than the limit of {limit:,}. Give its metadata "
+            "a smaller image_size; the option `image_size` can then ask for a larger one"
+        )
 
 
 def load_model(path_or_name: str | os.PathLike[str], *, output_stride: int = 32) -> Res2Net:

@@ -25,6 +25,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 CLASSIFIER = ("fc.weight", "fc.bias")
 COUNTER = "num_batches_tracked"  # absent from old checkpoints, and without any effect
+MOST_CHANNELS = 1 << 20  # the widest layer of the published networks has 2,048
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -95,6 +96,8 @@ def guess_architecture(state_dict: StateDict) -> Architecture | None:
         planes = [state_dict[f"layer{n}.0.conv3.weight"].shape[0] // EXPANSION for n in stages]
         widths = [state_dict[f"layer{n}.0.bns.0.weight"].shape[0] for n in stages]
         splits = sum(bool(re.match(r"layer1\.0\.convs\.\d+\.weight", name)) for name in state_dict)
+        if sum(layers) * splits > len(state_dict):
+            return None  # most of its tensors are missing, and building it would take long
         first = state_dict["layer1.0.convs.0.weight"]
         cardinality = first.shape[0] // first.shape[1]
         # the smallest whole base width whose rounded-down splits have these widths
@@ -104,6 +107,8 @@ def guess_architecture(state_dict: StateDict) -> Architecture | None:
         )
         deep = "conv1.6.weight" in state_dict
         stem = ("conv1.0.weight", "conv1.3.weight", "conv1.6.weight") if deep else ("conv1.weight",)
+        if max(*planes, *widths, *(state_dict[name].shape[0] for name in stem)) > MOST_CHANNELS:
+            return None
         classifier = [state_dict[name] for name in CLASSIFIER if name in state_dict]
         return Architecture(
             layers=(layers[0], layers[1], layers[2], layers[3]),
