@@ -214,8 +214,8 @@ def run_record(opened: Run, packages: Sequence[str] = ()) -> Record:
         },
         **task.settings(options, predictor),
         "inputs": {
-            "include": list(options.include),
-            "exclude": list(options.exclude),
+            "include": [*map(printable, options.include)],
+            "exclude": [*map(printable, options.exclude)],
             "max": options.max,
         },
         "preprocessing": asdict(predictor.preprocessing),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -17,9 +18,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from r2ncli.architectures import LICENCE_NOTICE
-from r2ncli.errors import OutputError
+from r2ncli.errors import OutputError, escaped
 from r2ncli.files import reason
-from r2ncli.sources.names import bytes_as_hex
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -80,7 +80,7 @@ def plain(text: str) -> str:
     """Return `text` for a terminal, with control characters escaped."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in bytes_as_hex(text)
+        for character in escaped(text)
     )
 
 
@@ -292,5 +292,6 @@ def plain_lines(text: str) -> str:
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """Print a JSON document to stdout."""
-    put(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    """Print a JSON document to stdout; no control character acts on a terminal."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)  # this escapes C0 alone
+    put(re.sub("[\x7f-\x9f\ud800-\udfff]", lambda c: f"\\u{ord(c[0]):04x}", text) + "\n")

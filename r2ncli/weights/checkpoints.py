@@ -31,7 +31,7 @@ from r2ncli.architectures import (
     PublishedNetwork,
     published,
 )
-from r2ncli.errors import CheckpointError
+from r2ncli.errors import CheckpointError, escaped
 from r2ncli.files import reason
 from r2ncli.weights.containers import SUFFIXES, container, reading, safetensors_header, shown
 from r2ncli.weights.download import OnProgress, download_file, hash_prefix
@@ -336,7 +336,9 @@ def labels_of(metadata: dict[str, Any], classes: int, source: Path) -> Labels | 
         if len(names) != classes:
             count = f"{len(names)} {key}"
             raise CheckpointError(f"{source}: {count} for a network of {classes} classes")
-    return Labels(tuple(labels), tuple(wnids) if wnids is not None else None)
+    return Labels(
+        tuple(map(escaped, labels)), tuple(map(escaped, wnids)) if wnids is not None else None
+    )
 
 
 def preprocessing_of(metadata: dict[str, Any], source: Path) -> Preprocessing:
@@ -385,7 +387,7 @@ def imagenet_labels() -> Labels:
 
 
 def _json_object(source: Path, text: bytes | str) -> dict[str, Any]:
-    if len(text) > METADATA_LIMIT:
+    if isinstance(text, str | bytes) and len(text) > METADATA_LIMIT:
         raise CheckpointError(
             f"{source}: its metadata has more than {METADATA_LIMIT:,} bytes, which is the limit"
         )
