@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import reprlib
 import struct
 import zlib
 from collections.abc import Iterator
@@ -45,8 +46,9 @@ _SIGNATURES = (
 
 def shown(name: object) -> str:
     """Return a name from a file as an error shows it: escaped, in quotes and not too long."""
-    text = repr(name[:80] if isinstance(name, str | bytes) else name)
-    return text if not isinstance(name, str | bytes) or len(name) <= 80 else f"{text}…"
+    if not isinstance(name, str | bytes):
+        return reprlib.repr(name) if type(name) is float or name is None else type(name).__name__
+    return repr(name) if len(name) <= 80 else f"{name[:80]!r}…"
 
 
 def container(path: Path) -> str:

@@ -29,7 +29,7 @@ from r2ncli.architectures import (
     cpu_batch_size,
     published,
 )
-from r2ncli.errors import CheckpointError
+from r2ncli.errors import CheckpointError, escaped
 from r2ncli.model import Res2Net, layer_shapes
 from r2ncli.weights.checkpoints import (
     CheckpointFile,
@@ -232,9 +232,8 @@ def _state_dict(value: Any, path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path}: holds a {found}, expected a state dict of tensors")
     tensors: dict[str, StoredTensor] = {}
     for key, tensor in value.items():
-        if isinstance(tensor, StoredTensor):
-            name = str(key)
-            name = name if name.isprintable() else shown(name)[1:-1]
+        if isinstance(tensor, StoredTensor) and isinstance(key, str | int):
+            name = escaped(str(key))
             if len(name) > LONGEST_NAME:
                 raise CheckpointError(
                     f"{path}: the tensor {shown(name)} has a name of {len(name):,} characters, "
@@ -242,7 +241,7 @@ def _state_dict(value: Any, path: Path) -> dict[str, StoredTensor]:
                 )
             tensors[name] = tensor
     if not tensors:
-        keys = ", ".join(map(shown, list(value)[:5]))
+        keys = ", ".join(shown(getattr(key, "kind", key)) for key in list(value)[:5])
         raise CheckpointError(f"{path}: holds no state dict (its keys: {keys or 'none'})")
     return tensors
 

@@ -195,6 +195,14 @@ class _Walk:
         if self.done > self._most:
             raise _UnfitError(f"its pickle has more than {OPCODES:,} opcodes")
 
+    def _charge(self, value: Any, levels: int) -> None:
+        """Count what is in a container, and in those in it, as work: a memo gives it repeatedly."""
+        if isinstance(value, list | tuple | dict):
+            self._work(len(value))
+            if levels:
+                for part in value.values() if isinstance(value, dict) else value:
+                    self._charge(part, levels - 1)
+
     def _refuse(self, why: str) -> None:
         self.unfit = self.unfit or why
 
@@ -230,7 +238,7 @@ class _Walk:
         for value in values:
             if isinstance(value, _List | _Dict):
                 value.held = True
-            depth = getattr(value, "depth", 0)
+            depth = getattr(value, "depth", 1 if type(value) is tuple else 0)
             deepest = max(deepest, depth)
         if deepest >= _DEPTH:
             raise _UnfitError(f"its pickle is more than {_DEPTH} containers deep")
@@ -289,11 +297,15 @@ class _Walk:
         arguments, function = self.stack.pop(), self.stack[-1]
         if not isinstance(arguments, tuple):
             raise ValueError("it calls something without a tuple of arguments")
+        self._charge(arguments, 2)
         self.stack[-1] = self._result(function, arguments)
 
     def _result(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         """Return what stands for the result of a call."""
-        name = function.name if isinstance(function, Global) else COMPUTED
+        if not isinstance(function, Global):
+            self._refuse(f"it would call a {kind_of_value(function)}")
+            return Other("object", self._deeper(arguments))
+        name = function.name
         self._deeper(arguments)
         if name.startswith("torch._utils.") and name in ALLOWED:
             tensor = rebuilt(name, arguments)
@@ -316,7 +328,6 @@ class _Walk:
         for pairs in arguments:
             if kind == "Counter" or not isinstance(pairs, list):
                 return Other(kind, self._deeper(arguments))  # its counts do not matter
-            self._work(len(pairs))
             for key, value in pairs:  # as Python 2 writes it
                 values += [key, value]
         self.push_dict(values, kind)
@@ -324,8 +335,8 @@ class _Walk:
 
     def new(self) -> None:
         arguments, made = self.stack.pop(), self.stack.pop()
-        name = made.name if isinstance(made, Global) else COMPUTED
-        if name in ALLOWED and (name != "argparse.Namespace" or arguments != ()):
+        name = made.name if isinstance(made, Global) else kind_of_value(made)
+        if name != "argparse.Namespace" or arguments != ():
             self._refuse(f"it would make a {name} with what no state dict needs")
         self.stack.append(Other(name))
 
@@ -336,6 +347,7 @@ class _Walk:
     def build(self) -> None:
         """Set attributes: torch's loader gives them to OrderedDict, where they replace methods."""
         state, target = self.stack.pop(), self.stack[-1]
+        self._charge(state, 0)
         depth = self._deeper([state])
         names = list(state) if isinstance(state, _Dict) else [state]
         if isinstance(target, _Dict) and target.kind == "OrderedDict":
@@ -347,7 +359,8 @@ class _Walk:
             bad = [name for name in names if not known or not _is_note(name)]
         else:
             bad = names
-        if bad:
+        if bad or not isinstance(state, _Dict):
+            bad = bad or names
             self._refuse(f"it would set the attribute {shown(bad[0])} of a {kind_of_value(target)}")
 
     def storage(self) -> None:

@@ -116,7 +116,8 @@ def _sentence(refused: dict[str, None]) -> str:
     def hint(name: str) -> str | None:
         return next((why for start, why in _HINTS if name.startswith(start)), None)
 
-    names = sorted(refused, key=lambda name: hint(name) is not None)  # names without a hint first
+    # names without a hint first
+    names = [name[:200] for name in sorted(refused, key=lambda name: hint(name) is not None)]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     sentence = f"it would import {', '.join(names[:3])}{more}, which a state dict never needs"
     hints = [why for name in names if (why := hint(name)) is not None]

@@ -295,13 +295,13 @@ def layout_error(shape: Any, stride: Any, first: Any, count: int | None) -> str 
     Nothing may be outside of the storage, and there may be no more elements than it has. A tensor
     without values has no `count`.
     """
+    if len(shape) != len(stride) or len(shape) > DIMENSIONS:
+        return f"it has {len(shape):,} dimensions and {len(stride):,} strides"
     numbers = (*shape, *stride, first)
     if not all(type(number) is int for number in numbers):
         return "its shape is not one of whole numbers"
     if min(numbers) < 0:
         return "its shape, its strides or its offset is negative"
-    if len(shape) != len(stride) or len(shape) > DIMENSIONS:
-        return f"it has {len(shape)} dimensions and {len(stride)} strides"
     if max(numbers) > MOST_ELEMENTS or math.prod(filter(None, shape)) > MOST_ELEMENTS:
         return "it claims more elements than any file has"
     elements = math.prod(shape)
