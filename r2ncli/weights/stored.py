@@ -321,7 +321,8 @@ def safetensors_content(path: Path) -> tuple[dict[str, StoredTensor], Places]:
         The header does not describe the bytes of the file.
     """
     header = safetensors_header(path)
-    assert header is not None  # `container` has recognised it
+    if header is None:
+        raise CheckpointError(f"{path}: corrupted, cannot be loaded: its header is empty")
     start, size = 8 + len(header), path.stat().st_size
     tensors: dict[str, StoredTensor] = {}
     places: Places = {}

@@ -518,6 +518,11 @@ def test_a_safetensors_header_that_does_not_describe_the_file_is_refused(
     assert reason in refusal(p.safetensors(header, bytes(16)), tmp_path / "mine.safetensors")
 
 
+def test_a_safetensors_file_with_an_empty_header_is_refused(tmp_path: Path) -> None:
+    content = bytes(8) + b'{"a": 1}'
+    assert "its header is empty" in refusal(content, tmp_path / "mine.safetensors")
+
+
 def test_a_large_safetensors_header_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "mine.safetensors"
     path.write_bytes(p.safetensors(b'{"a": [' + b"[]," * 4_000_000 + b"[]]}"))
