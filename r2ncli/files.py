@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -120,6 +122,8 @@ def replace(temporary: Path, path: Path) -> None:
         if not path.is_file():
             raise
         old = temporary.with_name(temporary.name + ".old")
+        with suppress(FileNotFoundError):
+            old.unlink()
         os.rename(path, old)
         try:
             os.rename(temporary, path)
@@ -154,6 +158,29 @@ def _sync(path: Path, flags: int) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def belongs_to_us(folder: Path, status: os.stat_result) -> bool:
+    """Return whether a folder has the owner that a file made by this process gets beside it.
+
+    On network file systems that may be another user than the one of the process.
+    """
+    if os.name == "nt" or status.st_uid == os.geteuid():
+        return True
+    try:
+        with tempfile.TemporaryFile(dir=folder.parent) as made:
+            return os.fstat(made.fileno()).st_uid == status.st_uid
+    except OSError:
+        return False
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Return how many bytes are free; None where the file system does not know."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return None
+    return usage.free if usage.total else None
 
 
 def take_lock(path: Path, *, wait: bool = False) -> BaseFileLock | None:

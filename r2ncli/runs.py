@@ -143,7 +143,8 @@ def run_to_file(
     record = run_record(opened, kind.packages)
     again = "`retry_failed`" if options.retry_failed else "`resume`"
     format = task.format(kind, options, opened.predictor)
-    with PartialOutput(out, format, f"continue with {again}") as partial, opened.walk:
+    again = f"continue with {again}"
+    with PartialOutput(out, format, again, listeners.on_warning) as partial, opened.walk:
         return _execute(opened, partial, choose_plan(partial, options, record))
 
 
