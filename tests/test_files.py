@@ -49,6 +49,27 @@ def test_a_pipe_is_an_error_and_no_wait(tmp_path: Path) -> None:
     relief.join()
 
 
+def test_a_regular_file_under_a_lease_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening it without waiting fails at first; a blocking open makes its holder give it up."""
+    real = os.open
+
+    def leased(path: Any, flags: int, *more: Any, **others: Any) -> int:
+        if flags & os.O_NONBLOCK:
+            raise BlockingIOError(errno.EWOULDBLOCK, "Resource temporarily unavailable", path)
+        return real(path, flags, *more, **others)
+
+    (tmp_path / "x").write_bytes(b"content")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(os, "open", leased)
+    file, _ = open_regular(tmp_path / "x")
+    with file:
+        assert file.read() == b"content"
+    with pytest.raises(BlockingIOError):  # and no wait
+        open_regular(tmp_path / "pipe")
+
+
 def test_what_is_not_opened_leaves_no_descriptor(tmp_path: Path) -> None:
     gc.collect()  # what earlier tests left open
     before = sorted(os.listdir("/dev/fd"))

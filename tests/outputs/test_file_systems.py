@@ -14,12 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import h5py
 import pytest
 from support.results import read_csv
 
 import r2ncli
-from r2ncli.outputs.results import read_rows
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 pytestmark = [
@@ -98,20 +96,36 @@ def shim(tmp_path_factory):
     return library
 
 
-@pytest.fixture
-def on_file_system(shim, pictures, tiny_weights, cache_of_the_session):
-    """A function that runs r2n on a file system with these answers."""
+PROGRAM = """
+import sys
+import r2ncli
+from pathlib import Path
+folder, images, weights = map(Path, sys.argv[1:])
+options = {"weights": weights, "backend": "torch", "on_warning": print}
+for write, out in ((r2ncli.classify_to, folder / "x.csv"), (r2ncli.extract_to, folder / "x.h5")):
+    for _ in range(2):  # the second run replaces the output of the first
+        record = write(out, images, overwrite=True, **options)
+        assert record["counts"]["ok"] == 20
+    assert write(out, images, resume=True, **options) == record
+    shards = [folder / f"{n}{out.suffix}" for n in (1, 2)]
+    for n, shard in enumerate(shards, start=1):
+        write(shard, images, shard=f"{n}/2", **options)
+    r2ncli.merge(shards, folder / f"all{out.suffix}", on_warning=print)
+    found = r2ncli.diff(out, folder / f"all{out.suffix}", atol=1e-4)
+    assert found.compared == 20 and not found.different, found
+"""
 
-    def run(*arguments, **answers):
-        package = Path(r2ncli.__file__).parent.parent
-        environment = {**os.environ, "PYTHONPATH": str(package), "LD_PRELOAD": str(shim)}
-        environment |= {call: str(number) for call, number in answers.items()}
-        command = [sys.executable, "-m", "r2ncli", *map(str, arguments)]
-        if arguments[0] in ("classify", "extract"):
-            command += [str(pictures), "--weights", str(tiny_weights), "--backend", "torch"]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
-    return run
+def run(program, *arguments, **environment):
+    """Run a program in a process of its own."""
+    package = Path(r2ncli.__file__).parent.parent
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(package), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 ANSWERS = {
@@ -135,47 +149,20 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("answers", ANSWERS.values(), ids=ANSWERS)
-@pytest.mark.parametrize("suffix", [".csv", ".h5"])
-def test_a_run_ends_with_its_output(tmp_path, on_file_system, answers, suffix):
-    out = tmp_path / f"x{suffix}"
-    command = "classify" if suffix == ".csv" else "extract"
-    for _ in range(2):  # the second run replaces the output of the first
-        done = on_file_system(command, "-o", out, "--overwrite", "-q", **answers)
-        assert done.returncode == 0, done.stderr
-        assert len(list(read_rows(out))) == 20
-    words = "its file system has no locks; do not start a second run on it"
-    assert (words in done.stderr) == ("FLOCK" in answers)
-    left = {"x.csv", "x.csv.run.json"} if suffix == ".csv" else {"x.h5"}
-    left |= {f"x{suffix}.inputs", "pictures", "torch"}
-    left |= {f"x{suffix}.partial"} if "RMDIR" in answers else set()
-    assert {path.name for path in tmp_path.iterdir()} <= left
-    done = on_file_system(command, "-o", out, "--resume", **answers)
+def test_runs_end_with_their_outputs(tmp_path, pictures, tiny_weights, shim, answers):
+    folder = tmp_path / "outputs"
+    folder.mkdir()
+    answers = {call: str(number) for call, number in answers.items()}
+    done = run(PROGRAM, folder, pictures, tiny_weights, LD_PRELOAD=str(shim), **answers)
     assert done.returncode == 0, done.stderr
-    assert "nothing left to do" in done.stderr
-
-
-@pytest.mark.parametrize("answers", ANSWERS.values(), ids=ANSWERS)
-def test_outputs_are_compared_and_merged(tmp_path, on_file_system, answers):
-    for n in (1, 2):
-        done = on_file_system("extract", "-o", tmp_path / f"{n}.h5", "--shard", f"{n}/2", **answers)
-        assert done.returncode == 0, done.stderr
-    shards = [tmp_path / f"{n}.h5" for n in (1, 2)]
-    done = on_file_system("merge", *shards, "-o", tmp_path / "all.h5", **answers)
-    assert done.returncode == 0, done.stderr
-    done = on_file_system("diff", tmp_path / "all.h5", tmp_path / "all.h5", **answers)
-    assert done.returncode == 0, done.stderr
-
-
-def test_features_that_are_open_elsewhere_are_never_said_to_be_lost(tmp_path, on_file_system):
-    out = tmp_path / "f.h5"
-    assert on_file_system("extract", "-o", out).returncode == 0
-    with h5py.File(out, "a"):
-        for arguments in (("diff", out, out), ("extract", "-o", out, "--resume")):
-            done = on_file_system(*arguments)
-            assert done.returncode == 6
-            assert "another program is writing it" in done.stderr
-            assert "overwrite" not in done.stderr
-    assert on_file_system("extract", "-o", out, "--resume").returncode == 0
+    words = "x.csv: its file system has no locks; do not start a second run on it"
+    assert (words in done.stdout) == ("FLOCK" in answers)
+    beside = [".csv", ".csv.inputs", ".csv.run.json", ".h5", ".h5.inputs"]
+    expected = [name + suffix for name in ("x", "1", "2", "all") for suffix in beside]
+    left = [path.name for path in folder.iterdir() if path.suffix != ".partial"]
+    assert sorted(left) == sorted(expected)
+    if "RMDIR" not in answers:
+        assert list(folder.glob("*.partial")) == []
 
 
 LEASE = """
