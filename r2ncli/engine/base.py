@@ -6,11 +6,9 @@ and returns named float32 arrays. It also normalises the pixels and pools the ou
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -183,17 +181,6 @@ def empty_pixels(batch_size: int, side: int) -> Pixels:
 def pooled_shape(shape: tuple[int, ...], pool: str) -> tuple[int, ...]:
     """Return the shape of one image's features: (C, H, W) becomes (C,) if they are pooled."""
     return shape[:1] if len(shape) == 3 and pool != "none" else shape
-
-
-def cuda_gpus() -> int:
-    """Count the CUDA GPUs that the driver shows to this process (see `CUDA_VISIBLE_DEVICES`)."""
-    count = ctypes.c_int(0)
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    except (OSError, AttributeError):  # there is no driver
-        return 0
-    return 0 if failed else count.value
 
 
 def cpu_precisions() -> tuple[str, ...]:

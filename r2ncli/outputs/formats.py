@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from importlib import import_module
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from r2ncli.errors import UsageError
+from r2ncli.errors import UsageError, escaped
 from r2ncli.files import create
 from r2ncli.outputs.hdf5 import Hdf5Format
 from r2ncli.outputs.reading import (
@@ -132,22 +133,24 @@ class RowFormat:
             PROBABILITY,
         ]
 
-    def cells(self, batch: Batch) -> Iterator[Cells]:
-        """Yield each row's cells, None for an empty one; a failed row is empty after its error."""
-        ok = [error is None for error in batch.errors]
-        columns: list[Iterable[Any]] = [
-            batch.names,
-            ("ok" if fine else "failed" for fine in ok),
-            batch.errors,
-        ]
+    def texts(self, batch: Batch, text: Callable[[Any], str]) -> Iterator[tuple[str, ...]]:
+        """Yield each row's cells as texts; a failed row is empty after its error.
+
+        `text` takes a str, int, float32, or None for an empty cell.
+        """
+        failed = [row for row, error in enumerate(batch.errors) if error is not None]
+        status = ["ok"] * len(batch)
+        for row in failed:
+            status[row] = "failed"
+        columns = [map(text, batch.names), map(text, status), map(text, batch.errors)]
         for rank in range(self.topk):
             for name in self._ranked():
-                values: Iterable[Any] = batch.columns[name][:, rank]
-                if name in (WNID, LABEL):
-                    values = (_utf8(value) or None for value in values)
-                elif name == INDEX:
-                    values = batch.columns[name][:, rank].tolist()
-                columns.append(v if fine else None for v, fine in zip(values, ok, strict=True))
+                values = batch.columns[name][:, rank]
+                cells = [*values] if name == PROBABILITY else values.tolist()
+                for row in failed:
+                    cells[row] = None
+                of_classes = name in (WNID, LABEL)
+                columns.append(map(partial(_text_of_class, text) if of_classes else text, cells))
         return zip(*columns, strict=True)
 
     def row_bytes(self) -> int:
@@ -190,7 +193,7 @@ class RowFormat:
         return format
 
     def batch(self, rows: Sequence[Cells]) -> Batch:
-        """Return rows of cells, as `cells` gives them or as text, as a batch.
+        """Return rows of cells, as a file has them, as a batch.
 
         Probabilities are the original float32 values; an empty cell is NaN.
 
@@ -228,10 +231,11 @@ class CsvFormat(RowFormat):
 
     def head(self) -> bytes:
         """Return the first line."""
-        return _csv_text([self.header()]).encode()
+        return (",".join(map(_csv_cell, self.header())) + "\n").encode()
 
     def pack(self, batches: Sequence[Batch]) -> bytes:
-        return _csv_text(chain.from_iterable(map(self.cells, batches))).encode()
+        rows = chain.from_iterable(self.texts(batch, _csv_cell) for batch in batches)
+        return "".join([",".join(cells) + "\n" for cells in rows]).encode()
 
     def read_block(self, block: Path) -> Iterator[tuple[str, bool]]:
         with open(block, encoding="utf-8", newline="") as file:
@@ -263,12 +267,10 @@ class JsonlFormat(RowFormat):
         return b""
 
     def pack(self, batches: Sequence[Batch]) -> bytes:
-        keys = [json.dumps(column) for column in self.header()]
-        lines = []
-        for cells in chain.from_iterable(map(self.cells, batches)):
-            texts = zip(keys, map(_json_text, cells), strict=True)
-            lines.append("{" + ", ".join(f"{key}: {text}" for key, text in texts) + "}\n")
-        return "".join(lines).encode()
+        keys = (json.dumps(column).replace("%", "%%") for column in self.header())
+        line = "{" + ", ".join(f"{key}: %s" for key in keys) + "}\n"
+        rows = chain.from_iterable(self.texts(batch, _json_text) for batch in batches)
+        return "".join([line % cells for cells in rows]).encode()
 
     def read_block(self, block: Path) -> Iterator[tuple[str, bool]]:
         for row in checked_rows(map(_values, json_rows(block, self.header()))):
@@ -393,11 +395,9 @@ def _parquet_type(column: str) -> str:
     return {INDEX: "int32", PROBABILITY: "float32"}.get(column.partition("_")[0], "string")
 
 
-def _utf8(text: str | None) -> str | None:
-    """Return `text` with halves of surrogate pairs, which a JSON file may hold, escaped."""
-    if text is None or text.isascii():
-        return text
-    return text.encode("utf-8", "backslashreplace").decode()
+@lru_cache(20_000)  # the same few are needed in every batch
+def _text_of_class(text: Callable[[Any], str], name: str | None) -> str:
+    return text(escaped(name) if name else None)
 
 
 def _json_text(cell: str | int | np.float32 | None) -> str:
@@ -412,10 +412,6 @@ def _concatenate(head: bytes, blocks: Sequence[Path], out: Path) -> None:
         for block in blocks:
             with open(block, "rb") as finished:
                 shutil.copyfileobj(finished, file, 1 << 20)
-
-
-def _csv_text(rows: Iterable[Cells]) -> str:
-    return "".join([",".join(map(_csv_cell, cells)) + "\n" for cells in rows])
 
 
 def _csv_cell(cell: object) -> str:
