@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 
 # what a file system answers that cannot synchronise, or cannot lock
-UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+UNSUPPORTED = {
+    *(errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK),
+    *(errno.ENOTTY, errno.EPROTONOSUPPORT),
+}
 
 
 def open_regular(path: PathLike, buffering: int = -1) -> tuple[BinaryIO, os.stat_result]:
@@ -175,12 +178,14 @@ def belongs_to_us(folder: Path, status: os.stat_result) -> bool:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Return how many bytes are free; None where the file system does not know."""
+    """Return how many bytes are free; None where the file system says nothing, or zero.
+
+    Some network file systems say zero and take every write; a disk that is full says so itself.
+    """
     try:
-        usage = shutil.disk_usage(folder)
+        return shutil.disk_usage(folder).free or None
     except OSError:
         return None
-    return usage.free if usage.total else None
 
 
 def take_lock(path: Path, *, wait: bool = False) -> BaseFileLock | None:
@@ -217,12 +222,20 @@ def take_lock(path: Path, *, wait: bool = False) -> BaseFileLock | None:
 def remove_lock(lock: BaseFileLock) -> None:
     """Remove the file of a lock that is held, and release the lock."""
     path = Path(lock.lock_file)
+    removed = False
     with suppress(OSError):
         path.unlink(missing_ok=True)  # while it is held: afterwards it may be another process's
-    lock.release()
-    if os.name == "nt":  # Windows cannot remove a file that a process has open
+        removed = True
+    release(lock)
+    if not removed:  # Windows, and some of its file servers, remove no file that is open
         with suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def release(lock: BaseFileLock) -> None:
+    """Release a lock; its file stays. Where that fails, the lock ends with the process."""
+    with suppress(OSError):
+        lock.release()
 
 
 def reason(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from os import PathLike as OsPathLike
@@ -174,7 +175,8 @@ def _execute(opened: Run, output: Output, plan: Fresh) -> Record:
     except OutputError:
         raise
     except BaseException:  # Ctrl-C, a failed device: keep the finished rows
-        output.flush()
+        with suppress(OutputError):  # it would hide the error that ended the run
+            output.flush()
         raise
     return plan.finish(plan.done + done, plan.failed + failed)
 

@@ -222,6 +222,42 @@ def test_a_lock_is_for_one_and_its_file_goes_with_it(tmp_path: Path) -> None:
     again.release()
 
 
+def test_a_lock_file_that_cannot_be_removed_while_it_is_open_is_removed_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows' file servers."""
+    lock = take_lock(tmp_path / "lock")
+    assert lock is not None
+    unlink = Path.unlink
+
+    def refusing(path: Path, missing_ok: bool = False) -> None:
+        if lock.is_locked:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refusing)
+    remove_lock(lock)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_that_cannot_be_released_hides_no_other_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    lock = take_lock(tmp_path / "lock")
+    assert lock is not None
+    with monkeypatch.context() as patched:
+
+        def refusing(*_: object) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        patched.setattr(fcntl, "flock", refusing)
+        remove_lock(lock)
+    assert os.listdir(tmp_path) == []
+    lock.release(force=True)
+
+
 def test_waiting_for_a_lock_ends_when_it_is_removed_with_its_folder(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "lock"
     held = take_lock(path)

@@ -25,6 +25,7 @@ from r2ncli.files import (
     create,
     free_bytes,
     reason,
+    release,
     remove_lock,
     replace,
     sync,
@@ -292,7 +293,7 @@ class PartialOutput:
 
     def _release(self) -> None:
         if self._lock is not None:
-            self._lock.release()
+            release(self._lock)
             self._lock = None
 
     def _write(self, name: str, content: bytes) -> None:
@@ -345,13 +346,15 @@ def checked_output(
         _refuse_irregular(out)
         _refuse_foreign(partial_folder(out), format)
         if not replaced:
-            began = partial_folder(out).exists()
-            if began and (lock := take_lock(partial_folder(out) / "lock")) is None:
-                raise _locked_by_another(out)
-            if began and lock:
-                lock.release()
+            began = False
+            if (folder := partial_folder(out)).exists():
+                if (lock := take_lock(folder / "lock")) is None:
+                    raise _locked_by_another(out)
+                release(lock)
+                # a folder that could not be removed may hold nothing else
+                began = any(name != "lock" for name in os.listdir(folder))
             refuse_existing(out, began, choices)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a NUL in a name is a ValueError
         raise OutputError(f"{out}: cannot be written: {reason(error)}") from error
     return out
 

@@ -561,7 +561,9 @@ def test_every_file_of_an_output_has_the_permissions_that_the_umask_says(tmp_pat
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask, name
 
 
-@pytest.mark.parametrize("usage", [(0, 0, 0), OSError(errno.ENOSYS, "Function not implemented")])
+@pytest.mark.parametrize(
+    "usage", [(0, 0, 0), (1000, 1000, 0), OSError(errno.ENOSYS, "Function not implemented")]
+)
 def test_a_file_system_that_does_not_know_its_free_space_is_tried(tmp_path, monkeypatch, usage):
     def answer(_):
         if isinstance(usage, OSError):
@@ -574,9 +576,9 @@ def test_a_file_system_that_does_not_know_its_free_space_is_tried(tmp_path, monk
 
 
 def test_a_full_disk_is_noticed_before_blocks_are_joined(tmp_path, monkeypatch):
-    usage = SimpleNamespace(total=1000, used=1000, free=0)
+    usage = SimpleNamespace(total=1000, used=995, free=5)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    message = r"bytes are needed .* 0 are free.*continue with `resume`"
+    message = r"bytes are needed .* 5 are free.*continue with `resume`"
     with pytest.raises(OutputError, match=message):
         write(tmp_path / "x.csv", LABELLED, [classified("a", 0.5, 0.5)])
 
@@ -608,3 +610,19 @@ def test_advice_never_destroys_rows_that_are_whole(tmp_path):
             list(partial.names())
         assert "overwrite" not in str(raised.value)
         shutil.rmtree(partial.folder)
+
+
+@pytest.mark.parametrize("left", [[], ["lock"]])
+def test_a_folder_that_could_not_be_removed_is_no_unfinished_run(tmp_path, left):
+    folder = tmp_path / "x.csv.partial"
+    folder.mkdir()
+    for name in left:
+        (folder / name).touch()
+    checked_output(tmp_path / "x.csv", CLASSES, replaced=False)
+    write(tmp_path / "x.csv", LABELLED, [classified("a", 0.5, 0.5)])
+    assert not folder.exists()
+
+
+def test_a_nul_in_the_name_of_an_output_is_an_output_error():
+    with pytest.raises(OutputError, match="cannot be written: embedded null byte"):
+        checked_output("x\0y.csv", CLASSES, replaced=False)
