@@ -469,7 +469,7 @@ def mutate_h5(content: bytes, random: Random) -> bytes:
                 del file[name]
             else:
                 name += "-more"
-            with suppress(TypeError, ValueError, RuntimeError, OSError, KeyError):
+            with suppress(TypeError, ValueError, RuntimeError, OSError, LookupError):
                 random.choice(HOSTILE_OBJECTS)(file, name, getattr(old, "shape", (3,)))
     return memory.getvalue()
 
