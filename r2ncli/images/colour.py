@@ -1,4 +1,4 @@
-"""Convert loaded images to eight bits without transparency, and resized pixels to sRGB."""
+"""Convert samples of any depth to eight bits, remove transparency, and convert colours to sRGB."""
 
 from __future__ import annotations
 
@@ -9,10 +9,84 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms
-from PIL.TiffImagePlugin import TiffImageFile
 
 from r2ncli.errors import ImageError
-from r2ncli.images.tiff import declared_bits, white_is_zero
+
+Array = npt.NDArray[Any]
+
+
+# --- depth --------------------------------------------------------------------------------
+
+
+def unpacked(rows: Array, bits: int, count: int) -> Array:
+    """Return samples of 1 to 15 bits that are packed from the highest bit of each byte.
+
+    Parameters
+    ----------
+    rows : uint8 array [rows, bytes]
+    bits : int
+        Bits of a sample.
+    count : int
+        Samples in a row.
+
+    Returns
+    -------
+    uint8 or uint16 array [rows, count]
+    """
+    if bits in (1, 2, 4):
+        shifts = np.arange(8 - bits, -1, -bits, dtype=np.uint8)
+        values = rows[:, :, None] >> shifts & np.uint8(2**bits - 1)
+        return values.reshape(len(rows), -1)[:, :count]
+    samples = np.zeros((len(rows), count), np.uint16)
+    first = np.arange(count) * bits  # the position of a sample's first bit
+    last = rows.shape[1] - 1
+    for at in range(0, len(rows), 256):  # a few rows at once, to bound the memory
+        block = rows[at : at + 256].astype(np.uint32)
+        window = block[:, first // 8] << 16
+        window |= block[:, np.minimum(first // 8 + 1, last)] << 8
+        window |= block[:, np.minimum(first // 8 + 2, last)]
+        samples[at : at + 256] = window >> (24 - bits - first % 8) & (2**bits - 1)
+    return samples
+
+
+def eight_bits(values: Array, white: float | None) -> npt.NDArray[np.uint8]:
+    """Return samples in eight bits; `white` is the value that means white, if one is declared.
+
+    Of 16 bits, greyscale ([height, width] or [height, width, 1]) is rounded, and colour is the high
+    byte. Without a declared white it is the smallest usual one that holds all values.
+
+    Raises
+    ------
+    ImageError
+        A value is negative, not finite, or more than white.
+    """
+    if white is None or values.dtype.kind != "u":
+        white = _white_of(values, white)
+    if values.dtype == np.uint8 and white == 255:
+        return values
+    if values.dtype == np.uint16 and white == 65535 and values.shape[2:] not in ((), (1,)):
+        return (values >> 8).astype(np.uint8)
+    if values.dtype.kind != "f" and white == 65535:
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if values.dtype.itemsize <= 2 and values.dtype.kind == "u" and white < 65535:
+        scaled = np.rint(np.arange(int(white) + 1) * (255 / white)).astype(np.uint8)
+        table: npt.NDArray[np.uint8] = scaled[np.minimum(values, int(white))]
+        return table
+    return np.rint(values.astype(np.float64) * (255 / white)).astype(np.uint8)
+
+
+def _white_of(values: Array, declared: float | None) -> float:
+    """Return the value that means white: the declared one, or the smallest usual one that fits."""
+    low, high = float(values.min()), float(values.max())
+    usual = [1.0] * (values.dtype.kind == "f") + [255.0, 65535.0]
+    candidates = usual if declared is None else [declared]
+    for white in candidates:
+        if low >= 0 and high <= white:  # false for NaN
+            return white
+    raise ImageError(f"values from {low:g} to {high:g}: outside 0 to {candidates[-1]:g}")
+
+
+# --- transparency -------------------------------------------------------------------------
 
 
 def opaque(image: Image.Image) -> Image.Image:
@@ -30,39 +104,16 @@ def opaque(image: Image.Image) -> Image.Image:
 
 
 def _greyscale(image: Image.Image) -> Image.Image:
-    """Convert greyscale of more than eight bits to eight."""
+    """Convert greyscale that Pillow holds in more than eight bits; it scales integers to 16."""
     values = np.asarray(image)
-    white = _range_of(values, _declared_white(image))
-    if white == 65535:
-        grey = (values.astype(np.uint32) + 128) // 257
-    else:
-        grey = np.rint(values.astype(np.float64) * (255 / white))
-    eight_bits = grey.astype(np.uint8)
-    if isinstance(image, TiffImageFile) and white_is_zero(image):
-        eight_bits = 255 - eight_bits
+    grey = eight_bits(values, None if image.mode == "F" else 65535.0)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
-        eight_bits[values == transparent] = 255
-    return Image.fromarray(eight_bits)
+        grey = np.where(values == transparent, np.uint8(255), grey)
+    return Image.fromarray(grey)
 
 
-def _declared_white(image: Image.Image) -> float | None:
-    """Return the highest value of the declared depth; None for 32 bits, which declare no range."""
-    if isinstance(image, TiffImageFile):
-        bits = declared_bits(image)
-        return 2.0**bits - 1 if bits <= 16 else None
-    return None if image.mode == "F" else 65535.0  # Pillow scales a PGM of more than 8 bits
-
-
-def _range_of(values: npt.NDArray[Any], declared: float | None) -> float:
-    """Return the value that means white: the declared one, or the smallest usual one that fits."""
-    low, high = float(values.min()), float(values.max())
-    usual = [1.0] * (values.dtype.kind == "f") + [255.0, 65535.0]
-    candidates = usual if declared is None else [declared]
-    for white in candidates:
-        if low >= 0 and high <= white:  # false for NaN
-            return white
-    raise ImageError(f"values from {low:g} to {high:g}: outside 0 to {candidates[-1]:g}")
+# --- ICC profiles -------------------------------------------------------------------------
 
 
 def conversion(profile: object, stored: str, mode: str) -> ImageCms.ImageCmsTransform | None:

@@ -34,20 +34,21 @@ are most, and in a plain-text PNM that is cut inside its last number.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, JpegImagePlugin
-from PIL.Image import Resampling
+from PIL.Image import Resampling, Transpose
 
 from r2ncli.architectures import Preprocessing
 from r2ncli.errors import ImageError
 from r2ncli.images.colour import conversion, opaque
 from r2ncli.images.decoders import DECODERS, Codec
-from r2ncli.images.geometry import exif_orientation, stored_box, turned_upright
-from r2ncli.images.rules import DecodeRules as DecodeRules
+from r2ncli.images.decoders import DecodeRules as DecodeRules
 
 Pixels = npt.NDArray[np.uint8]
+Box = tuple[float, float, float, float]
 
 
 def decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) -> Pixels:
@@ -87,8 +88,8 @@ def _decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) ->
             limit = f"more than the limit of {rules.max_pixels:,}"
             raise ImageError(f"{width} x {height} pixels, {limit}")
         scale = _reduce(image, preprocessing) if rules.decode == "auto" else 1
-        codec.load(image, content)
-        orientation = exif_orientation(image)  # after loading, where Pillow turns a TIFF upright
+        image = codec.load(image, content)
+        orientation = exif_orientation(image)
         if scale == 1:
             width, height = image.size
         stored = opaque(image)
@@ -147,3 +148,69 @@ def _reduce(image: Image.Image, preprocessing: Preprocessing) -> int:
             image.draft(None, (width // scale, height // scale))
             return scale
     return 1
+
+
+# --- the part that the network sees, and orientation ------------------------------------
+
+
+def stored_box(size: tuple[int, int], orientation: int, preprocessing: Preprocessing) -> Box:
+    """Return the box (left, top, right, bottom) that the network sees of an image as stored.
+
+    `size` is (width, height), before the image is turned upright.
+    """
+    upright = (size[1], size[0]) if orientation in _SIDEWAYS else size
+    _, to_stored = _UPRIGHT.get(orientation, _UPRIGHT[1])
+    return to_stored(_crop_box(upright, preprocessing), upright)
+
+
+def _crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> Box:
+    """Return the box that the network sees of an upright image of `size` (width, height)."""
+    width, height = size
+    if preprocessing.crop == "none":
+        return (0.0, 0.0, float(width), float(height))
+    short, target, kept = min(size), preprocessing.resize_size, preprocessing.image_size
+    if preprocessing.crop == "square":
+        side = short * kept / target
+        left, top = (width - side) / 2, (height - side) / 2
+        return (left, top, left + side, top + side)
+    # as torchvision: the long side is rounded down, the margins to the nearest (ties to even)
+    resized_width, resized_height = target * width // short, target * height // short
+    left, top = round((resized_width - kept) / 2), round((resized_height - kept) / 2)
+    x, y = width / resized_width, height / resized_height
+    return (
+        max(left * x, 0.0),
+        max(top * y, 0.0),
+        min((left + kept) * x, float(width)),
+        min((top + kept) * y, float(height)),
+    )
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """Return the orientation in an image's EXIF; 1 (upright) if none can be read."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+        return value[0] if isinstance(value, bytes) else int(value)  # stored as a byte
+    except Exception:  # the pixels of an image with corrupted EXIF are intact
+        return 1
+
+
+def turned_upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Return the image turned upright, given its EXIF orientation."""
+    transpose, _ = _UPRIGHT.get(orientation, _UPRIGHT[1])
+    return image if transpose is None else image.transpose(transpose)
+
+
+# For each EXIF orientation: the transposition that turns the stored image upright, and the
+# function from a box of the upright image of size (w, h) to the box in the stored image.
+# Only the small result is turned, not the whole image. Unknown orientations count as 1.
+_UPRIGHT: dict[int, tuple[Transpose | None, Callable[[Box, tuple[int, int]], Box]]] = {
+    1: (None, lambda b, s: b),
+    2: (Transpose.FLIP_LEFT_RIGHT, lambda b, s: (s[0] - b[2], b[1], s[0] - b[0], b[3])),
+    3: (Transpose.ROTATE_180, lambda b, s: (s[0] - b[2], s[1] - b[3], s[0] - b[0], s[1] - b[1])),
+    4: (Transpose.FLIP_TOP_BOTTOM, lambda b, s: (b[0], s[1] - b[3], b[2], s[1] - b[1])),
+    5: (Transpose.TRANSPOSE, lambda b, s: (b[1], b[0], b[3], b[2])),
+    6: (Transpose.ROTATE_270, lambda b, s: (b[1], s[0] - b[2], b[3], s[0] - b[0])),
+    7: (Transpose.TRANSVERSE, lambda b, s: (s[1] - b[3], s[0] - b[2], s[1] - b[1], s[0] - b[0])),
+    8: (Transpose.ROTATE_90, lambda b, s: (s[1] - b[3], b[0], s[1] - b[1], b[2])),
+}
+_SIDEWAYS = (5, 6, 7, 8)

@@ -9,12 +9,12 @@ from importlib import import_module
 from io import BytesIO
 from typing import IO
 
-from PIL import IcoImagePlugin, Image, JpegImagePlugin
+from PIL import IcoImagePlugin, Image, ImageFile
 
 from r2ncli.errors import ImageError
 from r2ncli.images.decoders import Codec
 
-Factory = Callable[[IO[bytes], str], Image.Image]
+Factory = Callable[[IO[bytes], str], ImageFile.ImageFile]
 
 
 class _PillowsLimit:
@@ -45,10 +45,10 @@ class _PillowsLimit:
 without_pillows_limit = _PillowsLimit()
 
 
-def unlimited(factory: Factory) -> Callable[[bytes], Image.Image]:
+def unlimited(factory: Factory) -> Callable[[bytes], ImageFile.ImageFile]:
     """Return a function that opens a file of the format without Pillow's limit on pixels."""
 
-    def open_image(content: bytes) -> Image.Image:
+    def open_image(content: bytes) -> ImageFile.ImageFile:
         try:
             return factory(BytesIO(content), "")
         except Image.DecompressionBombError:
@@ -58,9 +58,25 @@ def unlimited(factory: Factory) -> Callable[[bytes], Image.Image]:
     return open_image
 
 
-def load(image: Image.Image, _content: bytes) -> None:
+def load(image: Image.Image, _content: bytes) -> Image.Image:
     """Decode the pixels of an opened image."""
     image.load()
+    return image
+
+
+def without_pixels(width: int, height: int) -> Image.Image:
+    """Return an image that has a size and no pixels: what a header says."""
+    image = Image.Image()
+    image._size = (width, height)
+    return image
+
+
+TRUNCATED = "cannot be decoded: image file is truncated"
+
+
+def unsupported(what: str) -> ImageError:
+    """Return the error for a valid file of a kind that cannot be decoded here."""
+    return ImageError(f"cannot be decoded: a {what} is not supported by this decoder")
 
 
 def registered(name: str, plugin: str) -> Codec:
@@ -73,17 +89,14 @@ def registered(name: str, plugin: str) -> Codec:
 
 # --- formats with a rule of their own --------------------------------------------------
 
-# The class itself, not the registered function: that one reads the table of an MPO's other
-# images, and a corrupted table must not lose the first image.
-JPEG = replace(registered("JPEG", "JpegImagePlugin"), open=unlimited(JpegImagePlugin.JpegImageFile))
 
-
-def _load_jpeg_2000(image: Image.Image, content: bytes) -> None:
+def _load_jpeg_2000(image: Image.Image, content: bytes) -> Image.Image:
     """Decode a JPEG 2000; refuse one that ends between two tiles, which OpenJPEG leaves blank."""
     end = content.rfind(b"\xff\xd9")
     if end < 0 or content.find(b"\xff\x90\x00\x0a", end) >= 0:
         raise ImageError("cannot be decoded: image file is truncated")
     image.load()
+    return image
 
 
 JPEG_2000 = replace(registered("JPEG2000", "Jpeg2KImagePlugin"), load=_load_jpeg_2000)

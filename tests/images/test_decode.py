@@ -35,7 +35,7 @@ from support.image_files import (
 from r2ncli.architectures import Preprocessing
 from r2ncli.errors import ImageError
 from r2ncli.images import decode as decoding
-from r2ncli.images import pillow
+from r2ncli.images import jpeg
 from r2ncli.images import tiff as tiff_rules
 from r2ncli.images.decode import DecodeRules, decode
 
@@ -169,11 +169,11 @@ def test_a_jpeg_is_reduced_while_its_short_side_is_twice_what_it_is_resized_to(
     monkeypatch: pytest.MonkeyPatch, short: int, decoded_at: int
 ) -> None:
     loaded: list[int] = []
-    codec = pillow.JPEG
+    codec = jpeg.JPEG
 
-    def watched(image: Image.Image, content: bytes) -> None:
-        codec.load(image, content)
+    def watched(image: Image.Image, content: bytes) -> Image.Image:
         loaded.append(min(image.size))
+        return codec.load(image, content)
 
     [row] = [row for row in decoding.DECODERS if row.name == "JPEG"]
     monkeypatch.setitem(vars(row), "codec", replace(codec, load=watched))
