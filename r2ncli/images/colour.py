@@ -68,6 +68,8 @@ def eight_bits(values: Array, white: float | None) -> npt.NDArray[np.uint8]:
         return (values >> 8).astype(np.uint8)
     if values.dtype.kind != "f" and white == 65535:
         return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if values.dtype == np.uint32 and white < 65535:
+        values = values.astype(np.uint16)
     if values.dtype.itemsize <= 2 and values.dtype.kind == "u" and white < 65535:
         scaled = np.rint(np.arange(int(white) + 1) * (255 / white)).astype(np.uint8)
         table: npt.NDArray[np.uint8] = scaled[np.minimum(values, int(white))]

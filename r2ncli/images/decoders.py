@@ -163,7 +163,7 @@ DECODERS = (  # in the order in which a file's first bytes are compared
     Decoder("PNG", (".png", ".apng"), _by_rules_of("png", "PNG"), _BASE),
     Decoder("WEBP", (".webp",), _by_pillow("WEBP", "WebPImagePlugin"), _BASE),
     Decoder("GIF", (".gif",), _by_pillow("GIF", "GifImagePlugin"), _BASE),
-    Decoder("BMP", (".bmp",), _by_pillow("BMP", "BmpImagePlugin"), _BASE),
+    Decoder("BMP", (".bmp",), _by_rules_of("bmp", "BMP"), _BASE),
     Decoder("TIFF", (".tif", ".tiff"), _by_rules_of("tiff", "TIFF"), _BASE),
     Decoder(
         "HEIC",
@@ -179,9 +179,9 @@ DECODERS = (  # in the order in which a file's first bytes are compared
         _by_rules_of("pillow", "JPEG_2000"),
         _BASE,
     ),
-    Decoder("ICO", (".ico",), _by_rules_of("pillow", "ICO"), _BASE),
+    Decoder("ICO", (".ico",), _by_rules_of("bmp", "ICO"), _BASE),
     Decoder("PPM", (".ppm", ".pgm", ".pbm", ".pnm"), _by_pillow("PPM", "PpmImagePlugin"), _BASE),
-    Decoder("DIB", (".dib",), _by_pillow("DIB", "BmpImagePlugin"), _BASE),
+    Decoder("DIB", (".dib",), _by_rules_of("bmp", "DIB"), _BASE),
 )
 
 SUFFIXES = tuple(suffix for decoder in DECODERS for suffix in decoder.suffixes)

@@ -9,7 +9,7 @@ from importlib import import_module
 from io import BytesIO
 from typing import IO
 
-from PIL import IcoImagePlugin, Image, ImageFile
+from PIL import Image, ImageFile
 
 from r2ncli.errors import ImageError
 from r2ncli.images.decoders import Codec
@@ -100,9 +100,3 @@ def _load_jpeg_2000(image: Image.Image, content: bytes) -> Image.Image:
 
 
 JPEG_2000 = replace(registered("JPEG2000", "Jpeg2KImagePlugin"), load=_load_jpeg_2000)
-
-# within Pillow's limit, because Pillow decodes an icon while it opens it
-ICO = replace(
-    registered("ICO", "IcoImagePlugin"),
-    open=lambda content: IcoImagePlugin.IcoImageFile(BytesIO(content), ""),
-)
