@@ -176,7 +176,7 @@ DECODERS = (  # in the order in which a file's first bytes are compared
     Decoder(
         "JPEG 2000",
         (".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
-        _by_rules_of("pillow", "JPEG_2000"),
+        _by_rules_of("jpeg2000", "JPEG_2000"),
         _BASE,
     ),
     Decoder("ICO", (".ico",), _by_rules_of("bmp", "ICO"), _BASE),

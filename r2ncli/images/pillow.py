@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from importlib import import_module
 from io import BytesIO
 from typing import IO
@@ -85,18 +84,3 @@ def registered(name: str, plugin: str) -> Codec:
     factory, accept = Image.OPEN[name]
     assert accept is not None
     return Codec(accept, unlimited(factory), load)
-
-
-# --- formats with a rule of their own --------------------------------------------------
-
-
-def _load_jpeg_2000(image: Image.Image, content: bytes) -> Image.Image:
-    """Decode a JPEG 2000; refuse one that ends between two tiles, which OpenJPEG leaves blank."""
-    end = content.rfind(b"\xff\xd9")
-    if end < 0 or content.find(b"\xff\x90\x00\x0a", end) >= 0:
-        raise ImageError("cannot be decoded: image file is truncated")
-    image.load()
-    return image
-
-
-JPEG_2000 = replace(registered("JPEG2000", "Jpeg2KImagePlugin"), load=_load_jpeg_2000)
