@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from typing import Any
@@ -118,23 +119,60 @@ def _greyscale(image: Image.Image) -> Image.Image:
 # --- ICC profiles -------------------------------------------------------------------------
 
 
-def conversion(profile: object, stored: str, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Return the transform of resized pixels to sRGB, or None if they need none.
+@dataclass(frozen=True)
+class Conversion:
+    """The transform of an image's colours to sRGB, and whether it comes before resizing.
 
-    It is applied after resizing, to image_size x image_size pixels: converting the twelve
-    million pixels of a phone's photo would take as long as decoding them. `stored` and `mode`
-    are Pillow's modes of the file and of the resized pixels. A profile that is not bytes is
-    ignored.
+    Converting the twelve million pixels of a phone's photo would take as long as decoding them, so
+    that it is done after resizing, to image_size x image_size pixels, if the mean of two colours
+    is nearly the same before and after. With the curves of inks, of old displays and of linear
+    light, black lines on white would come out too dark or too light.
+    """
+
+    transform: ImageCms.ImageCmsTransform
+    before_resizing: bool
+
+    def apply(self, image: Image.Image) -> Image.Image:
+        """Return an image in sRGB."""
+        converted = self.transform.apply(image)
+        assert converted is not None
+        return converted
+
+
+def conversion(profile: object, stored: str, mode: str) -> Conversion | None:
+    """Return the conversion to sRGB, or None if none is needed.
+
+    `stored` and `mode` are Pillow's modes of the file and of the pixels to convert. A profile that
+    is not bytes is ignored.
     """
     if stored == "LAB" or not isinstance(profile, bytes):  # Pillow converts LAB without a profile
         return None
-    return _transform(profile, mode) if len(profile) <= _MAX_PROFILE_BYTES else None
+    return _conversion(profile, mode) if len(profile) <= _MAX_PROFILE_BYTES else None
 
 
 _MAX_PROFILE_BYTES = 16_000_000  # several times the size of a printing profile; bounds the cache
+_MOST_BENT = 4  # grey levels
 
 
 @lru_cache(maxsize=16)
+def _conversion(profile: bytes, mode: str) -> Conversion | None:
+    """Return the conversion of a profile; the transforms of the latest profiles are kept."""
+    transform = _transform(profile, mode)
+    if transform is None:
+        return None
+    ramp = np.arange(256, dtype=np.uint8)
+    if mode == "CMYK":
+        zero = np.zeros_like(ramp)
+        ramps = np.stack([np.stack([zero] * 3 + [ramp], -1), np.stack([ramp] * 3 + [zero], -1)])
+    else:
+        ramps = np.stack([ramp] * len(mode), -1).reshape(1, 256, -1)
+    converted = transform.apply(Image.frombytes(mode, (256, len(ramps)), ramps.tobytes()))
+    levels = np.asarray(converted).astype(float)
+    straight = np.linspace(levels[:, 0], levels[:, -1], 256, axis=1)
+    bent = np.abs(levels - straight).mean((1, 2)).max()
+    return Conversion(transform, bool(bent > _MOST_BENT))
+
+
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """Return LittleCMS's transform of a profile to sRGB.
 

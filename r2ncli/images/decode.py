@@ -94,6 +94,8 @@ def _decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) ->
             width, height = image.size
         stored = opaque(image)
         to_srgb = conversion(image.info.get("icc_profile"), image.mode, stored.mode)
+    if to_srgb and to_srgb.before_resizing:
+        stored, to_srgb = to_srgb.apply(stored), None
     if to_srgb is None and stored.mode == "CMYK":
         stored = stored.convert("RGB")
     # computed at full size and then scaled: the reduced size is rounded up

@@ -162,7 +162,7 @@ DECODERS = (  # in the order in which a file's first bytes are compared
     ),
     Decoder("PNG", (".png", ".apng"), _by_rules_of("png", "PNG"), _BASE),
     Decoder("WEBP", (".webp",), _by_pillow("WEBP", "WebPImagePlugin"), _BASE),
-    Decoder("GIF", (".gif",), _by_pillow("GIF", "GifImagePlugin"), _BASE),
+    Decoder("GIF", (".gif",), _by_rules_of("pillow", "GIF"), _BASE),
     Decoder("BMP", (".bmp",), _by_rules_of("bmp", "BMP"), _BASE),
     Decoder("TIFF", (".tif", ".tiff"), _by_rules_of("tiff", "TIFF"), _BASE),
     Decoder(
@@ -172,7 +172,7 @@ DECODERS = (  # in the order in which a file's first bytes are compared
         (*_BASE, _PILLOW_HEIF),
         package="pillow-heif",
     ),
-    Decoder("AVIF", (".avif", ".avifs"), _by_pillow("AVIF", "AvifImagePlugin"), _BASE),
+    Decoder("AVIF", (".avif", ".avifs"), _by_rules_of("heif", "AVIF"), _BASE),
     Decoder(
         "JPEG 2000",
         (".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),

@@ -19,7 +19,7 @@ from PIL import Image, Jpeg2KImagePlugin
 from r2ncli.errors import ImageError
 from r2ncli.images.colour import eight_bits
 from r2ncli.images.decoders import Codec
-from r2ncli.images.pillow import TRUNCATED, unsupported, without_pixels
+from r2ncli.images.pillow import TRUNCATED, boxes_between, unsupported, without_pixels
 
 Array = npt.NDArray[Any]
 
@@ -151,28 +151,14 @@ def _whole(content: bytes, codestream: _Codestream) -> bytes:
 # --- the boxes of a file ------------------------------------------------------------------
 
 
-def _contents(content: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Return kind, start and end of the boxes between two offsets."""
-    while at + 8 <= end:
-        length, kind = struct.unpack_from(">I4s", content, at)
-        start = at + 8
-        if length == 1 and at + 16 <= end:
-            length, start = int.from_bytes(content[at + 8 : at + 16]), at + 16
-        following = end if length == 0 else at + length
-        if following < start:
-            return
-        yield kind, start, min(following, end)
-        at = following
-
-
 def _read(content: bytes) -> tuple[_Codestream, _Boxes | None]:
     """Read the headers of a file, or of a codestream, which has no boxes."""
     if content.startswith(b"\xff\x4f"):
         return _codestream(content, 0), None
     header: list[tuple[bytes, bytes]] = []
-    for kind, start, end in _contents(content, 0, len(content)):
+    for kind, start, end in boxes_between(content, 0, len(content)):
         if kind == b"jp2h":
-            inner = _contents(content, start, end)
+            inner = boxes_between(content, start, end)
             header += [(name, content[first:last]) for name, first, last in inner]
         elif kind == b"jp2c":
             return _codestream(content, start), _boxes(header)

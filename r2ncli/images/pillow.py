@@ -1,9 +1,11 @@
-"""Open the formats that Pillow decodes, without its process-wide limit on pixels."""
+"""What the formats share: Pillow without its limit on pixels, errors, and boxes of containers."""
 
 from __future__ import annotations
 
+import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from io import BytesIO
 from typing import IO
@@ -84,3 +86,34 @@ def registered(name: str, plugin: str) -> Codec:
     factory, accept = Image.OPEN[name]
     assert accept is not None
     return Codec(accept, unlimited(factory), load)
+
+
+def boxes_between(content: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Return kind, start and end of the boxes of JPEG 2000, HEIC or AVIF between two offsets."""
+    while at + 8 <= end:
+        length, kind = struct.unpack_from(">I4s", content, at)
+        start = at + 8
+        if length == 1 and at + 16 <= end:
+            length, start = int.from_bytes(content[at + 8 : at + 16]), at + 16
+        following = end if length == 0 else at + length
+        if following < start:
+            return
+        yield kind, start, min(following, end)
+        at = following
+
+
+# --- GIF ----------------------------------------------------------------------------------
+
+
+def _load_gif(image: Image.Image, _content: bytes) -> Image.Image:
+    """Decode the first frame; the canvas outside it is transparent, as browsers show it."""
+    image.load()
+    box = getattr(image, "dispose_extent", None)
+    if box in (None, (0, 0, *image.size)):
+        return image
+    canvas = Image.new("RGBA", image.size, (0, 0, 0, 0))
+    canvas.paste(image.convert("RGBA").crop(box), box)
+    return canvas
+
+
+GIF = replace(registered("GIF", "GifImagePlugin"), load=_load_gif)
