@@ -75,7 +75,8 @@ class _Items:
 
     def _is_alpha(self, item: int) -> bool:
         properties = self.properties.get(item, [])
-        return any(kind == b"auxC" and b"alpha" in body for kind, body in properties)
+        names = [body for kind, body in properties if kind == b"auxC"]
+        return any(b"alpha" in name or b"auxid:1\0" in name for name in names)
 
 
 class _Numbers:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, JpegImagePlugin
+from PIL import Image, ImageFile, JpegImagePlugin
 
 from r2ncli.errors import ImageError
 from r2ncli.images.decoders import Codec
@@ -41,13 +41,23 @@ def _open(content: bytes) -> Image.Image:
     return image
 
 
-def _bound_work(image: Image.Image, content: bytes) -> None:
+def _bound_work(image: ImageFile.ImageFile, content: bytes) -> None:
     """Refuse a file whose scans would take minutes to decode."""
+    if "progressive" not in image.info and _has_one_scan(image, content):
+        return
     if content.count(_SOS) <= _FEW_SCANS:  # other data may contain these bytes too
         return
     scans, width, height = len(_scans(content).coded), *image.size
     if scans * width * height > _MOST_WORK:
         raise ImageError(f"cannot be decoded: {scans} scans of {width} x {height} pixels, too many")
+
+
+def _has_one_scan(image: ImageFile.ImageFile, content: bytes) -> bool:
+    """Return whether the first scan, behind whose header Pillow stands, has all components."""
+    count = {"L": 1, "RGB": 3}.get(image.mode, 4)
+    assert image.fp is not None
+    header = image.fp.tell() - 6 - 2 * count
+    return content[header : header + 3] == bytes([0, 6 + 2 * count, count])
 
 
 def _segments(content: bytes) -> list[tuple[int, int, int]]:
@@ -121,7 +131,8 @@ def _load(image: Image.Image, content: bytes) -> Image.Image:
             return again
 
         whole = decoded(_EOI)
-        if any(decoded(more + _EOI).tobytes() != whole.tobytes() for more in _OTHER_ENDINGS):
+        endings = _other_endings(content[: found.end])
+        if any(decoded(more + _EOI).tobytes() != whole.tobytes() for more in endings):
             raise ImageError(TRUNCATED) from None
         whole.info = image.info
         return whole
@@ -140,9 +151,16 @@ class _Scans:
     end: int
 
 
-# Coded data that may follow a file without an end marker. If the pixels depend on what follows,
-# some of the image's own data is missing.
-_OTHER_ENDINGS = (bytes(range(1, 255)) * 8, bytes(range(254, 0, -1)) * 8)
+def _other_endings(content: bytes) -> list[bytes]:
+    """Return coded data that may follow a file without an end marker, with restart markers.
+
+    If the pixels depend on what follows, some of the image's own data is missing.
+    """
+    last, number = max((content.rfind(b"\xff%c" % (0xD0 + n)), n + 1) for n in range(8))
+    number = number if last >= 0 else 0
+    pieces = (bytes(range(1, 255)) * 4, bytes(range(254, 0, -1)) * 4)
+    markers = [b"\xff%c" % (0xD0 + (number + n) % 8) for n in range(16)]
+    return [b"".join(piece + marker for marker in markers) + piece for piece in pieces]
 
 
 def _scans(content: bytes) -> _Scans:

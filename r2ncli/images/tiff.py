@@ -272,13 +272,20 @@ def _load(_header: Image.Image, content: bytes) -> Image.Image:
 
 
 def _by_old_jpeg(page: Page, content: bytes) -> Image.Image:
-    """Decode JPEG of the old style with libtiff, which knows its many forms."""
+    """Decode JPEG of the old style: a whole JPEG file, or with libtiff, which knows other forms."""
     start, length = page.tags.number(513, 0), page.tags.number(514, 0)
     extents = [(start, length)] if start else []
     if page.tags.get(273) is not None or page.tags.get(324) is not None:
         extents += _extents(page, content)
     if any(start + length > len(content) for start, length in extents):
         raise ImageError(TRUNCATED)
+    for start, length in extents:
+        try:
+            pixels = pixels_of_stream(content[start : start + length or None], b"", 1)
+        except Exception:  # only tables, or only a part of the image
+            continue
+        if pixels.shape[:2] == (page.height, page.width) and pixels.shape[2] in (1, 3):
+            return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     image = TiffImagePlugin.TiffImageFile(BytesIO(content), "")
     if image.tag_v2.get(256) != page.width or image.tag_v2.get(254, 0) & 5:
         raise unsupported("TIFF of JPEG of the old style after its first page")

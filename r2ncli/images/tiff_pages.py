@@ -31,7 +31,13 @@ BYTES_BY_LIBTIFF = (
 )  # these give back the bytes that were compressed
 _COMPRESSIONS = {9: "JBIG", 10: "JBIG", 32766: "NeXT", 32809: "ThunderScan", 33003: "JPEG 2000"}
 _COMPRESSIONS |= {33005: "JPEG 2000", 34661: "JBIG", 34676: "SGILog", 34677: "SGILog24"}
-_COMPRESSIONS |= {34712: "JPEG 2000", 34887: "LERC", 34892: "lossy DNG", 50001: "WebP"}
+_COMPRESSIONS |= {
+    34712: "JPEG 2000",
+    34887: "LERC",
+    34933: "PNG",
+    34892: "lossy DNG",
+    50001: "WebP",
+}
 _COMPRESSIONS |= {50002: "JPEG XL", 52546: "JPEG XL"}
 
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, CMYK, YCBCR = 0, 1, 2, 3, 5, 6
