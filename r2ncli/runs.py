@@ -64,13 +64,16 @@ class Run:
         return until_failure(results) if self.options.on_error == "fail" else results
 
     def report(self, batch: Batch, done: int, failed: int) -> None:
-        """Report each row of `batch` to the listener; `done` rows came before the batch."""
-        for name, error in zip(batch.names, batch.errors, strict=True):
-            done += 1
-            failed += error is not None
-            self.listeners.on_progress(
-                Progress(name, error, done, failed, self.walk.found, self.walk.ended)
-            )
+        """Report `batch` to the listener; `done` rows came before it, of which `failed` failed."""
+        failures = tuple(
+            (name, error)
+            for name, error in zip(batch.names, batch.errors, strict=True)
+            if error is not None
+        )
+        done, failed = done + len(batch), failed + len(failures)
+        self.listeners.on_progress(
+            Progress(len(batch), failures, done, failed, self.walk.found, self.walk.ended)
+        )
 
 
 def open_run(task: Task, paths: Paths, options: RunOptions, listeners: Listeners) -> Run:
@@ -101,12 +104,9 @@ def records(task: Task, paths: Paths, options: RunOptions, listeners: Listeners)
         done = failed = 0
         with opened.walk:
             for batch in opened.compute(opened.inputs()):
-                rows = range(len(batch))
-                for row, record in zip(rows, task.records(batch), strict=True):
-                    yield record
-                    opened.report(batch[row : row + 1], done, failed)
-                    done += 1
-                    failed += record.error is not None
+                yield from task.records(batch)
+                opened.report(batch, done, failed)
+                done, failed = done + len(batch), failed + batch.failed
 
     return computed()
 
@@ -214,8 +214,8 @@ def run_record(opened: Run, packages: Sequence[str] = ()) -> Record:
         },
         **task.settings(options, predictor),
         "inputs": {
-            "include": list(options.include),
-            "exclude": list(options.exclude),
+            "include": [*map(printable, options.include)],
+            "exclude": [*map(printable, options.exclude)],
             "max": options.max,
         },
         "preprocessing": asdict(predictor.preprocessing),

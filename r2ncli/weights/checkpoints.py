@@ -28,7 +28,7 @@ from r2ncli.architectures import (
     PublishedNetwork,
     published,
 )
-from r2ncli.errors import CheckpointError
+from r2ncli.errors import CheckpointError, escaped
 from r2ncli.files import reason
 from r2ncli.weights.containers import SUFFIXES, container, reading, safetensors_header
 from r2ncli.weights.download import OnProgress, download_file, hash_prefix
@@ -321,7 +321,9 @@ def labels_of(metadata: dict[str, Any], classes: int, source: Path) -> Labels | 
         if len(names) != classes:
             count = f"{len(names)} {key}"
             raise CheckpointError(f"{source}: {count} for a network of {classes} classes")
-    return Labels(tuple(labels), tuple(wnids) if wnids is not None else None)
+    return Labels(
+        tuple(map(escaped, labels)), tuple(map(escaped, wnids)) if wnids is not None else None
+    )
 
 
 def preprocessing_of(metadata: dict[str, Any], source: Path) -> Preprocessing:

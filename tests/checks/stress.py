@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import random
 import re
@@ -40,6 +39,7 @@ from zlib import crc32
 import h5py
 import numpy as np
 import typer
+from corruption import corrupt, watch
 from PIL import Image, ImageCms
 
 import r2ncli
@@ -52,7 +52,6 @@ from r2ncli.outputs.results import read_names
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 FORMATS = ("csv", "jsonl", "parquet", "h5")
-HANG_SECONDS = 60
 NETWORK: dict[str, Any] = {"weights": "demo", "image_size": 32, "batch_size": 64}
 
 
@@ -221,15 +220,19 @@ def files(
     corruption = Corruption(images_of_every_kind(), seed, max_pixels)
     shares = [range(first + job, first + count, jobs) for job in range(jobs)]
     with ThreadPoolExecutor(jobs) as threads:
-        watched = list(threads.map(lambda share: watch_decoding(share, corruption), shares))
+        watched = list(threads.map(lambda share: watch(share, decode_files, corruption), shares))
     outcomes: dict[str, Counter[str]] = {}
-    for counted, _, _ in watched:
-        for (kind, outcome), times in counted.items():
-            outcomes.setdefault(kind, Counter())[outcome] += times
-    broken = [trouble for _, troubles, _ in watched for trouble in troubles]
+    broken: list[dict[str, Any]] = []
+    for decoded, troubles, _ in watched:
+        broken += troubles
+        for number, (kind, outcome) in decoded:
+            if outcome in ("decoded", "failed"):
+                outcomes.setdefault(kind, Counter())[outcome] += 1
+            else:
+                broken.append({"number": number, "kind": kind, "what": outcome})
     report = {
         "command": "files",
-        "files": sum(sum(counted.values()) for counted, _, _ in watched) + len(broken),
+        "files": sum(map(Counter.total, outcomes.values())) + len(broken),
         "seed": seed,
         "broken": broken,
         "peak_resident_mb": max(peak for _, _, peak in watched) // 1024,
@@ -240,42 +243,8 @@ def files(
     raise typer.Exit(int(bool(broken)))
 
 
-def watch_decoding(
-    numbers: range, corruption: Corruption
-) -> tuple[Counter[tuple[str, str]], list[dict[str, Any]], int]:
-    """Decode the files `numbers` in a process, and go on in another when it dies or hangs."""
-    context = multiprocessing.get_context("spawn")
-    counted: Counter[tuple[str, str]] = Counter()
-    troubles: list[dict[str, Any]] = []
-    peak = 0
-    while numbers:
-        receiver, sender = context.Pipe(duplex=False)
-        worker = context.Process(target=decode_files, args=(numbers, corruption, sender))
-        worker.start()
-        sender.close()
-        done, trouble = 0, f"hangs for {HANG_SECONDS} s"
-        try:
-            while receiver.poll(HANG_SECONDS):
-                kind, outcome, rss = receiver.recv()
-                peak = max(peak, rss)
-                if outcome in ("decoded", "failed"):
-                    counted[kind, outcome] += 1
-                else:
-                    troubles.append({"number": numbers[done], "kind": kind, "what": outcome})
-                done += 1
-        except EOFError:
-            worker.join()
-            trouble = f"ends the process: {worker.exitcode}"
-        worker.kill()
-        worker.join()
-        if done < len(numbers):
-            troubles.append({"number": numbers[done], "what": trouble})
-        numbers = numbers[done + 1 :]
-    return counted, troubles, peak
-
-
 def decode_files(numbers: range, corruption: Corruption, sender: Connection) -> None:
-    """What a process does: report kind, outcome and peak memory of one file after another."""
+    """Decode one file after another, and send the kind and outcome of each."""
     warnings.simplefilter("ignore")  # as the command line does
     logging.getLogger("PIL").addHandler(logging.NullHandler())
     rules = DecodeRules("exact", max_pixels=corruption.max_pixels)
@@ -288,7 +257,7 @@ def decode_files(numbers: range, corruption: Corruption, sender: Connection) -> 
             outcome = "failed"
         except BaseException as error:
             outcome = repr(error)
-        sender.send((kind, outcome, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+        sender.send(((kind, outcome), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
 DATE = re.compile(rb"((?:mvhd|tkhd|mdhd).{4}).{16}", re.DOTALL)  # of an AVIF of several images
@@ -348,16 +317,10 @@ def images_of_every_kind() -> list[tuple[str, bytes]]:
     return encoded
 
 
-Corrupt = Callable[[bytearray, bytes, Random], None]
-
-
 def corrupted(originals: list[tuple[str, bytes]], random: Random) -> tuple[str, bytes]:
     """An image's format, and its bytes after one to four corruptions."""
     kind, original = random.choice(originals)
-    content = bytearray(original)
-    for _ in range(random.choice((1, 1, 1, 2, 3, 4))):
-        if content:
-            random.choice(CORRUPTIONS)(content, random.choice(originals)[1], random)
+    content = corrupt(original, lambda: random.choice(originals)[1], random)
     if kind == "PNG" and random.random() < 0.8:  # or nearly all would end at the first check
         mend_checksums(content)
     return kind, bytes(content)
@@ -368,57 +331,6 @@ def mend_checksums(png: bytearray) -> None:
     while (end := at + 8 + int.from_bytes(png[at : at + 4], "big")) + 4 <= len(png):
         png[end : end + 4] = crc32(png[at + 4 : end]).to_bytes(4, "big")
         at = end + 4
-
-
-def span(content: bytearray, random: Random, longest: int = 64) -> slice:
-    start = random.randrange(len(content))
-    return slice(start, min(start + random.randint(1, longest), len(content)))
-
-
-def flip_bits(content: bytearray, _other: bytes, random: Random) -> None:
-    for _ in range(random.choice((1, 2, 8, 64))):
-        content[random.randrange(len(content))] ^= 1 << random.randrange(8)
-
-
-def cut_off(content: bytearray, _other: bytes, random: Random) -> None:
-    del content[random.randrange(len(content)) :]
-
-
-def cut_out(content: bytearray, _other: bytes, random: Random) -> None:
-    del content[span(content, random)]
-
-
-def splice(content: bytearray, other: bytes, random: Random) -> None:
-    content[random.randrange(len(content)) :] = other[random.randrange(len(other)) :]
-
-
-def change_a_header_byte(content: bytearray, _other: bytes, random: Random) -> None:
-    content[random.randrange(min(len(content), 64))] = random.randrange(256)
-
-
-def change_a_number(content: bytearray, _other: bytes, random: Random) -> None:
-    """Most formats count in two or four bytes: lengths of chunks, sizes, offsets, numbers."""
-    size, order = random.choice((2, 4)), random.choice(("big", "little"))
-    start = random.randrange(min(len(content), random.choice((64, 512, len(content)))))
-    most = 256**size - 1
-    number = random.choice((0, 1, 2, 16, 255, 5000, len(content), most // 2, most // 2 + 1, most))
-    content[start : start + size] = min(number, most).to_bytes(size, order)
-
-
-def zero(content: bytearray, _other: bytes, random: Random) -> None:
-    where = span(content, random)
-    content[where] = bytes(where.stop - where.start)
-
-
-def repeat(content: bytearray, _other: bytes, random: Random) -> None:
-    where = span(content, random, longest=256)
-    content[where] = content[where] * random.choice((2, 3, 50))
-
-
-CORRUPTIONS: tuple[Corrupt, ...] = (
-    *(flip_bits, cut_off, cut_out, splice),
-    *(change_a_header_byte, change_a_number, zero, repeat),
-)
 
 
 if __name__ == "__main__":

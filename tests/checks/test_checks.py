@@ -15,12 +15,13 @@ from support.scripts import CHECKS, example
 EXTRAS = ("timm", "nncf", "pyarrow", "pillow_heif", "fsspec", "onnx", "onnxscript")
 
 
-@pytest.mark.parametrize("name", ["stress", "compare_peers"])
+@pytest.mark.parametrize("name", ["stress", "fuzz", "compare_peers"])
 def test_help_needs_no_extra(name: str) -> None:
     program = (
-        "import runpy, sys\n"
+        "import os, runpy, sys\n"
         f"sys.modules.update(dict.fromkeys({EXTRAS}))\n"
         "script = sys.argv[1]\n"
+        "sys.path[0] = os.path.dirname(script)\n"
         "sys.argv[:] = [script, '--help']\n"
         "runpy.run_path(script, run_name='__main__')\n"
     )
@@ -33,9 +34,9 @@ def test_help_needs_no_extra(name: str) -> None:
 # --- stress -----------------------------------------------------------------------------
 
 
-def stress(*arguments: str) -> dict[str, Any]:
+def stress(*arguments: str, script: str = "stress.py") -> dict[str, Any]:
     """The document that the script ends with; it must end well."""
-    command = [sys.executable, str(CHECKS / "stress.py"), *arguments]
+    command = [sys.executable, str(CHECKS / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout, done.stderr)
     document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -70,9 +71,20 @@ def test_files_that_end_the_process_are_named_and_the_rest_tried(
 ) -> None:
     script = example("stress", monkeypatch)
     nothing = script.Corruption(originals=None, seed=0, max_pixels=1)  # ends it at once
-    counted, troubles, _ = script.watch_decoding(range(7, 13, 3), nothing)
-    assert counted.total() == 0
+    outcomes, troubles, _ = script.watch(range(7, 13, 3), script.decode_files, nothing)
+    assert outcomes == []
     assert troubles == [{"number": n, "what": "ends the process: 1"} for n in (7, 10)]
+
+
+# --- fuzz -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_mutants_of_every_kind_of_file_give_no_other_error_than_ours() -> None:
+    report = stress("--count", "60", script="fuzz.py")
+    for kind, found in report["kinds"].items():
+        assert found["mutants"] == 60, kind
+        assert {"read", "refused"} & found.keys(), kind
 
 
 # --- compare_peers ------------------------------------------------------------------------
