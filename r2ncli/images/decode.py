@@ -3,22 +3,26 @@
 The rules below decide the pixels. Whoever changes one raises the version in `DecodeRules`.
 
 - The content of a file decides its format, not its suffix.
-- EXIF orientation is applied; for HEIC, the orientation in its container, as its standard says.
-- Of an animation, a multipage TIFF or an MPO the first frame is decoded, of a HEIC its primary
-  image.
-- Transparency is composited on white; palettes, greyscale and CMYK become RGB. CMYK without a
-  profile is inverted ink.
-- Colours are converted to sRGB: an embedded ICC profile is applied to the resized pixels, in
-  the image's own colour space (RGB, greyscale, CMYK) and in eight bits, whatever its depth.
-  The intent is relative colorimetric with black point compensation. A corrupted profile, one
-  of another colour space, those of BMP, GIF and JPEG 2000, which Pillow does not read, and
-  colours declared without a profile (PNG's gAMA and cHRM, EXIF's tags, the code points of AVIF
-  and HEIC) are ignored.
-- 16 bits: greyscale is v / 257, rounded; colour is the high byte, as Pillow reads it. The
-  depth that the file declares decides (a TIFF may have 12 bits), never the image's values.
+- EXIF orientation is applied, or that of XMP where EXIF has none; for HEIC, the orientation in its
+  container, as its standard says. The clean aperture of HEIC and AVIF is applied.
+- Of an animation or an MPO the first frame is decoded, of a HEIC its primary image, of a TIFF the
+  first page that is not a thumbnail or a mask of another, of an icon the largest image with the
+  most colours.
+- Transparency is composited on white, and so is the canvas of a GIF outside its first frame.
+  Palettes, greyscale and CMYK become RGB. CMYK without a profile is inverted ink. A transparent
+  colour of a PNG is compared in its full depth. Alpha that is 0 everywhere is none in BMP and ICO,
+  and in a TIFF that does not say that its fourth sample is alpha.
+- Colours are converted to sRGB: an embedded ICC profile is applied in the image's own colour space
+  (RGB, greyscale, CMYK) and in eight bits, whatever its depth; to the resized pixels, but to the
+  whole image before resizing if the curves of the profile are far from those of sRGB. The intent is
+  relative colorimetric with black point compensation. A corrupted profile, one of another colour
+  space, those of BMP and GIF, and colours declared without a profile (PNG's gAMA and cHRM,
+  EXIF's tags, the code points of AVIF and HEIC) are ignored.
+- Fewer than eight bits are scaled to eight. 16 bits: greyscale is v / 257, rounded; colour is the
+  high byte. The depth that the file declares decides (a TIFF may have 12 bits), never the image's
+  values. White of signed integers is their highest value; negative values are errors.
 - 32-bit integers and floats declare no range: white is the smallest of 1 (floats only), 255
-  and 65535 that is not less than any value. Larger values, negative ones and NaN are errors,
-  and so is colour of 32 bits, which Pillow cannot open.
+  and 65535 that is not less than any value. Larger values, negative ones and NaN are errors.
 - The crop is resized in one step out of the whole image (`Image.resize(box=...)`, bilinear,
   antialiased): by default the centre 224 x 224 of a short side of 256. The pixels equal those
   of resizing first and cropping then, without the cost of resizing an image of 65,000 x 2 as a
@@ -26,9 +30,14 @@ The rules below decide the pixels. Whoever changes one raises the version in `De
 - With ``decode="auto"`` a JPEG whose short side is at least four times the resize target is
   decoded at 1/2, 1/4 or 1/8 of its size, never below twice that target.
 
-A file that ends before its image data does is an error. Corruption that leaves something to
-decode is not seen: inside a JPEG, which its decoder repairs, in formats without checksums, which
-are most, and in a plain-text PNM that is cut inside its last number.
+A file that ends before its image data does is an error; one that lacks only what no pixel needs, as
+an end marker, is whole. Metadata never costs the image: text, EXIF, XMP and profiles of any size,
+number and checksum; what is corrupted of them counts as absent. What a decoder lacks is an error
+that names it. So is work without bounds: scans, tiles and packets beyond those of real images.
+
+Corruption that leaves something to decode is not seen: inside a JPEG, which its decoder repairs, in
+formats without checksums, which are most, and in a plain-text PNM that is cut inside its last
+number.
 """
 
 from __future__ import annotations

@@ -208,7 +208,9 @@ _BETWEEN_SCANS = {0xC4, 0xCC, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)}
 # --- streams inside other formats ---------------------------------------------------------
 
 
-def pixels_of_stream(stream: bytes, tables: bytes, transform: int) -> npt.NDArray[np.uint8]:
+def pixels_of_stream(
+    stream: bytes, tables: bytes, transform: int, most: int
+) -> npt.NDArray[np.uint8]:
     """Decode a stream of another format, which says itself what the components are.
 
     Parameters
@@ -219,6 +221,8 @@ def pixels_of_stream(stream: bytes, tables: bytes, transform: int) -> npt.NDArra
         The segments that all streams share.
     transform : int
         1 if three components are Y'CbCr and become RGB; 0 if they stay what they are.
+    most : int
+        Refuse a stream of more pixels, or of many scans.
 
     Returns
     -------
@@ -227,7 +231,10 @@ def pixels_of_stream(stream: bytes, tables: bytes, transform: int) -> npt.NDArra
     adobe = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([transform])
     content = _without_colour_hints(stream)
     content = content[:2] + adobe + tables + content[2:]
-    pixels = np.asarray(_load(_open(content), content))
+    image = _open(content)
+    if image.width * image.height > most or content.count(_SOS) > _FEW_SCANS:
+        raise ImageError("cannot be decoded: a JPEG stream of too many pixels or scans")
+    pixels = np.asarray(_load(image, content))
     if pixels.ndim == 2:
         return pixels[..., None]
     return 255 - pixels if pixels.shape[2] == 4 else pixels  # Pillow inverts four components

@@ -246,7 +246,9 @@ def _from_jpeg(
     transform = 1 if page.photometric == YCBCR and page.planes == 1 else 0
     pieces = []
     for (start, length), height in zip(extents, heights, strict=True):
-        pixels = pixels_of_stream(content[start : start + length], shared, transform)
+        stream = content[start : start + length]
+        most = 4 * page.columns * page.rows + 2**16
+        pixels = pixels_of_stream(stream, shared, transform, most)
         tall, wide, count = pixels.shape
         if tall < height or wide < page.columns or count != page.per_pixel:
             raise ImageError("cannot be decoded: corrupted TIFF (the size of a JPEG stream)")
@@ -281,7 +283,8 @@ def _by_old_jpeg(page: Page, content: bytes) -> Image.Image:
         raise ImageError(TRUNCATED)
     for start, length in extents:
         try:
-            pixels = pixels_of_stream(content[start : start + length or None], b"", 1)
+            stream = content[start : start + length or None]
+            pixels = pixels_of_stream(stream, b"", 1, page.width * page.height)
         except Exception:  # only tables, or only a part of the image
             continue
         if pixels.shape[:2] == (page.height, page.width) and pixels.shape[2] in (1, 3):
