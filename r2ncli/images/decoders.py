@@ -161,7 +161,7 @@ DECODERS = (  # in the order in which a file's first bytes are compared
         (_PILLOW, _LIBJPEG, _LITTLECMS),
     ),
     Decoder("PNG", (".png", ".apng"), _by_rules_of("png", "PNG"), _BASE),
-    Decoder("WEBP", (".webp",), _by_pillow("WEBP", "WebPImagePlugin"), _BASE),
+    Decoder("WEBP", (".webp",), _by_rules_of("pillow", "WEBP"), _BASE),
     Decoder("GIF", (".gif",), _by_rules_of("pillow", "GIF"), _BASE),
     Decoder("BMP", (".bmp",), _by_rules_of("bmp", "BMP"), _BASE),
     Decoder("TIFF", (".tif", ".tiff"), _by_rules_of("tiff", "TIFF"), _BASE),

@@ -13,6 +13,7 @@ from r2ncli.images.pillow import TRUNCATED, Factory, boxes_between, load, unlimi
 
 _AVIF_BRANDS = {b"avif", b"avis"}
 _HEVC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
+_MOST_META = 16_000_000  # bytes that describe the items
 _DERIVED = {b"grid", b"iovl", b"iden"}  # items that are made of others
 
 
@@ -42,7 +43,8 @@ class _Items:
         The kind of each item.
     extents : dict
         Start and end of the pieces of each item.
-    references : list of (kind, from, to)
+    references : dict
+        The items to which an item refers, by the kind of reference and the item.
     properties : dict
         Kind and content of the properties of each item.
     meta : (int, int)
@@ -52,7 +54,7 @@ class _Items:
     primary: int | None = None
     kinds: dict[int, bytes] = field(default_factory=dict)
     extents: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-    references: list[tuple[bytes, int, list[int]]] = field(default_factory=list)
+    references: dict[tuple[bytes, int], list[int]] = field(default_factory=dict)
     properties: dict[int, list[tuple[bytes, bytes]]] = field(default_factory=dict)
     meta: tuple[int, int] = (0, 0)
 
@@ -65,13 +67,14 @@ class _Items:
 
     def parts(self, item: int) -> list[int]:
         """Return the items of which an item is made, as often as they are used."""
-        found = [to for kind, source, to in self.references if (kind, source) == (b"dimg", item)]
-        return [part for parts in found for part in parts]
+        return self.references.get((b"dimg", item), [])
 
     def alpha(self, item: int) -> list[int]:
         """Return the items that hold the opacity of an item."""
-        found = [source for kind, source, to in self.references if kind == b"auxl" and item in to]
-        return [source for source in found if self._is_alpha(source)]
+        auxiliary = [
+            (source, to) for (kind, source), to in self.references.items() if kind == b"auxl"
+        ]
+        return [source for source, to in auxiliary if item in to and self._is_alpha(source)]
 
     def _is_alpha(self, item: int) -> bool:
         properties = self.properties.get(item, [])
@@ -95,7 +98,7 @@ class _Numbers:
 def _items(content: bytes) -> _Items:
     """Read the items of a file."""
     for kind, start, end in boxes_between(content, 0, len(content)):
-        if kind == b"meta":
+        if kind == b"meta" and end - start <= _MOST_META:
             inner = {name: (s, e) for name, s, e in boxes_between(content, start + 4, end)}
             parts = {
                 name: _Numbers(content, *inner.get(name, (0, 0)))
@@ -135,14 +138,14 @@ def _kinds(numbers: _Numbers) -> dict[int, bytes]:
     return found
 
 
-def _references(numbers: _Numbers) -> list[tuple[bytes, int, list[int]]]:
-    found = []
+def _references(numbers: _Numbers) -> dict[tuple[bytes, int], list[int]]:
+    found: dict[tuple[bytes, int], list[int]] = {}
     if numbers.at < numbers.end:
         wide = 4 if numbers.next(4) >> 24 else 2
         for kind, first, last in boxes_between(numbers.content, numbers.at, numbers.end):
             entry = _Numbers(numbers.content, first, last)
             source, count = entry.next(wide), entry.next(2)
-            found.append((kind, source, [entry.next(wide) for _ in range(count)]))
+            found[kind, source] = [entry.next(wide) for _ in range(count)]
     return found
 
 
@@ -188,9 +191,13 @@ def _extents(numbers: _Numbers, idat: int) -> dict[int, list[tuple[int, int]]]:
     return found
 
 
-def _check(content: bytes, items: _Items) -> None:
-    """Raise an error if data of the image, its tiles or its opacity lies outside the file."""
-    assert items.primary is not None
+def _checked(content: bytes, items: _Items) -> bytes:
+    """Raise an error if data of the image, its tiles or its opacity lies outside the file.
+
+    The file is returned with zeros for metadata that is cut off.
+    """
+    if items.primary is None:
+        return content
     waiting, needed = [items.primary, *items.alpha(items.primary)], set()
     while waiting:
         item = waiting.pop()
@@ -204,6 +211,8 @@ def _check(content: bytes, items: _Items) -> None:
                 raise unsupported("image whose tiles are much larger than itself")
     if any(end > len(content) for item in needed for _, end in items.extents.get(item, [])):
         raise ImageError(TRUNCATED)
+    last = max((end for pieces in items.extents.values() for _, end in pieces), default=0)
+    return content.ljust(min(last, len(content) + _MOST_META), b"\0")
 
 
 # --- HEIC ---------------------------------------------------------------------------------
@@ -218,8 +227,7 @@ def _open_heic(content: bytes) -> Image.Image:
     boxes = {kind for kind, _, _ in boxes_between(content, 0, len(content))}
     if items.primary is None and b"moov" in boxes:
         raise unsupported("HEIC sequence without a still image")
-    if items.primary is not None:
-        _check(content, items)
+    content = _checked(content, items)
     try:
         return factory(BytesIO(content), "")
     except Exception:
@@ -242,8 +250,7 @@ _open_by_pillow = unlimited(AvifImagePlugin.AvifImageFile)
 def _open_avif(content: bytes) -> Image.Image:
     """Open an AVIF; corrupted EXIF counts as absent."""
     items = _items(content)
-    if items.primary is not None:
-        _check(content, items)
+    content = _checked(content, items)
     try:
         return _open_by_pillow(content)
     except Exception:

@@ -88,9 +88,14 @@ def registered(name: str, plugin: str) -> Codec:
     return Codec(accept, unlimited(factory), load)
 
 
+_MOST_BOXES = 100_000
+
+
 def boxes_between(content: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """Return kind, start and end of the boxes of JPEG 2000, HEIC or AVIF between two offsets."""
-    while at + 8 <= end:
+    for _ in range(_MOST_BOXES):
+        if at + 8 > end:
+            return
         length, kind = struct.unpack_from(">I4s", content, at)
         start = at + 8
         if length == 1 and at + 16 <= end:
@@ -117,3 +122,42 @@ def _load_gif(image: Image.Image, _content: bytes) -> Image.Image:
 
 
 GIF = replace(registered("GIF", "GifImagePlugin"), load=_load_gif)
+
+
+# --- WebP ---------------------------------------------------------------------------------
+
+_WEBP = registered("WEBP", "WebPImagePlugin")
+_WEBP_IMAGES = (b"VP8 ", b"VP8L", b"ALPH", b"ANMF")
+_WEBP_METADATA = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}  # flags in VP8X
+
+
+def _open_webp(content: bytes) -> Image.Image:
+    """Open a WebP; metadata and later frames that are cut off count as absent."""
+    try:
+        return _WEBP.open(content)
+    except (OSError, SyntaxError):
+        return _WEBP.open(_whole_webp(content))
+
+
+def _whole_webp(content: bytes) -> bytes:
+    """Return a file of the chunks that are whole; an error if one of the first image is not."""
+    chunks: dict[bytes, bytes] = {}
+    at = 12
+    while at + 8 <= len(content) and len(chunks) < 20:
+        kind, length = struct.unpack_from("<4sI", content, at)
+        end = at + 8 + length
+        if end > len(content) and kind in _WEBP_IMAGES and kind not in chunks:
+            raise ImageError(TRUNCATED)
+        if end <= len(content):
+            chunks.setdefault(kind, content[at:end] + bytes(length % 2))
+        at = end + length % 2
+    if not any(kind in chunks for kind in _WEBP_IMAGES):
+        raise ImageError(TRUNCATED)
+    if (header := chunks.get(b"VP8X")) and len(header) >= 18:
+        missing = sum(flag for kind, flag in _WEBP_METADATA.items() if kind not in chunks)
+        chunks[b"VP8X"] = header[:8] + bytes([header[8] & ~missing]) + header[9:]
+    body = b"WEBP" + b"".join(chunks.values())
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+WEBP = replace(_WEBP, open=_open_webp)

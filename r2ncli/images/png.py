@@ -19,6 +19,7 @@ from r2ncli.images.pillow import TRUNCATED, unlimited, unsupported
 _MAGIC = b"\x89PNG\r\n\x1a\n"
 _MOST_PROFILE = 16_000_000  # bytes, uncompressed
 _MOST_TEXT = 1_000_000
+_MOST_CHUNKS = 1_000_000
 _KEPT = (b"IHDR", b"PLTE", b"IDAT")
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _open_by_pillow = unlimited(PngImagePlugin.PngImageFile)
@@ -29,9 +30,12 @@ def _chunks(content: bytes) -> tuple[bytes, dict[bytes, bytes], list[tuple[bytes
 
     Ancillary chunks with a wrong checksum count as absent.
     """
-    kept, others, texts = [_MAGIC], {}, []
+    kept, others = [_MAGIC], dict[bytes, bytes]()
+    texts: list[tuple[bytes, bytes]] = []
     at, end, seen_data = 8, 8, False
     while at + 8 <= len(content):
+        if len(kept) + len(texts) > _MOST_CHUNKS:
+            raise ImageError("cannot be decoded: too many chunks")
         length, kind = int.from_bytes(content[at : at + 4]), content[at + 4 : at + 8]
         end = at + 12 + length
         if kind == b"CgBI":

@@ -15,6 +15,7 @@ from r2ncli.images.pillow import TRUNCATED, unsupported
 Array = npt.NDArray[Any]
 
 _MOST_SAMPLES = 16  # per pixel
+_MOST_STRIPS, _MOST_STREAMS = 2**20, 2**17  # of bytes, of JPEG
 
 _TYPES = {1: "u1", 2: "u1", 3: "u2", 4: "u4", 5: "u4", 6: "i1", 7: "u1", 8: "i2", 9: "i4"}
 _TYPES |= {10: "i4", 11: "f4", 12: "f8", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}
@@ -81,6 +82,7 @@ def _directory(content: bytes, order: str, big: bool, at: int) -> Tags:
     if at < 8 or start > len(content):
         raise ImageError("cannot be decoded: corrupted TIFF (no directory)")
     [count] = struct.unpack_from(order + counter, content, at)
+    count = min(count, 65535)  # more than that only in a corrupted BigTIFF
     values, lost = {}, set()
     for where in range(start, min(start + count * entry, len(content) - entry + 1), entry):
         tag, kind, length = struct.unpack_from(order + ("HHQ" if big else "HHI"), content, where)
@@ -230,6 +232,10 @@ def page_of(content: bytes) -> Page:
     )
     if page.across * columns * page.down * rows > 4 * width * height + 2**22:
         raise unsupported("TIFF whose tiles are much larger than its image")
+    if page.across * page.down * page.planes > (
+        _MOST_STREAMS if compression == JPEG else _MOST_STRIPS
+    ):
+        raise unsupported("TIFF of so many strips or tiles")
     return page
 
 

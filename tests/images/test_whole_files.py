@@ -162,6 +162,26 @@ def test_a_heic_without_all_of_its_opacity_is_truncated() -> None:
     assert error_of(content[:-1]) == TRUNCATED
 
 
+@pytest.mark.parametrize("lossless", [True, False])
+def test_a_webp_whose_metadata_alone_is_cut_off_is_whole(lossless: bool) -> None:
+    if not features.check("webp"):
+        pytest.skip("this Pillow has no WebP")
+    content = encoded(sample(mode="RGBA"), "WEBP", lossless=lossless, xmp=b"<x/>" * 60)
+    whole = decoded(content)
+    for cut in (1, 100, 240):
+        assert (decoded(content[:-cut]) == whole).all()
+    for size in (30, len(content) + 100):  # what the file says of its own size
+        assert (decoded(content[:4] + struct.pack("<I", size) + content[8:]) == whole).all()
+    assert error_of(content[:-300]) == TRUNCATED
+
+
+def test_a_heic_whose_metadata_alone_is_cut_off_is_whole() -> None:
+    content = heic(sample(), xmp=b"<x/>" * 60)
+    for cut in (1, 100, 240):
+        assert (decoded(content[:-cut]) == decoded(content)).all()
+    assert error_of(content[:-250]) == TRUNCATED
+
+
 def test_a_jpeg_2000_without_its_end_marker_is_whole() -> None:
     if not features.check("jpg_2000"):
         pytest.skip("this Pillow has no JPEG 2000")
