@@ -7,7 +7,7 @@ is 0 everywhere for transparency, where Windows shows the image.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -110,19 +110,29 @@ def _bitmap(content: bytes, at: int, start: int = 0, masked: bool = False) -> _B
     return _Bitmap(width, height, top_down, bits, compression, masks, palette, start)
 
 
-def _pixels(bitmap: _Bitmap, content: bytes) -> Array:
-    """Return the pixels from the top: uint8 [height, width, 3 or 4]."""
+def _image(bitmap: _Bitmap, content: bytes) -> Image.Image:
+    """Decode the pixels to mode P, RGB or RGBA."""
+    usual = bitmap.masks == _USUAL_FIELDS.get(bitmap.bits)
     if bitmap.compression in (_RLE8, _RLE4):
-        colours = bitmap.palette[_from_runs(bitmap, content)]
+        pixels = _from_runs(bitmap, content)
     else:
         rows = _rows(bitmap, content, bitmap.start, bitmap.stride)
-        if bitmap.bits == 8:
-            colours = bitmap.palette[rows[:, : bitmap.width]]
-        elif bitmap.bits < 8:
-            colours = bitmap.palette[unpacked(rows, bitmap.bits, bitmap.width)]
+        if bitmap.bits >= 24 and usual:  # as Pillow reads it, which is fast
+            layout = ("raw", "BGR" if bitmap.bits == 24 else "BGRX", bitmap.stride)
+            direction = 1 if bitmap.top_down else -1
+            return Image.frombytes(
+                "RGB", (bitmap.width, bitmap.height), rows.data, *layout, direction
+            )
+        if bitmap.bits > 8:
+            pixels = _from_fields(bitmap, rows)
         else:
-            colours = _from_fields(bitmap, rows)
-    return colours if bitmap.top_down else colours[::-1]
+            whole = bitmap.bits == 8
+            pixels = rows[:, : bitmap.width] if whole else unpacked(rows, bitmap.bits, bitmap.width)
+    pixels = pixels if bitmap.top_down else pixels[::-1]
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    if bitmap.bits <= 8:
+        image.putpalette(bitmap.palette.tobytes())
+    return image
 
 
 def _rows(bitmap: _Bitmap, content: bytes, start: int, stride: int) -> Array:
@@ -140,10 +150,6 @@ def _from_fields(bitmap: _Bitmap, rows: Array) -> Array:
     size = bitmap.bits // 8
     stored = rows[:, : bitmap.width * size].reshape(bitmap.height, bitmap.width, size)
     red, green, blue, alpha = bitmap.masks
-    if (red, green, blue) == (0xFF0000, 0xFF00, 0xFF) and alpha in (0, 0xFF000000) and size > 2:
-        if alpha and stored[..., 3].any():
-            return stored[..., [2, 1, 0, 3]]
-        return stored[..., 2::-1]
     values = np.zeros(stored.shape[:2], np.uint32)
     for byte in range(size):
         values |= stored[..., byte].astype(np.uint32) << (8 * byte)
@@ -207,10 +213,6 @@ def _from_runs(bitmap: _Bitmap, content: bytes) -> Array:
     return np.frombuffer(bytes(indices), np.uint8).reshape(height, width)
 
 
-def _image(pixels: Array) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(pixels))
-
-
 # --- BMP and DIB --------------------------------------------------------------------------
 
 
@@ -240,7 +242,7 @@ def _is_dib(head: bytes) -> bool:
 BMP = Codec(
     lambda head: head.startswith(b"BM"),
     _open,
-    lambda _header, content: _image(_pixels(_of_file(content), content)),
+    lambda _header, content: _image(_of_file(content), content),
 )
 DIB = Codec(_is_dib, _open, BMP.load)
 
@@ -279,17 +281,15 @@ def _load_icon(header: Image.Image, content: bytes) -> Image.Image:
         return PNG.load(header, content[start:])
     bitmap = _bitmap(content, start, masked=True)
     if bitmap.bits == 32 and bitmap.compression == _RGB:
-        rows = _rows(bitmap, content, bitmap.start, bitmap.stride)
-        pixels = rows.reshape(bitmap.height, bitmap.width, 4)[::-1][..., [2, 1, 0, 3]]
-        if pixels[..., 3].any():
-            return _image(pixels)
-        pixels = pixels[..., :3]
-    else:
-        pixels = _pixels(bitmap, content)[..., :3]
-    mask = _Bitmap(bitmap.width, bitmap.height, False, 1, _RGB, bitmap.masks, bitmap.palette, 0)
-    rows = _rows(mask, content, bitmap.start + bitmap.height * bitmap.stride, mask.stride)
-    clear = unpacked(rows, 1, bitmap.width)[::-1]
-    return _image(np.concatenate([pixels, (255 - 255 * clear)[..., None]], -1, dtype=np.uint8))
+        bitmap = replace(bitmap, masks=(*bitmap.masks[:3], 0xFF000000))
+    image = _image(bitmap, content)
+    if image.mode == "RGBA":
+        return image
+    mask = replace(bitmap, bits=1, start=bitmap.start + bitmap.height * bitmap.stride)
+    clear = unpacked(_rows(mask, content, mask.start, mask.stride), 1, bitmap.width)[::-1]
+    image = image.convert("RGB")
+    image.putalpha(Image.fromarray(255 - 255 * clear))
+    return image
 
 
 ICO = Codec(lambda head: head.startswith(b"\0\0\1\0"), _open_icon, _load_icon)

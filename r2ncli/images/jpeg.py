@@ -15,6 +15,7 @@ from r2ncli.images.pillow import TRUNCATED, unlimited, unsupported
 
 _MOST_WORK = 4_000_000_000  # scans x pixels; a real image of 200 million pixels has half of it
 _FEW_SCANS = 20  # no limit needed
+_LARGE, _MOST_SEGMENTS, _MOST_SKIPPED = 4_000_000, 100_000, 1_000_000
 
 _SOF = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 _KINDS = {0xC3: "lossless", 0xC7: "lossless", 0xCB: "lossless", 0xCF: "lossless"}
@@ -30,6 +31,8 @@ _open_by_pillow = unlimited(JpegImagePlugin.JpegImageFile)
 
 def _open(content: bytes) -> Image.Image:
     """Read the header; a corrupted segment that decides no pixel counts as absent."""
+    if len(content) > _LARGE:  # Pillow takes minutes for a header of millions of segments
+        _segments(content)
     try:
         image = _open_by_pillow(content)
     except Exception:
@@ -62,11 +65,16 @@ def _has_one_scan(image: ImageFile.ImageFile, content: bytes) -> bool:
 
 def _segments(content: bytes) -> list[tuple[int, int, int]]:
     """Return marker, start and end of each segment up to and with the first start of scan."""
-    found, at = [], 2
-    while at + 4 <= len(content):
+    found: list[tuple[int, int, int]] = []
+    at = skipped = 2
+    while 0 <= at <= len(content) - 4:
         if content[at] != 0xFF or content[at + 1] in (0x00, 0xFF):
-            at += 1
+            following = content.find(b"\xff", at + 1)
+            skipped += following - at
+            at = following
             continue
+        if len(found) > _MOST_SEGMENTS or skipped > _MOST_SKIPPED:
+            raise ImageError("cannot be decoded: too many segments before the image data")
         marker = content[at + 1]
         if marker == 0x01 or 0xD0 <= marker <= 0xD9:
             at += 2

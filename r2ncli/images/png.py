@@ -112,11 +112,10 @@ def _load(image: Image.Image, content: bytes) -> Image.Image:
     """Decode the pixels; a transparent colour becomes white."""
     depth, colour_type = content[24], content[25]
     image.load()
-    key = image.info.get("colour key")
-    if key:
-        return _with_key_white(
-            image, content, depth, [*struct.unpack(f">{len(key) // 2}H", key[:6])]
-        )
+    key = image.info.get("colour key", b"")
+    if len(key) >= (6 if image.mode == "RGB" else 2) and image.mode in ("1", "L", "I;16", "RGB"):
+        samples = [*struct.unpack(">3H", key[:6].ljust(6, b"\0"))]
+        return _with_key_white(image, content, depth, samples)
     if (depth, colour_type) == (16, 4):  # which Pillow loads as colour
         return _like(image, Image.merge("LA", [image.getchannel("R"), image.getchannel("A")]))
     return image
@@ -128,7 +127,7 @@ def _with_key_white(image: Image.Image, content: bytes, depth: int, key: list[in
     if image.mode == "I;16":
         image.info["transparency"] = key[0]
         return image
-    if image.mode == "RGB" and len(key) == 3:
+    if image.mode == "RGB":
         pixels = np.array(image)
         wanted = np.array(key) & highest
         same = (pixels == wanted >> (depth - 8)).all(-1)
@@ -139,11 +138,9 @@ def _with_key_white(image: Image.Image, content: bytes, depth: int, key: list[in
             same &= (np.asarray(again) == wanted & 255).all(-1)
         pixels[same] = 255
         return _like(image, Image.fromarray(pixels))
-    if image.mode in ("1", "L"):
-        pixels = np.array(image.convert("L"))
-        pixels[pixels == (key[0] & highest) * 255 // highest] = 255
-        return _like(image, Image.fromarray(pixels))
-    return image
+    pixels = np.array(image.convert("L"))
+    pixels[pixels == (key[0] & highest) * 255 // highest] = 255
+    return _like(image, Image.fromarray(pixels))
 
 
 def _like(image: Image.Image, pixels: Image.Image) -> Image.Image:

@@ -57,6 +57,13 @@ def test_scans_of_data_behind_the_image_and_in_its_metadata_are_not_counted(
     assert (decoded(content[:2] + segment + content[2:] + video) == decoded(content)).all()
 
 
+def test_a_jpeg_of_a_header_of_millions_of_segments_is_refused() -> None:
+    content = FILES["jpeg"]
+    for filling in (b"\xff\xfe\0\2", b"\0"):
+        long = content[:20] + filling * (6_000_000 // len(filling)) + content[20:]
+        assert error_of(long) == "cannot be decoded: too many segments before the image data"
+
+
 def test_no_example_comes_near_the_bound_on_scans() -> None:
     for name, content in FILES.items():
         if "jpeg" in name and content.startswith(b"\xff\xd8"):
