@@ -144,8 +144,9 @@ def files_of_every_format() -> dict[str, bytes]:
         "heic grey": heic(grey),
     }
     if features.check("libtiff"):
-        for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"):
+        for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
             files[compression] = encoded(rgb, "TIFF", compression=compression)
+        files["tiff jpeg"] = encoded(rgb, "TIFF", compression="jpeg")
         files["group4"] = encoded(sample(24, 20, "1"), "TIFF", compression="group4")
     if features.check("webp"):
         files["webp"] = encoded(rgb, "WEBP")
