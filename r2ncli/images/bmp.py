@@ -105,8 +105,8 @@ def _bitmap(content: bytes, at: int, start: int = 0, masked: bool = False) -> _B
     )
     palette = np.zeros((256, 3), np.uint8)
     palette[:count] = table.reshape(-1, entry)[:, 2::-1]
-    used = colours if bits > 8 and start <= behind else count  # a palette of suggested colours
-    start = start if start > at else behind + entry * used
+    if start < behind or (bits <= 8 and start == behind):  # some files do not count the palette
+        start = behind + entry * (count if bits <= 8 else colours)
     return _Bitmap(width, height, top_down, bits, compression, masks, palette, start)
 
 

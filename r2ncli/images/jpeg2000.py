@@ -253,7 +253,7 @@ def _assigned(
 ) -> tuple[list[Array], Array | None, bool]:
     """Return the channels of colours in their order, that of opacity, and if it is multiplied in.
 
-    A codestream without boxes of two or four components has opacity last, as Pillow writes it.
+    Without definitions of channels, one more than the colours is opacity, as elsewhere.
     """
     count = 3 if len(channels) >= 3 else 1
     if boxes and boxes.profile:
@@ -269,7 +269,7 @@ def _assigned(
                 order[association - 1] = channel
             elif kind in (1, 2) and association == 0:
                 alpha, multiplied = channels[channel], kind == 2
-    elif boxes is None and len(channels) == count + 1:
+    elif len(channels) == count + 1 and count != 4 and channels[-1].any():
         alpha = channels[-1]
     if len(channels) < count:
         raise unsupported(f"JPEG 2000 of {len(channels)} channels in this colour space")

@@ -54,23 +54,24 @@ def _open(content: bytes) -> Image.Image:
 # --- strips and tiles ---------------------------------------------------------------------
 
 
-def _extents(page: Page, content: bytes) -> list[tuple[int, int]]:
-    """Return where each strip or tile starts, and how many bytes it has.
+def _extents(page: Page, content: bytes, plane: int) -> list[tuple[int, int]]:
+    """Return where each strip or tile of a plane starts, and how many bytes it has.
 
     Tiles are found under the tags of strips too. Lengths of zero or without a tag end where
     the next one starts. Raises `ImageError` if one lies outside the file.
     """
     starts = page.tags.get(324 if page.tiled and 324 in page.tags.values else 273)
     counts = page.tags.get(325 if page.tiled and 325 in page.tags.values else 279)
-    expected = page.across * page.down * page.planes
-    if starts is None or len(starts) < expected:
+    each = page.across * page.down
+    within = slice(plane * each, (plane + 1) * each)
+    if starts is None or len(starts) < within.stop:
         raise ImageError(TRUNCATED)
-    offsets = starts[:expected].astype(np.int64)
-    following = np.append(np.unique(offsets), len(content))
+    offsets = starts[within].astype(np.int64)
+    following = np.append(np.unique(starts.astype(np.int64)), len(content))
     ends = following[np.searchsorted(following, offsets, "right").clip(max=len(following) - 1)]
     lengths = np.maximum(ends - offsets, 0)
-    if counts is not None and len(counts) >= expected:
-        given = counts[:expected].astype(np.int64)
+    if counts is not None and len(counts) >= within.stop:
+        given = counts[within].astype(np.int64)
         lengths = np.where(given > 0, given, lengths)
     if page.compression != NO_COMPRESSION and (offsets + lengths > len(content)).any():
         raise ImageError(TRUNCATED)
@@ -79,14 +80,12 @@ def _extents(page: Page, content: bytes) -> list[tuple[int, int]]:
     return list(zip(offsets.tolist(), lengths.tolist(), strict=True))
 
 
-def _samples(page: Page, content: bytes) -> Array:
-    """Return the stored samples, [height, width, samples], in the byte order of this machine."""
-    extents = _extents(page, content)
-    each = page.across * page.down
+def _samples(page: Page, content: bytes, wanted: list[int]) -> Array:
+    """Return the wanted samples, [height, width, samples], in the byte order of this machine."""
     planes = []
-    for plane in range(page.planes):
-        within = extents[plane * each : (plane + 1) * each]
-        heights = [page.rows] * each
+    for plane in wanted if page.planes > 1 else [0]:
+        within = _extents(page, content, plane)
+        heights = [page.rows] * len(within)
         if not page.tiled:
             heights[-1] = page.height - page.rows * (page.down - 1)
         if page.compression == JPEG:
@@ -100,7 +99,9 @@ def _samples(page: Page, content: bytes) -> Array:
             grid = stacked.reshape(page.down, page.across, page.rows, page.columns, -1)
             stacked = grid.swapaxes(1, 2).reshape(page.down * page.rows, -1, page.per_pixel)
         planes.append(stacked[: page.height, : page.width])
-    return planes[0] if len(planes) == 1 else np.concatenate(planes, axis=-1)
+    if page.planes > 1:
+        return np.concatenate(planes, axis=-1)
+    return planes[0] if wanted == list(range(page.samples)) else planes[0][..., wanted]
 
 
 def _rows(
@@ -278,7 +279,7 @@ def _by_old_jpeg(page: Page, content: bytes) -> Image.Image:
     start, length = page.tags.number(513, 0), page.tags.number(514, 0)
     extents = [(start, length)] if start else []
     if page.tags.get(273) is not None or page.tags.get(324) is not None:
-        extents += _extents(page, content)
+        extents += _extents(page, content, 0)
     if any(start + length > len(content) for start, length in extents):
         raise ImageError(TRUNCATED)
     for start, length in extents:
@@ -299,20 +300,19 @@ def _by_old_jpeg(page: Page, content: bytes) -> Image.Image:
 
 def _image(page: Page, content: bytes) -> Image.Image:
     """Return the page in eight bits: L, LA, RGB, RGBA, CMYK or LAB."""
-    samples = _samples(page, content)
     count = COLOURS[page.photometric]
-    colours, alpha, associated = samples[..., :count], None, False
     extra = page.tags.get(338)
-    if samples.shape[2] > count and (extra is not None or page.photometric == RGB):
-        meanings = (
-            [2] if extra is None else extra.tolist()
-        )  # without the tag: as Pillow and libtiff
-        found = [n for n, meaning in enumerate(meanings) if meaning in (1, 2, 999)]
-        if found and count + found[0] < samples.shape[2]:
-            alpha = eight_bits(samples[..., count + found[0]], _white(page))
-            associated = meanings[found[0]] == 1
-            if extra is None and not alpha.any():
-                alpha = None
+    # without the tag, a sample after RGB is alpha, as Pillow and libtiff take it
+    meanings = [2] * (page.photometric == RGB) if extra is None else extra.tolist()
+    found = [n for n, meaning in enumerate(meanings) if meaning in (1, 2, 999)]
+    found = [n for n in found[:1] if count + n < page.samples]
+    samples = _samples(page, content, [*range(count), *(count + n for n in found)])
+    colours, alpha, associated = samples[..., :count], None, False
+    if found:
+        alpha = eight_bits(samples[..., count], _white(page))
+        associated = meanings[found[0]] == 1
+        if extra is None and not alpha.any():
+            alpha = None
     if page.photometric == PALETTE:
         pixels = _palette(page, colours[..., 0])
     elif page.photometric == YCBCR and (page.compression != JPEG or page.planes > 1):

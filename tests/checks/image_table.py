@@ -939,7 +939,7 @@ def jp2_cells(own: bool) -> Iterator[Cell]:
             "JPEG 2000", f"alpha of kind {kind} in place {place}", content, on_white(RGB, ALPHA)
         )
     more = jp2_file(stream(np.dstack([RGB, ALPHA]), 8, mct=False), (WIDTH, HEIGHT), [8] * 4, colour)
-    yield Cell("JPEG 2000", "a fourth channel without a meaning", more, RGB)
+    yield Cell("JPEG 2000", "a fourth channel without a meaning", more, on_white(RGB, ALPHA))
     for bits, depth, columns in itertools.product((1, 2, 4, 8), (8, 12, 16), (3, 4)):
         index, table = palette_of(bits)
         entries, true = scaled(np.hstack([table, table[:, :1]])[:, :columns], depth)

@@ -22,6 +22,7 @@ from support.image_files import (
     sample,
     tiff,
 )
+from support.image_writers import tiff_file
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P"])
@@ -227,3 +228,21 @@ def test_the_first_image_of_an_mpo_is_decoded() -> None:
     table = content.index(b"MPF\0") + 4
     broken = content[:table] + b"\xff" * 16 + content[table + 16 :]
     assert (decoded(broken) == decoded(content)).all()
+
+
+def test_a_plane_that_no_pixel_needs_may_be_missing_from_a_tiff() -> None:
+    rgb = pattern()
+    planes = [rgb[..., n].tobytes() for n in range(3)]
+    tags = {256: (4, [SIDE]), 257: (4, [SIDE]), 258: (3, [8] * 4), 259: (3, [1]), 262: (3, [2])}
+    tags |= {277: (3, [4]), 278: (4, [SIDE]), 284: (3, [2]), 338: (3, [0])}
+    content = tiff_file([(tags, [*planes, b""])], "<", False)
+    at = content.rindex(struct.pack("<HHI", 273, 4, 4)) + 8
+    last = struct.unpack_from("<I", content, at)[0] + 12
+    content = content[:last] + bytes(4) + content[last + 4 :]
+    assert (decoded(content) == rgb).all()
+
+
+def test_a_bmp_that_does_not_count_its_palette_is_decoded() -> None:
+    content = encoded(sample(mode="P"), "BMP")
+    start = struct.pack("<I", 54)
+    assert (decoded(content[:10] + start + content[14:]) == decoded(content)).all()
