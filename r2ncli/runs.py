@@ -31,6 +31,7 @@ from r2ncli.sources.selection import no_image_found
 from r2ncli.sources.walk import Input, Walk
 
 SCHEMA = 2
+MOST_IMAGES = 4096  # in a batch whose size a run record gives
 
 Paths = Sequence[PathLike] | PathLike | None
 Record = dict[str, Any]
@@ -261,9 +262,11 @@ def _with_begun_batch_size(options: RunOptions, begun: Record) -> RunOptions:
     """Return `options` with the batch size that the run was begun with, unless they name one.
 
     It affects the last bits of the values, and the size that is chosen for a device may change
-    from version to version.
+    from version to version. A larger size than r2n chooses is not taken from a file: a batch is
+    held in memory.
     """
     batch_size = begun.get("batch_size")
-    if options.batch_size is not None or not isinstance(batch_size, int) or batch_size < 1:
+    sound = isinstance(batch_size, int) and 1 <= batch_size <= MOST_IMAGES
+    if options.batch_size is not None or not sound:
         return options
     return replace(options, batch_size=batch_size)

@@ -203,6 +203,7 @@ def test_an_interrupt_while_a_block_is_written_loses_and_doubles_nothing(
             raise KeyboardInterrupt
         real(descriptor)
 
+    list(r2ncli.classify(pictures, weights=tiny_weights))  # an entry of the cache is synced too
     monkeypatch.setattr("r2ncli.outputs.partial.BLOCK_ROWS", 7)
     monkeypatch.setattr(os, "fsync", interrupted_once)
     out = tmp_path / "x.csv"
@@ -452,6 +453,35 @@ def test_a_name_that_is_too_long_is_refused_first(tmp_path):
     for length in (246, 300):  # OUT itself fits in the first case, its record's name does not
         with pytest.raises(OutputError, match="file name too long"):
             r2ncli.classify_to(tmp_path / ("x" * length + ".csv"), "nowhere")
+
+
+@pytest.mark.parametrize("option", [None, "overwrite", "resume", "retry_failed"])
+@pytest.mark.parametrize("name", ["block-00000000.csv.tmp", "run.json", "joined.csv"])
+def test_no_run_follows_a_link_in_its_partial_folder(
+    tmp_path, pictures, tiny_weights, option, name
+):
+    out, victim = tmp_path / "x.csv", tmp_path / "victim"
+    (pictures / "00003.jpg").write_bytes(b"")
+    if option == "retry_failed":
+        r2ncli.classify_to(out, pictures, weights=tiny_weights)
+    (tmp_path / "x.csv.partial").mkdir()
+    (tmp_path / "x.csv.partial" / name).symlink_to(victim)
+    victim.write_text("precious")
+    with pytest.raises(OutputError, match=f"x.csv.partial: holds '{name}', which is not a regular"):
+        r2ncli.classify_to(
+            out, pictures, weights=tiny_weights, **({option: True} if option else {})
+        )
+    assert victim.read_text() == "precious"
+    assert (tmp_path / "x.csv.partial" / name).is_symlink()
+
+
+def test_a_forged_batch_size_takes_no_memory(tmp_path, pictures, tiny_weights):
+    out = tmp_path / "x.csv"
+    r2ncli.classify_to(out, pictures, weights=tiny_weights)
+    beside = tmp_path / "x.csv.run.json"
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"batch_size": 10**9}))
+    record = r2ncli.classify_to(out, pictures, weights=tiny_weights, resume=True)
+    assert record["batch_size"] == 10**9  # it is the finished one's: nothing was computed
 
 
 def test_no_image_found_leaves_nothing_behind(tmp_path, tiny_weights):
