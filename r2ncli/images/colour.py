@@ -16,6 +16,9 @@ from r2ncli.errors import ImageError
 Array = npt.NDArray[Any]
 
 
+_ROWS = 256  # converted at once, to bound the memory
+
+
 # --- depth --------------------------------------------------------------------------------
 
 
@@ -41,12 +44,12 @@ def unpacked(rows: Array, bits: int, count: int) -> Array:
     samples = np.zeros((len(rows), count), np.uint16)
     first = np.arange(count) * bits  # the position of a sample's first bit
     last = rows.shape[1] - 1
-    for at in range(0, len(rows), 256):  # a few rows at once, to bound the memory
-        block = rows[at : at + 256].astype(np.uint32)
+    for at in range(0, len(rows), _ROWS):
+        block = rows[at : at + _ROWS].astype(np.uint32)
         window = block[:, first // 8] << 16
         window |= block[:, np.minimum(first // 8 + 1, last)] << 8
         window |= block[:, np.minimum(first // 8 + 2, last)]
-        samples[at : at + 256] = window >> (24 - bits - first % 8) & (2**bits - 1)
+        samples[at : at + _ROWS] = window >> (24 - bits - first % 8) & (2**bits - 1)
     return samples
 
 
@@ -65,17 +68,17 @@ def eight_bits(values: Array, white: float | None) -> npt.NDArray[np.uint8]:
         white = _white_of(values, white)
     if values.dtype == np.uint8 and white == 255:
         return values
-    if values.dtype == np.uint16 and white == 65535 and values.shape[2:] not in ((), (1,)):
-        return (values >> 8).astype(np.uint8)
-    if values.dtype.kind != "f" and white == 65535:
-        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if values.dtype == np.uint32 and white < 65535:
-        values = values.astype(np.uint16)
-    if values.dtype.itemsize <= 2 and values.dtype.kind == "u" and white < 65535:
-        scaled = np.rint(np.arange(int(white) + 1) * (255 / white)).astype(np.uint8)
-        table: npt.NDArray[np.uint8] = scaled[np.minimum(values, int(white))]
-        return table
-    return np.rint(values.astype(np.float64) * (255 / white)).astype(np.uint8)
+    is_colour = values.shape[2:] not in ((), (1,))
+    whole = np.empty(values.shape, np.uint8)
+    for at in range(0, len(values), _ROWS):
+        rows = values[at : at + _ROWS]
+        if values.dtype == np.uint16 and white == 65535 and is_colour:
+            whole[at : at + _ROWS] = rows >> 8
+        elif values.dtype.kind != "f" and white == 65535:
+            whole[at : at + _ROWS] = (rows.astype(np.uint32) + 128) // 257
+        else:
+            whole[at : at + _ROWS] = np.rint(rows * np.float64(255 / white))
+    return whole
 
 
 def _white_of(values: Array, declared: float | None) -> float:

@@ -373,11 +373,14 @@ def _from_ycbcr(page: Page, samples: Array) -> Array:
         levels = reference[::2] / reference[1::2]
         if (levels[1::2] > levels[::2]).all():
             low, high = levels[::2], levels[1::2]
-    y, cb, cr = np.moveaxis((samples - low) * (np.array([255, 127, 127]) / (high - low)), -1, 0)
-    r, b = y + cr * (2 - 2 * red), y + cb * (2 - 2 * blue)
-    g = (y - red * r - blue * b) / green
-    rgb: Array = np.stack([r, g, b], -1).clip(0, 255)
-    return np.rint(rgb).astype(np.uint8)
+    scale = np.array([255, 127, 127]) / (high - low)
+    whole = np.empty(samples.shape, np.uint8)
+    for at in range(0, len(samples), 256):  # rows at once, to bound the memory
+        y, cb, cr = np.moveaxis((samples[at : at + 256] - low) * scale, -1, 0)
+        r, b = y + cr * (2 - 2 * red), y + cb * (2 - 2 * blue)
+        g = (y - red * r - blue * b) / green
+        whole[at : at + 256] = np.rint(np.stack([r, g, b], -1).clip(0, 255))
+    return whole
 
 
 TIFF = Codec(lambda head: TiffImagePlugin._accept(head), _open, _load)
