@@ -31,12 +31,16 @@ _MOST_PACKETS = 10_000_000  # a real image of 200 million pixels has less than a
 
 @dataclass(frozen=True)
 class _Codestream:
-    """The components, from the header of a codestream."""
+    """The components, from the header of a codestream.
+
+    Pillow takes `subsampled` components for Y'CbCr and returns RGB.
+    """
 
     start: int
     width: int
     height: int
     depths: tuple[int, ...]
+    subsampled: bool
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,9 @@ def _codestream(content: bytes, start: int) -> _Codestream:
         raise unsupported(f"JPEG 2000 of {count} components")
     depths = tuple((depth & 127) + 1 for depth in components[::3])
     steps = {*components[1::3], *components[2::3]}
+    all_steps = list(zip(components[1::3], components[2::3], strict=True))
+    if steps != {1} and (count != 3 or all_steps[0] != (1, 1) or all_steps[1] != all_steps[2]):
+        raise unsupported("JPEG 2000 of subsampled components in this arrangement")
     if any(depth & 128 for depth in components[::3]):
         raise unsupported("JPEG 2000 of signed integers")
     if max(depths) > (16 if count == 1 else 8):
@@ -88,7 +95,7 @@ def _codestream(content: bytes, start: int) -> _Codestream:
     if 0 in steps or any(edge % step for edge in edges for step in steps):
         raise unsupported("JPEG 2000 whose subsampling does not divide its size")
     _refuse_much_work(content, start, count, (width, height), (tile_width, tile_height))
-    return _Codestream(start, width, height, depths)
+    return _Codestream(start, width, height, depths, steps != {1})
 
 
 def _segments(content: bytes, start: int) -> Iterator[tuple[int, int]]:
@@ -209,7 +216,9 @@ def _load(_header: Image.Image, content: bytes) -> Image.Image:
     channels = _channels(components, codestream.depths, boxes or _Boxes())
     colours, alpha, multiplied = _assigned(channels, boxes)
     pixels = np.stack(colours, -1)
-    if boxes and boxes.space == _SYCC:
+    if codestream.subsampled and boxes and boxes.space != _SYCC:
+        raise unsupported("JPEG 2000 of subsampled components that are not Y'CbCr")
+    if boxes and boxes.space == _SYCC and not codestream.subsampled:
         pixels = np.array(Image.fromarray(pixels, "YCbCr").convert("RGB"))
     if alpha is not None and multiplied:
         white = pixels.astype(np.uint16) + (255 - alpha[..., None])

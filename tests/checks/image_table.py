@@ -12,6 +12,7 @@ ends with exit code 1 if a cell is garbled.
 
 from __future__ import annotations
 
+import base64
 import io
 import itertools
 import json
@@ -866,6 +867,47 @@ def jpeg_cells(own: bool) -> Iterator[Cell]:
             yield Cell("JPEG", f"lossless {values.ndim} {predictor}", content, three(values))
 
 
+# Y'CbCr by OpenJPEG: subsampling across and down, width and height
+SUBSAMPLED = {
+    (2, 1, 16, 12): (
+        "|4;u>051Rl0000G0000C00000000000000G0000C000000000000RdB0S5vB2Lb{AQUDA9000310R#j90smY"
+        "82S7kbNKpTf015yA0002E00IA#$J9m;+pbu?q(qWN&I0S&_wKM0q7kntxt|@{tOdu&7&L!O?;pq1Dih7gK9l"
+        "gt7Tvx6+2L;d-J3F+vpdJsC;<GUbm!XHC^cYx8MlqAycFArU%)yv2f|bUkT#tg{Lu42jr?dKg>0=de;!wl&%"
+        "k^mz<eY?2|yuldB&-DbS+#huz|<+KNJi~bxXkc1VB180GJ{i35GzTI)5!&0<nO<4#;oM#Yg|y"
+    ),
+    (2, 2, 16, 12): (
+        "|4;u>051Rl0000G0000C00000000000000G0000C000000000000RdB0S5vC2Lb~BQUDA9000310R#j90smY"
+        "82S7kbNKpTf015yA0001%00IA#$J9m;+pbu?q(qWN&I0S&_wKM0q7kntxt|@{tOdu&7&L!O?;pq17y*8r8m%"
+        "gL*mF6wf5+4q4o8m&9SEyc^vsA=z&bPs!c+i|Hk}*%(DOiz{AeMCY^^eX9#@agz<eS=`2s))KpgZ2-wr<;?;"
+        "ODS0>FGCzzDz_^lb9i4n7{$KMH)$|Je"
+    ),
+    (1, 2, 16, 12): (
+        "|4;u>051Rl0000G0000C00000000000000G0000C000000000000RdB0S5sB2LS^AQUDA9000310R#j90smY"
+        "82S7kbNKpTf015yA0002000IA#$J9m;+pbu?q(qWN&I0S&_wKM0q7kntxt|@{tOdu&7&L!O?;pq1Dgks_CO`"
+        "{Yx-yQCb=&6G&^G!Z1AoWVCJr-*hW)I2D!Y2OsX6CMR9L{*z&bPs!c+i|Hk}*%(DOiz{AeMCY^^eX9#@agz&"
+        "a!kkTd{<Hh&Jg4nWje|9>pNd?LVnBtQtjHGk=ZaSlMoR!k4IF$9f;|Je"
+    ),
+    (4, 4, 16, 12): (
+        "|4;u>051Rl0000G0000C00000000000000G0000C000000000000RdB0S5#G2LuHFQUDA9000310R#j90smY"
+        "82S7kbNKpTf015yA0001W00IA#$J9m;+pbu?q(qWN&I0S&_wKM0q7kntxt|@{tOdu&7&L!O?;pq13ImvR%-h"
+        "G*3Je`0cVECdGzY>|0FXAF8~o7oK#lxpA%$$MGJhUdkI%sQ0iXmR4heq>!SjTGApi{m|9=7h*#"
+    ),
+    (2, 2, 15, 11): (
+        "|4;u>051Rl0000F0000B00000000000000F0000B000000000000RdB0S5vC2Lb~BQUDA9000310R#j90smY"
+        "82S7kbNKpTf015yA0001w00IA#$J9m;+pbu?q(qWN&I0S&_wKM0q7knahp-pkrVIA;;duN@`G3dM7y*8r8m%"
+        "gL*mF6wf5+4q4o8m&9SEyc^vsA=z!Ja{KnTDhJAnUx0=`tWF_j)yiNJg!K=}ed2tXY42Hy@p8}A&z`2xUvBE"
+        "Sg18}w}Q*A6}&)jtY+&;Qu"
+    ),
+    (1, 1, 15, 11): (
+        "|4;u>051Rl0000F0000B00000000000000F0000B000000000000RdB0S5sA2LS>9QUDA9000310R#j90smY"
+        "82S7kbNKpTf015yA0002d00IA#$J9m;+pbu?q(qWN&I0S&_wKM0q7knahp-pkrVIA;;duN@`G3dMN)yfap!1"
+        "zIASepyt=`kE?cysm4S75s^od+C{XN7<(C8+!><P!zNC7K^k&_J9PrKAMGoiW2Xm2YHVW1oKekSwEDCb(7CC"
+        "{CpKfn^e6F>;SB0GTpe*(T#wK0_*SBbzAKsq!4m>U>9o*Q^9OIZ>-uN^fX@D$6y6)+By04EpSQ!A1<{r`VBC"
+        "j9z;S2q8D32~tTx*mW3*#"
+    ),
+}
+
+
 def jp2_cells(own: bool) -> Iterator[Cell]:
     """JPEG 2000 by imagecodecs, with boxes written here."""
     import imagecodecs
@@ -978,6 +1020,14 @@ def jp2_cells(own: bool) -> Iterator[Cell]:
         other = box(b"colr", struct.pack(">BBBI", 1, 0, 0, space))
         content = jp2_file(stream(RGB, 8, mct=False), (WIDTH, HEIGHT), [8] * 3, other)
         yield Cell("JPEG 2000", f"colour space {space}", content, None)
+    for (across, down, width, height), text in SUBSAMPLED.items():
+        y, x = np.mgrid[0:height, 0:width]
+        rgb = np.stack([60 + 8 * x, 70 + 9 * y, 190 - 3 * x - 5 * y], -1).astype(np.uint8)
+        truth, content = ycbcr_of(rgb, across, down)[1], base64.b85decode(text)
+        name = f"Y'CbCr {across} x {down} of {width} x {height}"
+        yield Cell("JPEG 2000", name, jp2_file(content, (width, height), [8] * 3, ycc), truth)
+        if across > 1:
+            yield Cell("JPEG 2000", f"{name}, codestream", content, truth)
     for tile, levels in itertools.product(((8, 8), (16, 32), (5, 7)), (1, 3)):
         for values in (GREY, RGB):
             try:
