@@ -1113,6 +1113,18 @@ def avif_cells(own: bool) -> Iterator[Cell]:
             part = truth[top : top + height, left : left + width]
             yield Cell("AVIF", f"{name} {bits} {pixels} clap {left, top}", cropped, part)
 
+        for angle in range(1, 4):
+            turned = with_property(content, box(b"irot", bytes([angle])))
+            yield Cell(
+                "AVIF", f"{name} {bits} {pixels} irot {angle}", turned, np.rot90(truth, angle)
+            )
+            body = struct.pack(">8i", 20, 1, 16, 1, 8 + 20 - WIDTH, 2, 4 + 16 - HEIGHT, 2)
+            both = with_property(
+                with_property(content, box(b"clap", body)), box(b"irot", bytes([angle]))
+            )
+            part = np.rot90(truth[2:18, 4:24], angle)
+            yield Cell("AVIF", f"{name} {bits} {pixels} clap, irot {angle}", both, part)
+
 
 def with_property(content: bytes, new: bytes) -> bytes:
     """A HEIF file whose first item has one more property; offsets into the file are moved."""
