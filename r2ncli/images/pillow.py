@@ -110,8 +110,35 @@ def boxes_between(content: bytes, at: int, end: int) -> Iterator[tuple[bytes, in
 # --- GIF ----------------------------------------------------------------------------------
 
 
-def _load_gif(image: Image.Image, _content: bytes) -> Image.Image:
+_GIF = registered("GIF", "GifImagePlugin")
+
+
+def _open_gif(content: bytes) -> Image.Image:
+    """Read the size of the canvas and the first frame, which Pillow allocates when it opens it."""
+    corrupted = ImageError("cannot be decoded: corrupted GIF (no image)")
+    if len(content) < 13:
+        raise corrupted
+    width, height, flags = struct.unpack_from("<HHB", content, 6)
+    at = 13 + (3 << (flags & 7) + 1 if flags & 128 else 0)
+    while at + 10 <= len(content) and content[at] != ord(","):
+        if content[at] == ord(";"):
+            raise corrupted
+        if content[at] == ord("!"):  # an extension: a label, then blocks up to an empty one
+            at += 2
+            while at < len(content) and content[at]:
+                at += 1 + content[at]
+        at += 1
+    if at + 10 > len(content):
+        raise corrupted
+    left, top, across, down = struct.unpack_from("<HHHH", content, at + 1)
+    if not (across and down):
+        raise corrupted
+    return without_pixels(max(width, left + across), max(height, top + down))
+
+
+def _load_gif(_header: Image.Image, content: bytes) -> Image.Image:
     """Decode the first frame; the canvas outside it is transparent, as browsers show it."""
+    image = _GIF.open(content)
     image.load()
     box = getattr(image, "dispose_extent", None)
     if box in (None, (0, 0, *image.size)):
@@ -121,7 +148,7 @@ def _load_gif(image: Image.Image, _content: bytes) -> Image.Image:
     return canvas
 
 
-GIF = replace(registered("GIF", "GifImagePlugin"), load=_load_gif)
+GIF = replace(_GIF, open=_open_gif, load=_load_gif)
 
 
 # --- WebP ---------------------------------------------------------------------------------

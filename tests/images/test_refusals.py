@@ -93,6 +93,13 @@ def test_a_jpeg_2000_that_promises_millions_of_packets_is_refused() -> None:
     assert error_of(tiles).endswith("packets, too many")
 
 
+def test_a_gif_whose_first_frame_is_huge_is_refused_before_it_is_allocated() -> None:
+    content = bytearray(FILES["gif"])
+    at = content.index(b",", 13 + (6 << (content[10] & 7)))  # behind the palette
+    content[at + 5 : at + 9] = b"\xff\xff\xff\xff"
+    assert error_of(bytes(content)).startswith("65535 x 65535 pixels, more than the limit")
+
+
 # --- words ----------------------------------------------------------------------------------
 
 
