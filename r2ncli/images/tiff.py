@@ -156,10 +156,27 @@ def _by_libtiff(
     head = b"II*\0" + struct.pack("<I", table)
     file = b"".join([head, *pieces, struct.pack("<H", len(tags)), entries, bytes(4), values])
     image = TiffImagePlugin.TiffImageFile(BytesIO(file), "")
-    _load_by_pillow(image)
+    try:
+        _load_by_pillow(image)
+    except OSError:
+        if page.compression in _OPTIONAL and not _is_built_in(page.compression):
+            name = _OPTIONAL[page.compression]
+            raise unsupported(f"TIFF with {name} compression") from None
+        raise
     if black_and_white:
         return np.packbits(np.asarray(image), axis=1)
     return np.asarray(image)
+
+
+_OPTIONAL = {34925: "LZMA", 50000: "Zstandard"}  # in libtiff
+
+
+def _is_built_in(compression: int) -> bool:
+    """Return whether this libtiff has a compression that not all have."""
+    try:
+        return bool(ctypes.CDLL(_imaging.__file__).TIFFIsCODECConfigured(compression))
+    except (AttributeError, OSError):  # this Pillow hides its libtiff
+        return True
 
 
 def _load_by_pillow(image: Image.Image) -> None:
