@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from r2ncli.engine import AUTO, BACKENDS, INT8, POOLS, PRECISIONS
 from r2ncli.errors import UsageError
-from r2ncli.images.rules import MAX_BYTES, MAX_PIXELS, DecodeRules
+from r2ncli.images.decoders import MAX_BYTES, MAX_PIXELS, DecodeRules
 from r2ncli.sources.selection import TIMEOUT, Selection, parse_shard
 
 if TYPE_CHECKING:

@@ -3,22 +3,26 @@
 The rules below decide the pixels. Whoever changes one raises the version in `DecodeRules`.
 
 - The content of a file decides its format, not its suffix.
-- EXIF orientation is applied; for HEIC, the orientation in its container, as its standard says.
-- Of an animation, a multipage TIFF or an MPO the first frame is decoded, of a HEIC its primary
-  image.
-- Transparency is composited on white; palettes, greyscale and CMYK become RGB. CMYK without a
-  profile is inverted ink.
-- Colours are converted to sRGB: an embedded ICC profile is applied to the resized pixels, in
-  the image's own colour space (RGB, greyscale, CMYK) and in eight bits, whatever its depth.
-  The intent is relative colorimetric with black point compensation. A corrupted profile, one
-  of another colour space, those of BMP, GIF and JPEG 2000, which Pillow does not read, and
-  colours declared without a profile (PNG's gAMA and cHRM, EXIF's tags, the code points of AVIF
-  and HEIC) are ignored.
-- 16 bits: greyscale is v / 257, rounded; colour is the high byte, as Pillow reads it. The
-  depth that the file declares decides (a TIFF may have 12 bits), never the image's values.
+- EXIF orientation is applied, or that of XMP where EXIF has none; for HEIC, the orientation in its
+  container, as its standard says. The clean aperture of HEIC and AVIF is applied.
+- Of an animation or an MPO the first frame is decoded, of a HEIC its primary image, of a TIFF the
+  first page that is not a thumbnail or a mask of another, of an icon the largest image with the
+  most colours.
+- Transparency is composited on white, and so is the canvas of a GIF outside its first frame.
+  Palettes, greyscale and CMYK become RGB. CMYK without a profile is inverted ink. A transparent
+  colour of a PNG is compared in its full depth. Alpha that is 0 everywhere is none in BMP and ICO,
+  and in a TIFF that does not say that its fourth sample is alpha.
+- Colours are converted to sRGB: an embedded ICC profile is applied in the image's own colour space
+  (RGB, greyscale, CMYK) and in eight bits, whatever its depth; to the resized pixels, but to the
+  whole image before resizing if the curves of the profile are far from those of sRGB. The intent is
+  relative colorimetric with black point compensation. A corrupted profile, one of another colour
+  space, those of BMP and GIF, and colours declared without a profile (PNG's gAMA and cHRM,
+  EXIF's tags, the code points of AVIF and HEIC) are ignored.
+- Fewer than eight bits are scaled to eight. 16 bits: greyscale is v / 257, rounded; colour is the
+  high byte. The depth that the file declares decides (a TIFF may have 12 bits), never the image's
+  values. White of signed integers is their highest value; negative values are errors.
 - 32-bit integers and floats declare no range: white is the smallest of 1 (floats only), 255
-  and 65535 that is not less than any value. Larger values, negative ones and NaN are errors,
-  and so is colour of 32 bits, which Pillow cannot open.
+  and 65535 that is not less than any value. Larger values, negative ones and NaN are errors.
 - The crop is resized in one step out of the whole image (`Image.resize(box=...)`, bilinear,
   antialiased): by default the centre 224 x 224 of a short side of 256. The pixels equal those
   of resizing first and cropping then, without the cost of resizing an image of 65,000 x 2 as a
@@ -26,28 +30,34 @@ The rules below decide the pixels. Whoever changes one raises the version in `De
 - With ``decode="auto"`` a JPEG whose short side is at least four times the resize target is
   decoded at 1/2, 1/4 or 1/8 of its size, never below twice that target.
 
-A file that ends before its image data does is an error. Corruption that leaves something to
-decode is not seen: inside a JPEG, which its decoder repairs, in formats without checksums, which
-are most, and in a plain-text PNM that is cut inside its last number.
+A file that ends before its image data does is an error; one that lacks only what no pixel needs, as
+an end marker, is whole. Metadata never costs the image: text, EXIF, XMP and profiles of any size,
+number and checksum; what is corrupted of them counts as absent. What a decoder lacks is an error
+that names it. So is work without bounds: scans, tiles and packets beyond those of real images.
+
+Corruption that leaves something to decode is not seen: inside a JPEG, which its decoder repairs, in
+formats without checksums, which are most, and in a plain-text PNM that is cut inside its last
+number.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, JpegImagePlugin
-from PIL.Image import Resampling
+from PIL.Image import Resampling, Transpose
 
 from r2ncli.architectures import Preprocessing
 from r2ncli.errors import ImageError
 from r2ncli.images.colour import conversion, opaque
 from r2ncli.images.decoders import DECODERS, Codec
-from r2ncli.images.geometry import exif_orientation, stored_box, turned_upright
-from r2ncli.images.rules import DecodeRules as DecodeRules
+from r2ncli.images.decoders import DecodeRules as DecodeRules
 
 Pixels = npt.NDArray[np.uint8]
+Box = tuple[float, float, float, float]
 
 
 def decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) -> Pixels:
@@ -87,12 +97,14 @@ def _decode(content: bytes, preprocessing: Preprocessing, rules: DecodeRules) ->
             limit = f"more than the limit of {rules.max_pixels:,}"
             raise ImageError(f"{width} x {height} pixels, {limit}")
         scale = _reduce(image, preprocessing) if rules.decode == "auto" else 1
-        codec.load(image, content)
-        orientation = exif_orientation(image)  # after loading, where Pillow turns a TIFF upright
+        image = codec.load(image, content)
+        orientation = exif_orientation(image)
         if scale == 1:
             width, height = image.size
         stored = opaque(image)
         to_srgb = conversion(image.info.get("icc_profile"), image.mode, stored.mode)
+    if to_srgb and to_srgb.before_resizing:
+        stored, to_srgb = to_srgb.apply(stored), None
     if to_srgb is None and stored.mode == "CMYK":
         stored = stored.convert("RGB")
     # computed at full size and then scaled: the reduced size is rounded up
@@ -147,3 +159,69 @@ def _reduce(image: Image.Image, preprocessing: Preprocessing) -> int:
             image.draft(None, (width // scale, height // scale))
             return scale
     return 1
+
+
+# --- the part that the network sees, and orientation ------------------------------------
+
+
+def stored_box(size: tuple[int, int], orientation: int, preprocessing: Preprocessing) -> Box:
+    """Return the box (left, top, right, bottom) that the network sees of an image as stored.
+
+    `size` is (width, height), before the image is turned upright.
+    """
+    upright = (size[1], size[0]) if orientation in _SIDEWAYS else size
+    _, to_stored = _UPRIGHT.get(orientation, _UPRIGHT[1])
+    return to_stored(_crop_box(upright, preprocessing), upright)
+
+
+def _crop_box(size: tuple[int, int], preprocessing: Preprocessing) -> Box:
+    """Return the box that the network sees of an upright image of `size` (width, height)."""
+    width, height = size
+    if preprocessing.crop == "none":
+        return (0.0, 0.0, float(width), float(height))
+    short, target, kept = min(size), preprocessing.resize_size, preprocessing.image_size
+    if preprocessing.crop == "square":
+        side = short * kept / target
+        left, top = (width - side) / 2, (height - side) / 2
+        return (left, top, left + side, top + side)
+    # as torchvision: the long side is rounded down, the margins to the nearest (ties to even)
+    resized_width, resized_height = target * width // short, target * height // short
+    left, top = round((resized_width - kept) / 2), round((resized_height - kept) / 2)
+    x, y = width / resized_width, height / resized_height
+    return (
+        max(left * x, 0.0),
+        max(top * y, 0.0),
+        min((left + kept) * x, float(width)),
+        min((top + kept) * y, float(height)),
+    )
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """Return the orientation in an image's EXIF; 1 (upright) if none can be read."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+        return value[0] if isinstance(value, bytes) else int(value)  # stored as a byte
+    except Exception:  # the pixels of an image with corrupted EXIF are intact
+        return 1
+
+
+def turned_upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Return the image turned upright, given its EXIF orientation."""
+    transpose, _ = _UPRIGHT.get(orientation, _UPRIGHT[1])
+    return image if transpose is None else image.transpose(transpose)
+
+
+# For each EXIF orientation: the transposition that turns the stored image upright, and the
+# function from a box of the upright image of size (w, h) to the box in the stored image.
+# Only the small result is turned, not the whole image. Unknown orientations count as 1.
+_UPRIGHT: dict[int, tuple[Transpose | None, Callable[[Box, tuple[int, int]], Box]]] = {
+    1: (None, lambda b, s: b),
+    2: (Transpose.FLIP_LEFT_RIGHT, lambda b, s: (s[0] - b[2], b[1], s[0] - b[0], b[3])),
+    3: (Transpose.ROTATE_180, lambda b, s: (s[0] - b[2], s[1] - b[3], s[0] - b[0], s[1] - b[1])),
+    4: (Transpose.FLIP_TOP_BOTTOM, lambda b, s: (b[0], s[1] - b[3], b[2], s[1] - b[1])),
+    5: (Transpose.TRANSPOSE, lambda b, s: (b[1], b[0], b[3], b[2])),
+    6: (Transpose.ROTATE_270, lambda b, s: (b[1], s[0] - b[2], b[3], s[0] - b[0])),
+    7: (Transpose.TRANSVERSE, lambda b, s: (s[1] - b[3], s[0] - b[2], s[1] - b[1], s[0] - b[0])),
+    8: (Transpose.ROTATE_90, lambda b, s: (s[1] - b[3], b[0], s[1] - b[1], b[2])),
+}
+_SIDEWAYS = (5, 6, 7, 8)

@@ -1,4 +1,4 @@
-"""The table of decoders: one row for each image format.
+"""The table of decoders: one row for each image format; and the limits of decoding.
 
 The suffixes that a walk tries, the versions in the run record, the libraries that a retry may
 find newly installed, and the advice on what to install all come from this table. A new format is a
@@ -8,7 +8,7 @@ new row. Importing this module imports no decoder: a row loads its decoder when 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +16,32 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+MAX_PIXELS = 200_000_000
+MAX_BYTES = 512_000_000
+
+
+@dataclass(frozen=True)
+class DecodeRules:
+    """How images are decoded, and up to which size: part of a run's fingerprint.
+
+    Attributes
+    ----------
+    decode : str
+        ``exact``: every pixel as Pillow decodes it at full size; ``auto``: a JPEG that is much
+        larger than the network's input is decoded at 1/2, 1/4 or 1/8 of its size.
+    max_pixels, max_bytes : int
+        A larger image or file becomes a failed row.
+    version : int
+        Version of the rules in `images.decode`. Raise it whenever the pixels of any image
+        change, so that a run is not resumed under other rules. Records without a version
+        were written before there was one.
+    """
+
+    decode: str
+    max_pixels: int = MAX_PIXELS
+    max_bytes: int = MAX_BYTES
+    version: int = field(default=3, init=False)
 
 
 @dataclass(frozen=True)
@@ -25,12 +51,12 @@ class Codec:
     `accept` takes the first 128 bytes of a file and returns whether they are of this format; a
     text means that they are, but that this installation cannot decode it. `open` takes the whole
     file, reads its header and returns an image without pixels. `load` takes that image and the
-    whole file, and decodes the pixels.
+    whole file, and returns an image with its pixels.
     """
 
     accept: Callable[[bytes], bool | str]
     open: Callable[[bytes], Image]
-    load: Callable[[Image, bytes], object]
+    load: Callable[[Image, bytes], Image]
 
 
 @dataclass(frozen=True)
@@ -131,13 +157,13 @@ DECODERS = (  # in the order in which a file's first bytes are compared
     Decoder(
         "JPEG",
         (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
-        _by_rules_of("pillow", "JPEG"),
+        _by_rules_of("jpeg", "JPEG"),
         (_PILLOW, _LIBJPEG, _LITTLECMS),
     ),
-    Decoder("PNG", (".png", ".apng"), _by_pillow("PNG", "PngImagePlugin"), _BASE),
-    Decoder("WEBP", (".webp",), _by_pillow("WEBP", "WebPImagePlugin"), _BASE),
-    Decoder("GIF", (".gif",), _by_pillow("GIF", "GifImagePlugin"), _BASE),
-    Decoder("BMP", (".bmp",), _by_pillow("BMP", "BmpImagePlugin"), _BASE),
+    Decoder("PNG", (".png", ".apng"), _by_rules_of("png", "PNG"), _BASE),
+    Decoder("WEBP", (".webp",), _by_rules_of("pillow", "WEBP"), _BASE),
+    Decoder("GIF", (".gif",), _by_rules_of("pillow", "GIF"), _BASE),
+    Decoder("BMP", (".bmp",), _by_rules_of("bmp", "BMP"), _BASE),
     Decoder("TIFF", (".tif", ".tiff"), _by_rules_of("tiff", "TIFF"), _BASE),
     Decoder(
         "HEIC",
@@ -146,16 +172,16 @@ DECODERS = (  # in the order in which a file's first bytes are compared
         (*_BASE, _PILLOW_HEIF),
         package="pillow-heif",
     ),
-    Decoder("AVIF", (".avif", ".avifs"), _by_pillow("AVIF", "AvifImagePlugin"), _BASE),
+    Decoder("AVIF", (".avif", ".avifs"), _by_rules_of("heif", "AVIF"), _BASE),
     Decoder(
         "JPEG 2000",
         (".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
-        _by_rules_of("pillow", "JPEG_2000"),
+        _by_rules_of("jpeg2000", "JPEG_2000"),
         _BASE,
     ),
-    Decoder("ICO", (".ico",), _by_rules_of("pillow", "ICO"), _BASE),
+    Decoder("ICO", (".ico",), _by_rules_of("bmp", "ICO"), _BASE),
     Decoder("PPM", (".ppm", ".pgm", ".pbm", ".pnm"), _by_pillow("PPM", "PpmImagePlugin"), _BASE),
-    Decoder("DIB", (".dib",), _by_pillow("DIB", "BmpImagePlugin"), _BASE),
+    Decoder("DIB", (".dib",), _by_rules_of("bmp", "DIB"), _BASE),
 )
 
 SUFFIXES = tuple(suffix for decoder in DECODERS for suffix in decoder.suffixes)

@@ -11,8 +11,8 @@ from fnmatch import fnmatchcase
 from itertools import starmap
 
 from r2ncli.errors import InputNotFoundError, UsageError
+from r2ncli.images.decoders import MAX_BYTES as MAX_BYTES
 from r2ncli.images.decoders import SUFFIXES as SUFFIXES
-from r2ncli.images.rules import MAX_BYTES as MAX_BYTES
 
 TIMEOUT = 60.0
 MOST_SUFFIXES = 1000  # how many different suffixes are counted separately

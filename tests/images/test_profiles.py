@@ -1,4 +1,4 @@
-"""ICC profiles are applied to the resized pixels, and unusable ones are ignored."""
+"""ICC profiles are applied, before resizing if their curves are bent; unusable ones are ignored."""
 
 from __future__ import annotations
 
@@ -60,13 +60,27 @@ def test_srgbs_red_stored_as_display_p3_becomes_pure_red() -> None:
     assert np.abs(ours - [255, 0, 0]).max() <= 2
 
 
-@pytest.mark.parametrize("name", ["display p3", "adobe rgb", "grey 1.8"])
+@pytest.mark.parametrize("name", ["display p3", "adobe rgb"])
 def test_a_profile_is_applied_to_the_resized_pixels(name: str) -> None:
-    mode = MODE_OF[PROFILES[name][16:20]]
-    image = sample(90, 60, mode)
+    image = sample(90, 60)
     stored = decoded(encoded(image, "PNG"), SMALL)
     ours = decoded(encoded(image, "PNG", icc_profile=PROFILES[name]), SMALL)
     assert np.abs(ours - in_srgb(stored, name)).max() <= 1
+
+
+LINES = np.tile(np.repeat([0, 255], 3).astype(np.uint8), (90, 15))  # finer than the network sees
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_profile_of_bent_curves_is_applied_before_resizing(mode: str) -> None:
+    bent = {"L": PROFILES["grey 1.8"], "RGB": rgb_profile(SRGB, gamma_curve(1.0))}
+    bent["CMYK"] = ink_profile()
+    lines = Image.fromarray(255 - LINES if mode == "CMYK" else LINES)
+    zero = Image.new("L", lines.size)
+    image = Image.merge("CMYK", [zero] * 3 + [lines]) if mode == "CMYK" else lines.convert(mode)
+    ours = decoded(encoded(image, "TIFF", icc_profile=bent[mode]), SMALL)
+    expected = decoded(encoded(Image.fromarray(LINES), "PNG"), SMALL)
+    assert np.abs(ours - expected).max() <= 2  # black and white are what they were
 
 
 def test_a_profile_and_an_orientation_go_together() -> None:
@@ -178,7 +192,7 @@ def test_a_profile_of_unusual_size_is_ignored() -> None:
     huge = PROFILES["adobe rgb"].ljust(colour._MAX_PROFILE_BYTES + 1, b"\0")
     assert colour.conversion(huge, "RGB", "RGB") is None
     assert colour.conversion(huge[:-1], "RGB", "RGB") is not None
-    colour._transform.cache_clear()
+    colour._conversion.cache_clear()
 
 
 def test_one_transform_serves_many_threads_and_few_are_kept() -> None:
@@ -191,6 +205,6 @@ def test_one_transform_serves_many_threads_and_few_are_kept() -> None:
         together = list(threads.map(decoded, contents[-8:] * 20 + contents))
     for pixels, expected in zip(together, alone[-8:] * 20 + alone, strict=True):
         assert (pixels == expected).all()
-    kept = colour._transform.cache_info()
+    kept = colour._conversion.cache_info()
     assert kept.maxsize is not None
     assert kept.currsize <= kept.maxsize < len(profiles)

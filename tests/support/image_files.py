@@ -144,8 +144,9 @@ def files_of_every_format() -> dict[str, bytes]:
         "heic grey": heic(grey),
     }
     if features.check("libtiff"):
-        for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"):
+        for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
             files[compression] = encoded(rgb, "TIFF", compression=compression)
+        files["tiff jpeg"] = encoded(rgb, "TIFF", compression="jpeg")
         files["group4"] = encoded(sample(24, 20, "1"), "TIFF", compression="group4")
     if features.check("webp"):
         files["webp"] = encoded(rgb, "WEBP")
@@ -194,3 +195,72 @@ def orientation(value: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = value
     return exif
+
+
+def _boxes(content: bytes, at: int, end: int) -> dict[bytes, tuple[int, int]]:
+    """Start and end of the first box of each kind between two offsets."""
+    found: dict[bytes, tuple[int, int]] = {}
+    while at + 8 <= end:
+        length, kind = struct.unpack_from(">I4s", content, at)
+        found.setdefault(kind, (at + 8, at + (length or end - at)))
+        at += length or end - at
+    return found
+
+
+def _box(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", 8 + len(content)) + kind + content
+
+
+def _full(kind: bytes, content: bytes, version: int = 0, flags: int = 0) -> bytes:
+    return _box(kind, struct.pack(">I", version << 24 | flags) + content)
+
+
+def tiled_heic(rgb: Array, tile: int = 64) -> tuple[bytes, list[int]]:
+    """A HEIC of tiles, as phones write it, and where the data of each tile ends.
+
+    Width and height are multiples of the tile's side.
+    """
+    rows, columns = rgb.shape[0] // tile, rgb.shape[1] // tile
+    configurations, pieces = [], []
+    for y, x in np.ndindex(rows, columns):
+        part = np.ascontiguousarray(rgb[y * tile : (y + 1) * tile, x * tile : (x + 1) * tile])
+        single = heic(Image.fromarray(part), quality=95, chroma=444, save_nclx_profile=False)
+        top = _boxes(single, 0, len(single))
+        meta = _boxes(single, top[b"meta"][0] + 4, top[b"meta"][1])
+        properties = _boxes(single, *_boxes(single, *meta[b"iprp"])[b"ipco"])
+        configurations.append(single[slice(*properties[b"hvcC"])])
+        pieces.append(single[slice(*top[b"mdat"])])
+    count = len(pieces)
+    infos = _full(b"infe", struct.pack(">HH", 1, 0) + b"grid\0", 2)
+    infos += b"".join(
+        _full(b"infe", struct.pack(">HH", 2 + n, 0) + b"hvc1\0", 2, 1) for n in range(count)
+    )
+    parts = struct.pack(">HH", 1, count) + b"".join(struct.pack(">H", 2 + n) for n in range(count))
+    sizes = [(tile, tile), (columns * tile, rows * tile)]
+    known = [_box(b"hvcC", configuration) for configuration in configurations]
+    known += [_full(b"ispe", struct.pack(">II", *size)) for size in sizes]
+    known.append(_full(b"pixi", b"\3\10\10\10"))
+    links = struct.pack(">IHBBB", count + 1, 1, 2, count + 2, count + 3)
+    links += b"".join(
+        struct.pack(">HBBB", 2 + n, 2, 128 | (n + 1), count + 1) for n in range(count)
+    )
+    grid = struct.pack(">BBBBHH", 0, 0, rows - 1, columns - 1, columns * tile, rows * tile)
+
+    def head(start: int) -> tuple[bytes, list[int]]:
+        ends, items = [], [(1, 1, 0, 1, 0, len(grid))]
+        for number, piece in enumerate(pieces):
+            items.append((2 + number, 0, 0, 1, start, len(piece)))
+            start += len(piece)
+            ends.append(start)
+        table = b"".join(struct.pack(">HHHHII", *item) for item in items)
+        boxes = _full(b"hdlr", b"\0\0\0\0pict" + bytes(13)) + _full(b"pitm", struct.pack(">H", 1))
+        boxes += _full(b"iloc", b"\x44\0" + struct.pack(">H", len(items)) + table, 1)
+        boxes += _full(b"iinf", struct.pack(">H", count + 1) + infos)
+        boxes += _full(b"iref", _box(b"dimg", parts))
+        boxes += _box(b"iprp", _box(b"ipco", b"".join(known)) + _full(b"ipma", links))
+        boxes += _box(b"idat", grid)
+        return _box(b"ftyp", b"heic\0\0\0\0mif1heic") + _full(b"meta", boxes), ends
+
+    start = len(head(0)[0]) + 8
+    content, ends = head(start)
+    return content + _box(b"mdat", b"".join(pieces)), ends
