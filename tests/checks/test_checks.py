@@ -15,7 +15,7 @@ from support.scripts import CHECKS, example
 EXTRAS = ("timm", "nncf", "pyarrow", "pillow_heif", "fsspec", "onnx", "onnxscript")
 
 
-@pytest.mark.parametrize("name", ["stress", "fuzz", "compare_peers"])
+@pytest.mark.parametrize("name", ["stress", "fuzz", "image_table", "compare_peers"])
 def test_help_needs_no_extra(name: str) -> None:
     program = (
         "import os, runpy, sys\n"
