@@ -182,7 +182,8 @@ class Report:
             rate = f" at {count / seconds:,.0f} images/s" if seconds > 1 else ""
             prepared = self._started - self._created
             after = f" after {_duration(prepared)} of preparation" if prepared > 1 else ""
-            say(f"{done:,} images{failures} in {_duration(seconds)}{rate}{after}{more}")
+            images = f"{done:,} image{'s' * (done != 1)}{failures}"
+            say(f"{images} in {_duration(seconds)}{rate}{after}{more}")
         return 7 if failed else 0
 
     def _show(self, name: str, done: int, total: int | None, text: str) -> None:
