@@ -330,13 +330,22 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is after the row of `path`, which failed if it has an `error`.
+    """How far a run is after some more rows.
 
-    `found` counts the inputs found so far; once `walk_ended`, it is the total.
+    Attributes
+    ----------
+    rows : int
+        The number of these rows.
+    failures : tuple of (str, str)
+        The path and the error of each of these rows that failed.
+    done, failed : int
+        The number of all rows so far, and of those that failed.
+    found : int
+        The number of inputs found so far; once `walk_ended`, it is the total.
     """
 
-    path: str
-    error: str | None
+    rows: int
+    failures: tuple[tuple[str, str], ...]
     done: int
     failed: int
     found: int
@@ -355,7 +364,7 @@ class Listeners:
     on_warning : callable
         Takes a warning as a sentence, for example about inputs that are skipped.
     on_progress : callable
-        Takes a `Progress` after each image.
+        Takes a `Progress` after each batch.
     on_download : callable
         Takes a `DownloadProgress` while weights are downloaded.
     on_quantising : callable

@@ -115,15 +115,16 @@ class Report:
         self._started = time.monotonic()
         self._end_bar()
 
-    def row(self, progress: Progress) -> None:
-        """Report one finished row."""
+    def batch(self, progress: Progress) -> None:
+        """Report a batch of finished rows."""
         if self.progress is None:
-            self._begun_at = progress.done - 1
+            self._begun_at = progress.done - progress.rows
         self.progress = progress
-        if progress.error is not None and self.failures:
-            if progress.failed <= FAILURES_SHOWN:
-                self.sentence(f"{progress.path}: {progress.error}", "red")
-            elif progress.failed == FAILURES_SHOWN + 1:
+        before = progress.failed - len(progress.failures)
+        if self.failures:
+            for path, error in progress.failures[: max(FAILURES_SHOWN - before, 0)]:
+                self.sentence(f"{path}: {error}", "red")
+            if before <= FAILURES_SHOWN < progress.failed:
                 self.sentence("more images failed; their rows say why")
         if self._with_bar:
             elapsed = time.monotonic() - self._started

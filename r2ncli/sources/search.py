@@ -164,7 +164,7 @@ class Search:
     ) -> Iterator[Input]:
         try:
             for member, read in found:
-                yield Input(f"{archive}!{printable(member)}", read, remote, path)
+                yield Input(f"{archive}!{printable(member)}", read, remote, path, alone=True)
                 del read  # frees what it holds as soon as it was used
         except ImageError as error:
             yield _failed(archive, str(error))

@@ -645,7 +645,7 @@ def make_partial(suffix: str) -> None:
     make_images()
 
     def interrupt(progress: r2ncli.Progress) -> None:
-        if progress.done == 4:
+        if progress.done >= 4:
             raise KeyboardInterrupt
 
     with suppress(KeyboardInterrupt):
