@@ -62,7 +62,7 @@ LONGEST_NAME = 500  # characters; the longest of the published networks have 42
 # Of the largest layer for a batch on a CPU: 64 channels of 256 x 256 for 8 images, which the
 # published networks have at an image size of 512; at 224 they have a fifth of it.
 MOST_VALUES = 8 * 64 * 256 * 256
-MOST_TENSORS = 50_000  # the largest published network has 2,300
+MOST_TENSORS = 10_000  # the largest published network has 2,300
 
 
 @dataclass(frozen=True)
