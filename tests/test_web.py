@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 
-from r2ncli import web
-from r2ncli.web import Client, CutOffError, WebError, retry, within, without_secrets
+from r2ncli.web import Client, CutOffError, WebError, attempts, retry, within
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
@@ -304,7 +303,7 @@ def test_a_name_that_takes_long_to_look_up_is_given_up(monkeypatch: pytest.Monke
 
 def test_an_action_is_tried_again_after_growing_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(web, "sleep", pauses.append)
+    monkeypatch.setattr(attempts, "sleep", pauses.append)
 
     def failing() -> None:
         raise WebError("busy", may_recover=True)
@@ -316,24 +315,3 @@ def test_an_action_is_tried_again_after_growing_pauses(monkeypatch: pytest.Monke
     with pytest.raises(WebError, match="busy"):
         retry(failing, 0.5, deadline=time.monotonic() + 0.4)
     assert pauses == []
-
-
-# --- secrets ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        ("http://h/x.jpg", "http://h/x.jpg"),
-        ("https://u:p@h:8080/x.jpg?token=secret#f", "https://h:8080/x.jpg"),
-        ("http://h/a@b/x.jpg", "http://h/a@b/x.jpg"),
-        ("http://u@h", "http://h"),
-        ("http://h?x=1", "http://h"),
-        ("http://u:p@[::1]:80/x", "http://[::1]:80/x"),
-        ("s3://key:secret@bucket/x?.jpg", "s3://bucket/x?.jpg"),
-        ("zip://a.jpg::https://u:p@h/a.zip?token=secret", "zip://a.jpg::https://h/a.zip"),
-        ("simplecache::s3://k:s@bucket/x", "simplecache::s3://bucket/x"),
-    ],
-)
-def test_what_is_shown_has_no_user_password_or_query(url: str, shown: str) -> None:
-    assert without_secrets(url) == shown

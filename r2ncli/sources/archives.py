@@ -8,13 +8,9 @@ many as `Budget` allows at a time.
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import io
-import lzma
 import os
 import struct
-import tarfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -22,23 +18,25 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from http.client import IncompleteRead
 from operator import attrgetter
-from typing import IO, Any, Self, cast
+from typing import IO, Any, cast
 
 from r2ncli.errors import ImageError
 from r2ncli.files import open_regular, reason
 from r2ncli.sources.content import Read, ReadBytes, fail, stamp_in, too_large, with_stamp
 from r2ncli.sources.names import without_dot_slash
+from r2ncli.sources.tar import TarError, TarFile, tar_headers
 from r2ncli.web import WebError
+from r2ncli.web.unpack import Unpacked, unpacker_of
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 ZIP_SUFFIXES = (".zip",)
-EXTENDED_HEADER_BYTES = 1 << 20  # a long name, or pax records: read whole before they are used
+ZIP_HEADER_BYTES = 30  # of a member, before its name
 PIECE_BYTES = 1 << 16
-DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {  # by the first bytes
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ\0": lzma.open,
-}
+# What a compressed tar may hold besides the images that are read, which `max_bytes` bounds one by
+# one: this many bytes for each byte of the file, and `SKIPPED_BYTES` more. Text shrinks to a
+# twentieth, headers to a hundredth; a bomb to a thousandth and less.
+SKIPPED_RATIO = 200
+SKIPPED_BYTES = 1 << 28
 
 _identity = attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")  # changes with the content
 
@@ -68,50 +66,14 @@ class Budget:
             self._freed.notify()
 
 
-class _StrictTarInfo(tarfile.TarInfo):
-    """A header of a tar archive; a corrupted or missing header is an error.
-
-    Python's own reader takes either for the end of the archive and skips the rest. It
-    also follows a negative size backwards, in an endless loop, and reads a long name of any
-    length into memory.
-    """
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
-        try:
-            member = super().fromtarfile(archive)
-        except tarfile.HeaderError as error:
-            if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
-                raise  # a block of zeros: the end as it should be
-            cut = str(error) in ("empty header", "truncated header")
-            raise tarfile.ReadError("it is cut off" if cut else "a corrupted header") from error
-        if member.size < 0:  # by a pax record
-            raise tarfile.ReadError("a corrupted header")
-        return member
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        header = super().frombuf(buf, encoding, errors)
-        too_long = header.type in _EXTENDED_HEADERS and header.size > EXTENDED_HEADER_BYTES
-        if header.size < 0 or too_long:
-            raise tarfile.ReadError("a corrupted header")
-        return header
-
-
-_EXTENDED_HEADERS = (
-    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
-    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
-)
-
-
 class _Held:
     """The bytes of a member that cannot be read again; counted in `budget` while they exist."""
 
-    def __init__(self, file: IO[bytes], size: int, budget: Budget) -> None:
+    def __init__(self, file: _Forwards, size: int, budget: Budget) -> None:
         budget.take(size)
         self._size = size
         self._budget = budget
-        self._content = file.read(size)
+        self._content = file.read_image(size)
         if len(self._content) < size:
             raise EOFError
 
@@ -147,7 +109,7 @@ def members(
             open_again = partial(_open_unchanged, path, _identity(status))
             if path.lower().endswith(ZIP_SUFFIXES):
                 found = zip_members(file, open_again, wanted)
-            elif _decompressor(file):
+            elif unpacker_of(cast(io.BufferedReader, file).peek(6)):
                 found = tar_stream_members(file, wanted, max_bytes, budget)
             else:
                 found = _tar_members(file, wanted, partial(partial, _read_range, open_again))
@@ -177,7 +139,8 @@ def _words(error: Exception) -> str:
     cut = isinstance(error, (EOFError, IncompleteRead, struct.error))
     if cut or text == "unexpected end of data":
         return "it is cut off"
-    return "its checksum does not match" if "crc" in text else text
+    wrong = "crc" in text or "incorrect data check" in text or "incorrect length check" in text
+    return "its checksum does not match" if wrong else text
 
 
 # --- tar ------------------------------------------------------------------------------
@@ -190,12 +153,14 @@ def tar_stream_members(
 
     try:
         buffered = io.BufferedReader(cast(io.RawIOBase, stream), PIECE_BYTES)
-        decompressor = _decompressor(buffered)
+        make = unpacker_of(buffered.peek(6))
     except Exception as error:  # a server can make its reader raise anything
         raise ImageError(f"cannot be read: {_words(error)}") from error
     # not by tarfile itself: it checks no checksum, and its memory use has no limit
-    with buffered, decompressor(buffered) if decompressor else buffered as plain:
-        forwards = cast(IO[bytes], _Forwards(plain))
+    with buffered:
+        counted = _Counted(buffered)
+        plain = io.BufferedReader(Unpacked(counted, make), PIECE_BYTES) if make else counted
+        forwards = _Forwards(plain, counted, max(max_bytes, SKIPPED_BYTES))
 
         def held(_offset: int, size: int) -> ReadBytes:
             if size > max_bytes:
@@ -205,30 +170,56 @@ def tar_stream_members(
         yield from _tar_members(forwards, wanted, held)
 
 
-class _Forwards:
-    """A stream for tarfile, which skips by seeking; this class skips by reading."""
+class _Counted(io.RawIOBase):
+    """A stream that counts the bytes that are read from it."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
         self._stream = stream
+        self.count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size: int = self._stream.readinto1(buffer)
+        self.count += size
+        return size
+
+
+class _Forwards:
+    """A tar that can only be read forwards: it skips by reading, and reads no bomb to its end."""
+
+    def __init__(self, stream: IO[bytes] | io.RawIOBase, packed: _Counted, allowed: int) -> None:
+        self._stream = stream
+        self._packed = packed
+        self._allowed = allowed
         self._position = 0
+        self._used = 0
 
     def read(self, size: int) -> bytes:
-        piece = self._stream.read(size)
-        self._position += len(piece)
-        return piece
+        pieces = []
+        while size and (piece := self._stream.read(min(size, PIECE_BYTES))):
+            pieces.append(piece)
+            size -= len(piece)
+            self._position += len(piece)
+            skipped = self._position - self._used
+            if skipped > self._allowed + SKIPPED_RATIO * self._packed.count:
+                raise ImageError(
+                    f"{skipped:,} bytes that are no image to read came out of "
+                    f"{self._packed.count:,} compressed ones, which is refused"
+                )
+        return b"".join(pieces)
 
-    def tell(self) -> int:
-        return self._position
+    def read_image(self, size: int) -> bytes:
+        """Read the content of an image, which does not count as skipped."""
+        self._used += size
+        return self.read(size)
 
     def seek(self, position: int) -> int:
         while position > self._position and self.read(min(PIECE_BYTES, position - self._position)):
             continue
         return self._position
-
-
-def _decompressor(file: io.BufferedReader | IO[bytes]) -> Callable[[IO[bytes]], IO[bytes]] | None:
-    head = cast(io.BufferedReader, file).peek(6)
-    return next((opened for start, opened in DECOMPRESSORS.items() if head.startswith(start)), None)
 
 
 def _read_range(open_again: OpenAgain, offset: int, size: int, max_bytes: int) -> bytes:
@@ -242,25 +233,23 @@ def _read_range(open_again: OpenAgain, offset: int, size: int, max_bytes: int) -
 
 
 def _tar_members(
-    file: IO[bytes], wanted: Callable[[str], bool], reader: Callable[[int, int], ReadBytes]
+    file: TarFile, wanted: Callable[[str], bool], reader: Callable[[int, int], ReadBytes]
 ) -> Iterator[tuple[str, ReadBytes]]:
     count = 0
     try:
-        with tarfile.TarFile(fileobj=file, tarinfo=_StrictTarInfo, encoding="utf-8") as archive:
-            while (member := archive.next()) is not None:
-                count += 1
-                archive.members.clear()  # type: ignore[attr-defined]  # which would grow with the archive
-                name = without_dot_slash(member.name)
-                if not member.isdir() and wanted(name):
-                    if member.islnk() or member.issym():
-                        yield name, partial(fail, "a link inside the archive: not followed")
-                    elif not member.isreg() or member.issparse():
-                        yield name, partial(fail, "not a regular file")
-                    else:
-                        yield name, reader(member.offset_data, member.size)
-            while piece := file.read(PIECE_BYTES):  # a decompressor checks its checksum there
-                if piece.strip(b"\0"):
-                    raise tarfile.ReadError("more follows after its end mark")
+        for member in tar_headers(file):
+            count += 1
+            name = without_dot_slash(member.name)
+            if not member.is_folder and wanted(name):
+                if member.is_link:
+                    yield name, partial(fail, "a link inside the archive: not followed")
+                elif not member.is_file:
+                    yield name, partial(fail, "not a regular file")
+                else:
+                    yield name, reader(member.offset, member.size)
+        while piece := file.read(PIECE_BYTES):  # a decompressor checks its checksum there
+            if piece.strip(b"\0"):
+                raise TarError("more follows after its end mark")
     except Exception as error:  # a corrupted file or a server can raise anything
         if not count and not isinstance(error, (ImageError, WebError)):
             raise ImageError("not a tar archive, or its beginning is corrupted") from error
@@ -282,10 +271,27 @@ def zip_members(
         failed = isinstance(error, ImageError) or (isinstance(error, OSError) and error.strerror)
         why = f"cannot be read: {_words(error)}" if failed else "not a zip archive, or cut off"
         raise ImageError(why) from error
+    overlapping = _overlapping(listed)
     for member in listed:
         name = without_dot_slash(_name_as_stored(member))
-        if not member.is_dir() and wanted(name):
-            yield name, partial(_read_zip_member, open_again, member)
+        if not name.endswith("/") and wanted(name):
+            if member.header_offset in overlapping:
+                yield name, partial(fail, "it overlaps another member of the archive")
+            else:
+                yield name, partial(_read_zip_member, open_again, member)
+
+
+def _overlapping(listed: list[zipfile.ZipInfo]) -> set[int]:
+    """Return where members begin that share bytes with others, as in a bomb that expands itself."""
+    found: set[int] = set()
+    end, begin = 0, 0
+    for member in sorted(listed, key=attrgetter("header_offset")):
+        if member.header_offset < end:
+            found |= {begin, member.header_offset}
+        size = ZIP_HEADER_BYTES + member.compress_size
+        if member.header_offset + size > end:
+            begin, end = member.header_offset, member.header_offset + size
+    return found
 
 
 def _name_as_stored(member: zipfile.ZipInfo) -> str:
@@ -302,10 +308,13 @@ def _read_zip_member(open_again: OpenAgain, member: zipfile.ZipInfo, max_bytes: 
         # zipfile cannot limit the output of bzip2 or LZMA: up to a million times the input
         method = zipfile.compressor_names.get(member.compress_type, str(member.compress_type))  # type: ignore[attr-defined]
         raise ImageError(f"compressed by {method} inside the archive: only deflate is read")
+    if member.file_size > max_bytes:
+        raise too_large(max_bytes)
     with open_again() as file:
         try:
             file.seek(member.header_offset)
-            signature, name_bytes, extra_bytes = struct.unpack("<4s22xHH", file.read(30))
+            header = file.read(ZIP_HEADER_BYTES)
+            signature, name_bytes, extra_bytes = struct.unpack("<4s22xHH", header)
             if signature != b"PK\3\4":
                 raise zipfile.BadZipFile("a corrupted header")
             file.seek(name_bytes + extra_bytes, os.SEEK_CUR)

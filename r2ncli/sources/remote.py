@@ -1,7 +1,9 @@
-"""Read images at URLs: http(s) with `web`, all others (s3://, gs://, …) with fsspec.
+"""Read images at URLs: http(s) with `web`, those of object stores and ftp with fsspec.
 
 A request that fails temporarily is repeated, with growing pauses, within a time limit for each
-image.
+image. fsspec has file systems that run templates, programs and other file systems, so a URL
+reaches it only if its scheme is one of `SCHEMES`, and never as a chain (``a::b``): what opens a
+URL is looked up by the scheme alone.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ from __future__ import annotations
 import io
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from functools import lru_cache
 from time import monotonic
 from typing import IO, Any, TypeVar, cast
 
@@ -18,8 +22,19 @@ from r2ncli.errors import ImageError, InputNotFoundError, UsageError
 from r2ncli.files import reason
 from r2ncli.sources.content import too_large
 from r2ncli.sources.selection import is_visible
-from r2ncli.web import Client, WebError, is_web, retry, within, without_secrets
+from r2ncli.web import (
+    Client,
+    WebError,
+    check,
+    is_file,
+    is_web,
+    retry,
+    scrubbed,
+    within,
+    without_secrets,
+)
 
+SCHEMES = ("http", "https", "file", "ftp", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf")
 FIRST_PAUSE_SECONDS = 0.5  # each further pause is twice as long
 PIECE_BYTES = 1 << 16
 
@@ -27,8 +42,25 @@ T = TypeVar("T")
 
 
 def is_url(text: str) -> bool:
-    """Return whether a text is a URL and not a path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z0-9+.-]+)*://", text) is not None
+    """Return whether a text is a URL, or a chain of URLs, and not a path."""
+    chain = re.match(r"[A-Za-z][A-Za-z0-9+._-]*(::[A-Za-z0-9+._-]+)*://", text)
+    return chain is not None or is_file(text)
+
+
+def checked_scheme(url: str) -> str:
+    """Return the scheme of a URL, in lower case.
+
+    Raises
+    ------
+    UsageError
+        It is not one of `SCHEMES`, or the URL is a chain.
+    """
+    scheme = url.partition(":/")[0].lower()
+    if scheme in SCHEMES:
+        return scheme
+    what = "chains of URLs (a::b) are" if "::" in scheme else f"URLs of {scheme} are"
+    allowed = ", ".join(SCHEMES)
+    raise UsageError(f"{without_secrets(url)}: {what} not read; allowed are URLs of {allowed}")
 
 
 def read_url(url: str, client: Client, seconds: float, max_bytes: int) -> bytes:
@@ -55,7 +87,7 @@ def read_url(url: str, client: Client, seconds: float, max_bytes: int) -> bytes:
             raise ImageError("empty file")
         return b"".join(pieces)
 
-    return _retried(read, seconds)
+    return _retried(read, url, seconds)
 
 
 def open_url(url: str, client: Client, seconds: float) -> IO[bytes]:
@@ -66,7 +98,7 @@ def open_url(url: str, client: Client, seconds: float) -> IO[bytes]:
     ImageError
         It cannot be opened.
     """
-    stream = _retried(lambda deadline: _connect(url, client, deadline), seconds)
+    stream = _retried(lambda deadline: _connect(url, client, deadline, seconds), url, seconds)
     return stream if is_web(url) else io.BufferedReader(InTime(stream, seconds), PIECE_BYTES)
 
 
@@ -109,14 +141,14 @@ def _timed_out(seconds: float) -> ImageError:
     return ImageError(f"timed out after {seconds:g} s")
 
 
-def _connect(url: str, client: Client, deadline: float) -> IO[bytes]:
+def _connect(url: str, client: Client, deadline: float, steady: float | None = None) -> IO[bytes]:
     if is_web(url):
-        return cast(IO[bytes], client.open(url, deadline))
+        return cast(IO[bytes], client.open(url, deadline, steady=steady))
     system, path = _system(url)
     return cast(IO[bytes], system.open(path, "rb"))
 
 
-def _retried(action: Callable[[float], T], seconds: float) -> T:
+def _retried(action: Callable[[float], T], url: str, seconds: float) -> T:
     """Return what `action(deadline)` returns; repeat it while the server fails temporarily."""
     deadline = monotonic() + seconds
 
@@ -128,22 +160,25 @@ def _retried(action: Callable[[float], T], seconds: float) -> T:
         except UsageError as error:
             raise ImageError(str(error)) from error
         except Exception as error:  # a file system of fsspec can raise anything
-            raise _web_error(error) from error
+            raise _web_error(error, url) from error
 
     try:
         return in_time(seconds, lambda: retry(attempt, FIRST_PAUSE_SECONDS, deadline))
     except WebError as error:
-        raise _timed_out(seconds) if monotonic() > deadline else ImageError(str(error)) from error
+        late = monotonic() > deadline - 0.01
+        raise _timed_out(seconds) if late else ImageError(str(error)) from error
 
 
-def _web_error(error: Exception) -> WebError:
+def _web_error(error: Exception, url: str) -> WebError:
     """Say what failed in fsspec, and whether the next attempt may succeed."""
     if isinstance(error, TimeoutError):
         return WebError("the server does not answer", may_recover=True)
+    why = scrubbed(reason(error), url)
     missing = isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
     if isinstance(error, OSError) and not missing:
-        return WebError(f"the connection failed ({reason(error)})", may_recover=True)
-    return WebError(f"cannot be read: {reason(error)}", may_recover=False)
+        unknown_host = isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN
+        return WebError(f"the connection failed ({why})", may_recover=not unknown_host)
+    return WebError(f"cannot be read: {why}", may_recover=False)
 
 
 # --- folders, by fsspec -----------------------------------------------------------------
@@ -175,11 +210,23 @@ def remote_kind(url: str, seconds: float) -> str:
         return in_time(seconds, look)
 
 
-def list_folder(url: str) -> tuple[list[str], list[str]]:
+def list_folder(url: str, seconds: float) -> tuple[list[str], list[str]]:
     """Return URLs of the visible files and folders in a remote folder, by the bytes of names.
 
-    Errors of fsspec's file system are not caught here.
+    Raises
+    ------
+    ImageError
+        The folder cannot be listed, or not in `seconds`.
     """
+    try:
+        return in_time(seconds, _listed, url)
+    except ImageError:
+        raise
+    except Exception as error:  # a file system of fsspec can raise anything
+        raise ImageError(scrubbed(reason(error), url)) from error
+
+
+def _listed(url: str) -> tuple[list[str], list[str]]:
     system, path = _system(url)
     files: list[str] = []
     folders: list[str] = []
@@ -192,7 +239,7 @@ def list_folder(url: str) -> tuple[list[str], list[str]]:
     return sorted(files, key=os.fsencode), sorted(folders, key=os.fsencode)
 
 
-def match_remote(pattern: str) -> list[str]:
+def match_remote(pattern: str, seconds: float) -> list[str]:
     """Return the URLs that a pattern with ``*``, ``?`` or ``[…]`` matches, in order.
 
     Raises
@@ -203,10 +250,13 @@ def match_remote(pattern: str) -> list[str]:
         No installed library opens such URLs.
     """
     above, slash, below = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")
-    with _opening(pattern):
+
+    def look() -> tuple[str, dict[str, Any]]:
         system, path = _system(pattern)
-        above_path = system._strip_protocol(above + slash)
-        matches = system.glob(path, detail=True)
+        return system._strip_protocol(above + slash), system.glob(path, detail=True)
+
+    with _opening(pattern):
+        above_path, matches = in_time(seconds, look)
     folders = {found for found, entry in matches.items() if entry["type"] == "directory"}
     urls = []
     for found in sorted(matches, key=os.fsencode):
@@ -227,20 +277,39 @@ def _opening(url: str) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:
-        name = without_secrets(url)
-        raise InputNotFoundError(f"{name}: cannot be opened: {reason(error)}") from error
+        why = scrubbed(reason(error), url)
+        raise InputNotFoundError(f"{without_secrets(url)}: cannot be opened: {why}") from error
 
 
 def _system(url: str) -> tuple[Any, str]:
     """Return the file system of fsspec for a URL, and the path in it."""
+    scheme = checked_scheme(url)
+    check(url)
+    name = without_secrets(url)
     try:
         import fsspec
     except ImportError as error:
         raise UsageError(
-            f"{without_secrets(url)}: URLs other than http(s) need fsspec: pip install fsspec"
+            f"{name}: URLs other than http(s) need fsspec: pip install fsspec"
         ) from error
     try:
-        system, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:  # a library that is missing, an unknown protocol
-        raise UsageError(f"{without_secrets(url)}: {error}") from error
-    return system, path
+        kind = fsspec.get_filesystem_class(scheme)
+    except (ImportError, ValueError) as error:  # a library that is missing
+        raise UsageError(f"{name}: {error}") from error
+    if scheme == "ftp":
+        kind = _without_noise(kind)
+    url = scheme + url[len(scheme) :]
+    # not by `fsspec.core.url_to_fs`, which follows chains
+    return kind(**kind._get_kwargs_from_urls(url)), kind._strip_protocol(url)
+
+
+@lru_cache(1)
+def _without_noise(kind: Any) -> Any:
+    """Return fsspec's class for ftp; one that could not connect prints no traceback at its end."""
+
+    class Ftp(kind):  # type: ignore[misc]
+        def __del__(self) -> None:
+            with suppress(Exception):
+                self.ftp.close()
+
+    return Ftp

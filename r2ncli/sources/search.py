@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
 
@@ -16,9 +18,32 @@ from r2ncli.sources.names import printable, without_dot_slash
 from r2ncli.sources.patterns import Folders, Warn, device_and_inode, has_pattern
 from r2ncli.sources.remote import is_url
 from r2ncli.sources.selection import LeftOut, Selection, is_tried, is_visible
-from r2ncli.web import Client, is_web, without_secrets
+from r2ncli.web import Client, is_file, is_web, local_path, without_secrets
 
 MOST_REMEMBERED = 1000  # warnings that are not repeated
+MOST_FOLDERS = 100  # around a remote file: a server can invent folders without end
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """How outputs name local paths: as they are, or as a URL of file or a ``~`` means them.
+
+    What the user typed stands for `path` or, of a pattern, `typed` for its beginning `path`.
+    """
+
+    typed: str = ""
+    path: str = ""
+    is_url: bool = False
+
+    def of(self, path: str) -> str:
+        """Return the name of a path that was typed, or that a pattern matches."""
+        if not self.typed:
+            return without_dot_slash(path)
+        return self.typed + self.below(path.removeprefix(self.path))
+
+    def below(self, name: str) -> str:
+        """Return the name of a path below one that was typed, from there."""
+        return name.replace("%", "%25") if self.is_url else name
 
 
 class Search:
@@ -42,53 +67,71 @@ class Search:
         if argument == "-":
             return self._of_list(argument, lists.standard_input())
         if _may_exist(argument):
-            return self._of_path(argument)
+            return self._of_path(argument, Naming())
         if argument.startswith("@"):
             return self._of_list(argument, lists.list_file(argument[1:]))
-        if is_url(argument):
+        if is_url(argument) and not is_file(argument):
             return self._of_url(argument)
-        is_pattern = has_pattern(argument)
-        matches = patterns.matching_paths(argument, self.warn) if is_pattern else iter(())
+        path, naming = _local(argument)
+        if path != argument and _may_exist(path):
+            return self._of_path(path, naming)
+        is_pattern = has_pattern(path)
+        matches = patterns.matching_paths(path, self.warn) if is_pattern else iter(())
         first = next(matches, None)
         if first is not None:
-            of_match = partial(self._of_path, matched=True)
+            of_match = partial(self._of_path, naming=naming, matched=True)
             return chain.from_iterable(map(of_match, chain([first], matches)))
-        broken = " (a broken link)" if os.path.islink(argument) else ""
+        broken = " (a broken link)" if os.path.islink(path) else ""
         raise _missing(printable(argument) or "''", is_pattern, broken)
 
     def _of_list(self, argument: str, open_list: lists.OpenList) -> Iterator[Input]:
         empty = True
         for entry in lists.names_in_list(open_list, self.selection.null, self.budget.stop):
             empty = False
-            if is_url(entry):
+            if is_url(entry) and not is_file(entry):
                 yield from self._of_remote_entry(entry)
-            elif is_tried(entry):  # without `stat`, which would double the time
-                yield from self._file(entry)
             else:
-                yield from self._of_path(entry)
+                yield from self._of_local_entry(entry)
         if empty:
             self.left_out.add_empty_list(printable(argument))
 
-    def _of_path(self, path: str, matched: bool = False) -> Iterator[Input]:
+    def _of_local_entry(self, entry: str) -> Iterator[Input]:
+        """Return the inputs of a path in a list, or of a URL of file."""
+        if not entry:
+            return iter([_failed("", "an empty name")])
+        try:
+            path, naming = _local(entry)
+        except UsageError as error:
+            return iter([_failed(printable(entry), str(error))])
+        if is_tried(path):  # without `stat`, which would double the time
+            return self._file(path, naming)
+        if os.path.isdir(path) and _is_root(path):
+            why = "the root folder: a list does not search a whole machine; name folders below it"
+            return iter([_failed(printable(entry), why)])
+        return self._of_path(path, naming)
+
+    def _of_path(self, path: str, naming: Naming, matched: bool = False) -> Iterator[Input]:
         """Return a path's inputs; `matched` also skips links to folders above the path."""
         if os.path.isdir(path):
-            return self._walk(path, _folders_above(path) if matched else ())
+            return self._walk(path, naming, _folders_above(path if matched else ""))
         if is_archive(path) and os.path.exists(path):
-            return self._archive(path)
-        return self._file(path)
+            return self._archive(path, naming)
+        return self._file(path, naming)
 
-    def _file(self, path: str) -> Iterator[Input]:
-        name = printable(without_dot_slash(path))
+    def _file(self, path: str, naming: Naming) -> Iterator[Input]:
+        name = printable(naming.of(path))
         if self.left_out.takes(name):
             yield file_input(path, name)
 
     def _of_url(self, url: str) -> Iterator[Input]:
-        kind = remote.remote_kind(url, self.selection.timeout)
+        remote.checked_scheme(url)
+        seconds = self.selection.timeout
+        kind = remote.remote_kind(url, seconds)
         if kind == "folder":
             return self._remote_walk(url)
         if kind == "file":
             return self._remote_file(url)
-        matches = remote.match_remote(url) if has_pattern(url) else []
+        matches = remote.match_remote(url, seconds) if has_pattern(url) else []
         if matches:
             return chain.from_iterable(map(self._of_remote_entry, matches))
         raise _missing(without_secrets(url), has_pattern(url))
@@ -96,17 +139,18 @@ class Search:
     def _of_remote_entry(self, url: str) -> Iterator[Input]:
         """Return the inputs of a URL in a list, or of one that a pattern matches."""
         name = without_secrets(url)
-        if is_web(url) or is_tried(name) or is_archive(name):  # without a request, as above
-            return self._remote_file(url)
         try:
+            remote.checked_scheme(url)
+            if is_web(url) or is_tried(name) or is_archive(name):  # without a request, as above
+                return self._remote_file(url)
             return self._of_url(url)
         except (InputNotFoundError, UsageError) as error:
             return iter([_failed(printable(name), str(error))])
 
     # --- folders -----------------------------------------------------------------------
 
-    def _walk(self, path: str, above: Folders) -> Iterator[Input]:
-        name = without_dot_slash(path)
+    def _walk(self, path: str, naming: Naming, above: Folders) -> Iterator[Input]:
+        name = naming.of(path)
         folders = [(path, "" if name == "." else name, (*above, device_and_inode(path)))]
         while folders:
             path, name, above = folders.pop()
@@ -120,7 +164,7 @@ class Search:
             for entry in entries:
                 if not is_visible(entry.name):
                     continue
-                entry_name = os.path.join(name, entry.name)
+                entry_name = os.path.join(name, naming.below(entry.name))
                 if not patterns.is_folder(entry):
                     if self._takes_file(entry.name, printed := printable(entry_name)):
                         yield file_input(entry.path, printed)
@@ -144,8 +188,8 @@ class Search:
 
     # --- archives ------------------------------------------------------------------------
 
-    def _archive(self, path: str) -> Iterator[Input]:
-        name = printable(without_dot_slash(path))
+    def _archive(self, path: str, naming: Naming) -> Iterator[Input]:
+        name = printable(naming.of(path))
         found = archives.members(
             path, partial(self._takes_member, name), self.selection.max_bytes, self.budget
         )
@@ -173,11 +217,12 @@ class Search:
 
     def _remote_file(self, url: str) -> Iterator[Input]:
         name = printable(without_secrets(url))
-        if is_archive(name):
-            is_tar = name.lower().endswith(archives.TAR_SUFFIXES)
-            found = self._remote_members(url, name, is_tar)
+        compared = name.partition("?")[0] if is_web(url) else name  # with suffixes and patterns
+        if is_archive(compared):
+            is_tar = compared.lower().endswith(archives.TAR_SUFFIXES)
+            found = self._remote_members(url, compared, is_tar)
             yield from self._members(name, found, not is_tar, None)
-        elif self.left_out.takes(name):
+        elif self.left_out.takes(compared):
             read = partial(remote.read_url, url, self.client, self.selection.timeout)
             yield Input(name, partial(stamped, read, None), remote=True)
 
@@ -186,9 +231,11 @@ class Search:
         while folders:
             folder = folders.pop()
             try:
-                files, below = remote.list_folder(folder)
-            except Exception as error:  # a file system of fsspec can raise anything
-                why = f"the folder cannot be listed: {reason(error)}"
+                if folder.count("/") > MOST_FOLDERS:
+                    raise ImageError(f"it is in more than {MOST_FOLDERS} folders")
+                files, below = remote.list_folder(folder, self.selection.timeout)
+            except ImageError as error:
+                why = f"the folder cannot be listed: {error}"
                 yield _failed(printable(without_secrets(folder)), why)
                 continue
             for file in files:
@@ -217,6 +264,35 @@ class Search:
             yield from with_stamp(found, None)
 
 
+def _local(text: str) -> tuple[str, Naming]:
+    """Return the path that a text means: a path, one with ``~``, or a URL of file.
+
+    Raises
+    ------
+    UsageError
+        It is a URL of file that names no file of this machine.
+    """
+    if is_file(text):
+        try:
+            path = local_path(text)
+        except ValueError as error:
+            raise UsageError(f"{text}: {error}") from error
+        if has_pattern(path) and not _may_exist(path):
+            begin, host = re.findall(r"^(file:(?://([^/]*))?)", text, re.IGNORECASE)[0]
+            return path, Naming(begin, os.path.expanduser(host) if "~" in host else "", True)
+        return path, Naming(text, path, True)
+    if text.startswith("~") and not os.path.lexists(text):
+        begin = text.partition("/")[0]
+        home = os.path.expanduser(begin)
+        return home + text[len(begin) :], Naming(begin, home)
+    return text, Naming()
+
+
+def _is_root(path: str) -> bool:
+    real = os.path.realpath(path)
+    return os.path.dirname(real) == real
+
+
 def _failed(name: str, why: str) -> Input:
     return Input(name, partial(fail, why))
 
@@ -235,8 +311,11 @@ def _may_exist(path: str) -> bool:
 
 
 def _folders_above(path: str) -> Folders:
-    """Return the folders on the way to `path`; a relative path starts at the current one."""
+    """Return the root, and the folders on the way to `path`, from the current one if relative."""
+    root = device_and_inode(os.path.abspath(os.sep))
+    if not path:
+        return (root,)
     parts = path.split("/")
     top = "/" if path.startswith("/") else os.curdir
     passed = ("/".join(parts[:count]) or top for count in range(len(parts)))
-    return tuple(map(device_and_inode, passed))
+    return (root, *map(device_and_inode, passed))

@@ -20,7 +20,6 @@ from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
 
 from r2ncli.architectures import (
     DEFAULT_NETWORK,
@@ -33,6 +32,7 @@ from r2ncli.architectures import (
 )
 from r2ncli.errors import CheckpointError, escaped
 from r2ncli.files import reason
+from r2ncli.web import is_file, is_web, requested, without_secrets
 from r2ncli.weights.containers import SUFFIXES, container, reading, safetensors_header, shown
 from r2ncli.weights.download import OnProgress, download_file, hash_prefix
 
@@ -177,23 +177,40 @@ def _find_published(
         return found
     if not download:
         raise CheckpointError(f"{network.file} is not in {folder}, and nothing was downloaded")
+    if folder.parts[0].startswith("~"):  # a folder of this name is never made
+        raise CheckpointError(
+            f"{network.file} cannot be downloaded into {folder}: the home folder of this user is "
+            "unknown. Name a folder for it in TORCH_HOME"
+        )
     base = os.environ.get("R2N_WEIGHTS_BASE_URL") or OFFICIAL_URL
+    return download_file(_url_in(base, network.file), folder / network.file, on_progress)
+
+
+def _url_in(base: str, file: str) -> str:
+    """Return the URL of a file in the mirror `base`, which may have a password and a query."""
     try:
-        url = urljoin(base if base.endswith("/") else base + "/", network.file)
-        known = urlsplit(url).scheme in ("http", "https", "file")
+        known = is_web(base) or is_file(base)
+        if is_web(base):
+            requested(base)
     except ValueError:
         known = False
-    if not known:
+    if not known or "#" in base:
         raise CheckpointError(
-            f"R2N_WEIGHTS_BASE_URL is {base!r}: expected the URL of a mirror, such as "
-            f"{OFFICIAL_URL} or file:///a/folder/"
+            f"R2N_WEIGHTS_BASE_URL is {without_secrets(base)!r}: expected the URL of a mirror, "
+            f"such as {OFFICIAL_URL} or file:///a/folder/"
         )
-    return download_file(url, folder / network.file, on_progress)
+    folder, mark, query = base.partition("?") if is_web(base) else (base, "", "")
+    return f"{folder.rstrip('/')}/{file}{mark}{query}"
 
 
 def existing_file(name: str | Path) -> Path | None:
-    """Return the file, or the one whose name differs only in ``-`` and ``_``, or None."""
+    """Return the file, or the one whose name differs only in ``-`` and ``_``, or None.
+
+    A ``~`` at its beginning is the home folder, unless there is a file of this name.
+    """
     path = Path(name)
+    if os.fspath(path).startswith("~") and not os.path.lexists(path):
+        path = Path(os.path.expanduser(path))
     try:
         if not name:
             return None

@@ -16,17 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import BinaryIO
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from r2ncli import web
 from r2ncli.architectures import DEMO
 from r2ncli.errors import CheckpointError
 from r2ncli.files import open_regular, publish, reason, remove_lock, take_lock
-from r2ncli.web import Client, CutOffError, Response, WebError, without_secrets
+from r2ncli.web import (
+    Client,
+    CutOffError,
+    Response,
+    WebError,
+    is_file,
+    local_path,
+    without_secrets,
+)
 
-OPEN_SECONDS = 8.0  # how long it may take until the answer begins; less than web.ANSWER_SECONDS
+OPEN_SECONDS = 8.0  # how long it may take until the answer begins
 FIRST_PAUSE_SECONDS = 1.0  # before the second attempt; each further one is twice as long
+STEADY_SECONDS = 30.0  # how long a server may send next to nothing (`Response.SLOWEST`)
 PIECE_BYTES = 1 << 18
 
 
@@ -119,11 +126,11 @@ def _locked(partial: Path) -> Iterator[None]:
 
 def _fetch(url: str, file: BinaryIO, destination: Path, on_progress: OnProgress | None) -> None:
     """Append to `file` until it holds everything at `url`."""
-    if urlsplit(url).scheme == "file":
+    if is_file(url):
         file.truncate(0)
         try:
-            source, _ = open_regular(url2pathname(urlsplit(url).path))
-        except OSError as error:
+            source, _ = open_regular(local_path(url))
+        except (OSError, ValueError) as error:
             raise WebError(f"cannot be read: {reason(error)}", may_recover=False) from error
         with source:
             shutil.copyfileobj(source, file)
@@ -146,12 +153,19 @@ def _fetch(url: str, file: BinaryIO, destination: Path, on_progress: OnProgress 
                 "the server does not know this part of the file", may_recover=True
             ) from error
         with response:
+            if received and response.is_unpacked:  # a part of a compressed file is of no use
+                file.truncate(0)
+                raise WebError("the server compresses a part of the file", may_recover=True)
             begins = response.headers.get("Content-Range", "").startswith(f"bytes {received}-")
             if received and not (response.status == 206 and begins):
                 file.truncate(0)
                 received = 0
-            length = response.headers.get("Content-Length", "")
-            total = received + int(length) if length.isdigit() else None
+            length = response.headers.get("Content-Length")
+            total = (
+                received + int(length.split(",")[0])
+                if length and not response.is_unpacked
+                else None
+            )
             try:
                 while piece := response.read(PIECE_BYTES):
                     file.write(piece)
@@ -172,7 +186,8 @@ def _open(client: Client, url: str, received: int) -> Response:
     headers = {"Range": f"bytes={received}-"} if received else {}
     try:
         return web.within(
-            OPEN_SECONDS, lambda: client.open(url, monotonic() + web.ANSWER_SECONDS, headers)
+            OPEN_SECONDS,
+            lambda: client.open(url, monotonic() + OPEN_SECONDS + 1, headers, STEADY_SECONDS),
         )
     except TimeoutError as error:
         raise WebError(f"no answer in {OPEN_SECONDS:g} s", may_recover=received > 0) from error

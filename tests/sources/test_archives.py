@@ -563,21 +563,6 @@ def test_no_archive_stays_open_while_names_wait(suffix: str) -> None:
     assert len(os.listdir("/dev/fd")) == before
 
 
-def test_the_list_of_a_tars_members_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths: list[int] = []
-    following = tarfile.TarFile.next
-
-    def counted(archive: tarfile.TarFile) -> tarfile.TarInfo | None:
-        lengths.append(len(archive.members))
-        return following(archive)
-
-    monkeypatch.setattr(tarfile.TarFile, "next", counted)
-    write("a.tar", tar_bytes({f"{n}.jpg": b"x" for n in range(300)}))
-    assert len(found("a.tar")) == 300
-    assert len(lengths) > 300
-    assert max(lengths) <= 1
-
-
 @pytest.fixture
 def watched_budget(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many bytes were held after each take."""

@@ -759,6 +759,11 @@ def write_list(content: bytes) -> str:
         (b" a.jpg\nb.jpg \n", [" a.jpg", "b.jpg "]),  # a name may have spaces at its ends
         (b"caf\xe9.jpg\n\xc3\xa9.jpg\n", ["caf\\xe9.jpg", "é.jpg"]),
         (b"@x.jpg\n-\n*.jpg\n[a].jpg\n", ["@x.jpg", "-", "*.jpg", "[a].jpg"]),  # are themselves
+        ("\ufeffa.jpg\r\né.jpg\r\n".encode("utf-16-le"), ["a.jpg", "é.jpg"]),
+        ("\ufeffa.jpg\né.jpg".encode("utf-16-be"), ["a.jpg", "é.jpg"]),
+        ("\ufeff\U0001f600.jpg\n".encode("utf-32-le"), ["\U0001f600.jpg"]),
+        ("\ufeffa.jpg\n".encode("utf-16-le") + b"b", ["a.jpg", "\ufffd"]),  # cut off
+        (b"\xff\xfe", []),
         (b"", []),
         (b"\n", []),
         (b"\xef\xbb\xbf", []),
@@ -771,7 +776,7 @@ def test_a_list_has_a_name_a_line(here: Path, content: bytes, expected: list[str
 def test_a_list_may_end_its_names_with_nul(here: Path) -> None:
     argument = write_list(b"a\nb.jpg\0c\r.jpg\0\0d.jpg")
     found_ones = find_images([argument], print, Selection(null=True))
-    assert [source.name for source in found_ones] == ["a\\x0ab.jpg", "c\\x0d.jpg", "d.jpg"]
+    assert [source.name for source in found_ones] == ["a\\x0ab.jpg", "c\\x0d.jpg", "", "d.jpg"]
     with pytest.raises(UsageError, match="give `null=True`"):
         names(argument)
 

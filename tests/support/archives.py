@@ -25,3 +25,10 @@ def zip_bytes(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> 
         for name, content in members.items():
             archive.writestr(name, content)
     return buffer.getvalue()
+
+
+def tar_header(name: str, size: int, type: bytes = tarfile.REGTYPE) -> bytes:
+    """Return the header of a member of a tar archive."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, type
+    return info.tobuf(tarfile.GNU_FORMAT)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -115,3 +117,82 @@ def endless(piece: bytes, server: Server, pause: float = 0.0) -> Answer:
 
 def silence(server: Server) -> Answer:
     return lambda _asked: server.over.wait() and None
+
+
+class RawServer:
+    """A server that speaks no HTTP by itself: `speak` writes whatever it likes to each socket."""
+
+    def __init__(self, speak: Callable[[socket.socket, RawServer], None], host: str) -> None:
+        self.over = threading.Event()
+        self.requests: list[bytes] = []
+        self._speak = speak
+        self._socket = socket.create_server((host, 0))
+        self._socket.settimeout(0.02)
+        self.host = f"{host}:{self._socket.getsockname()[1]}"
+        self._connections: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def at(self, path: str) -> str:
+        return f"http://{self.host}{path}"
+
+    def _accept(self) -> None:
+        while not self.over.is_set():
+            try:
+                connection, _ = self._socket.accept()
+            except TimeoutError:
+                continue
+            self._connections.append(connection)
+            thread = threading.Thread(target=self._answer, args=(connection,))
+            self._threads.append(thread)
+            thread.start()
+
+    def _answer(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            connection.settimeout(60)
+            self.requests.append(connection.recv(1 << 16))
+            self._speak(connection, self)
+
+    def close(self) -> None:
+        self.over.set()
+        self._threads[0].join()
+        for connection in self._connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        self._socket.close()
+
+
+Speak = Callable[[socket.socket, RawServer], None]
+
+
+def says(content: bytes) -> Speak:
+    """Send this, and close the connection."""
+    return lambda connection, _: connection.sendall(content)
+
+
+def drips(first: bytes, again: bytes, pause: float = 0.02) -> Speak:
+    """Send the beginning at once, then the rest in small pieces for ever."""
+
+    def speak(connection: socket.socket, server: RawServer) -> None:
+        connection.sendall(first)
+        while not server.over.wait(pause):
+            connection.sendall(again)
+
+    return speak
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+DRIPS: dict[str, Speak] = {
+    "a status line": drips(b"HTTP/1.1 200 O", b"K"),
+    "a header": drips(OK + b"X-Long: ", b"x"),
+    "headers without end": drips(OK, b"X: y\r\n"),
+    "100 Continue without end": drips(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "the size of a chunk": drips(CHUNKED, b"0"),
+    "an extension of a chunk": drips(CHUNKED + b"1;", b"x"),
+    "the trailer": drips(CHUNKED + b"1\r\nx\r\n0\r\n", b"X: y\r\n"),
+    "the body": drips(OK + b"Content-Length: 1000000\r\n\r\n", b"x"),
+    "nothing": drips(b"", b""),
+}

@@ -23,9 +23,9 @@ from typing import Any
 import pytest
 from support.checkpoints import error_of
 
-from r2ncli import web
 from r2ncli.architectures import DEFAULT_NETWORK, OFFICIAL_URL, PUBLISHED
 from r2ncli.files import take_lock
+from r2ncli.web import attempts
 from r2ncli.weights import checkpoints, download
 from r2ncli.weights.checkpoints import find_checkpoint
 from r2ncli.weights.download import DownloadProgress, download_file
@@ -127,7 +127,7 @@ def server() -> Iterator[Server]:
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The waits between attempts, which are not waited for."""
     waited: list[float] = []
-    monkeypatch.setattr(web, "sleep", waited.append)
+    monkeypatch.setattr(attempts, "sleep", waited.append)
     return waited
 
 
