@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -323,12 +324,14 @@ def _tensor(stored: StoredTensor, read: Callable[[Storage], Tensor]) -> Tensor:
     tensor = flat.as_strided(stored.shape, stored.stride, start)
     if not stored.quantizer:
         return tensor
-    if not stored.parts:
-        return torch._make_per_tensor_quantized_tensor(tensor, *stored.quantizer)
-    scales, zero_points = (_tensor(part, read) for part in stored.parts)
-    return torch._make_per_channel_quantized_tensor(
-        tensor, scales.double(), zero_points.long(), stored.quantizer[0]
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch will drop them; no Res2Net has any
+        if not stored.parts:
+            return torch._make_per_tensor_quantized_tensor(tensor, *stored.quantizer)
+        scales, zero_points = (_tensor(part, read) for part in stored.parts)
+        return torch._make_per_channel_quantized_tensor(
+            tensor, scales.double(), zero_points.long(), stored.quantizer[0]
+        )
 
 
 def tensors_sha256(state_dict: StateDict) -> str:

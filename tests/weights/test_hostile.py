@@ -103,6 +103,9 @@ OUTSIDE = {
         ),
         "is not sound or not supported",
     ),
+    "a quantised storage without a scale": (
+        p.tensor(2, of=p.storage("QUInt8Storage")), "it is quantised without a scale"
+    ),
     "an axis beyond the shape": (
         p.quantised(
             4, stride=(1,),
