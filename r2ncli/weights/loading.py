@@ -222,7 +222,8 @@ def load_tensors(path: Path) -> StateDict:
     described = _state_dict(content.value, path)
     _check_amount(described, path)
     storages: dict[str, Tensor] = {}
-    with reading(path) as file:
+    with reading(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about quantised and compressed tensors
 
         def read(storage: Storage) -> Tensor:
             if storage.key not in storages:
@@ -324,14 +325,12 @@ def _tensor(stored: StoredTensor, read: Callable[[Storage], Tensor]) -> Tensor:
     tensor = flat.as_strided(stored.shape, stored.stride, start)
     if not stored.quantizer:
         return tensor
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch will drop them; no Res2Net has any
-        if not stored.parts:
-            return torch._make_per_tensor_quantized_tensor(tensor, *stored.quantizer)
-        scales, zero_points = (_tensor(part, read) for part in stored.parts)
-        return torch._make_per_channel_quantized_tensor(
-            tensor, scales.double(), zero_points.long(), stored.quantizer[0]
-        )
+    if not stored.parts:
+        return torch._make_per_tensor_quantized_tensor(tensor, *stored.quantizer)
+    scales, zero_points = (_tensor(part, read) for part in stored.parts)
+    return torch._make_per_channel_quantized_tensor(
+        tensor, scales.double(), zero_points.long(), stored.quantizer[0]
+    )
 
 
 def tensors_sha256(state_dict: StateDict) -> str:
