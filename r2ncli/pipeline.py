@@ -129,7 +129,7 @@ class Extract:
         return options.layers
 
     def keep(self, options: RunOptions, predictor: Predictor) -> Callable[[Outputs], Columns]:
-        return lambda outputs: outputs
+        return within_float16 if options.dtype == "float16" else lambda outputs: outputs
 
     def format(self, kind: type[Any], options: RunOptions, predictor: Predictor) -> Format:
         return cast(Format, kind(predictor.shapes, options.dtype))
@@ -193,9 +193,11 @@ def run(
         if stopped.is_set():
             return None
         batch.pixels[len(batch.names) :] = 0
-        count = len(batch.names)
-        columns = {name: column[:count] for name, column in keep(engine(batch.pixels)).items()}
+        outputs = engine(batch.pixels)
         buffers.append(batch.pixels)
+        columns = kept(outputs, errors, keep)
+        count = len(batch.names)
+        columns = {name: column[:count] for name, column in columns.items()}
         return Batch(batch.names, errors, columns, batch.stamps)
 
     decoders = _Threads(workers, "r2n-decode")
@@ -236,6 +238,36 @@ def run(
     finally:
         decoders.end()
         fetchers.end()
+
+
+def kept(outputs: Outputs, errors: list[Outcome], keep: Callable[[Outputs], Columns]) -> Columns:
+    """Return the columns of a batch; write into `errors` which images have no finite values.
+
+    A value can be infinite only in a column: one that is too large for float16.
+    """
+    finite = _finite_rows(outputs)
+    if not finite.all():
+        _fail(errors, finite, "the network's output is not finite")
+        outputs = {  # as zeros: what makes columns of them need not know NaN
+            name: np.where(finite.reshape(-1, *[1] * (output.ndim - 1)), output, np.float32(0))
+            for name, output in outputs.items()
+        }
+    columns = keep(outputs)
+    if columns is not outputs:
+        fits = _finite_rows({n: c for n, c in columns.items() if c.dtype.kind == "f"})
+        _fail(errors, fits, "the network's output is too large for float16")
+    return columns
+
+
+def _finite_rows(arrays: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.bool_]:
+    """Return for each row whether it is finite in all arrays [N, ...]."""
+    rows = [np.isfinite(array).reshape(len(array), -1).all(axis=1) for array in arrays.values()]
+    return cast(npt.NDArray[np.bool_], np.stack(rows).all(axis=0))
+
+
+def _fail(errors: list[Outcome], sound: npt.NDArray[np.bool_], reason: str) -> None:
+    for row in np.flatnonzero(~sound[: len(errors)]):
+        errors[row] = errors[row] or reason
 
 
 def until_failure(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -339,6 +371,14 @@ class _Threads:
         while (action := self._work.get()) is not None:
             action()
             del action  # frees what the input holds as soon as it was used
+
+
+def within_float16(outputs: Outputs) -> Columns:
+    """Return the outputs with infinity for values that are too large for float16."""
+    return {
+        name: np.where(np.abs(output) < 65520, output, np.float32(np.inf))  # rounded, it would be
+        for name, output in outputs.items()
+    }
 
 
 def top_classes(topk: int, labels: Labels | None = None) -> Callable[[Outputs], Columns]:

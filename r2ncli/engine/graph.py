@@ -28,32 +28,91 @@ def to_graph(
     pool: str,
     preprocessing: Preprocessing,
     batch_size: int,
+    *,
+    keep_nan: bool = False,
 ) -> Model:
     """Convert `network`, in eval mode, float32 and on the CPU, to a graph; it is not changed.
 
     `outputs` are names of modules (`layer_shapes`); `pool` is ``avg`` or ``max`` over height and
     width, or ``none``. The graph takes uint8 [batch_size, H, W, 3] and gives a float32 array
     for each of `outputs`, in their order.
+
+    OpenVINO's ReLU turns NaN into 0. With `keep_nan`, all outputs of an image are NaN if a ReLU
+    before them gets one; that takes time, and only networks that `may_overflow` need it.
     """
     size = preprocessing.image_size
     pixels = ops.parameter([batch_size, size, size, 3], np.uint8, name="pixels")
     shift, scale = np.array((preprocessing.mean, preprocessing.std), dtype=np.float32) * 255
     values = ops.divide(ops.subtract(ops.convert(pixels, "f32"), shift), scale)
-    seen: dict[str, GraphTensor] = {}
+    seen: dict[str, Output] = {}
+    nan: list[Output] = []  # for each ReLU so far, which images have NaN in its input
+
+    def see(name: str, output: Output) -> None:
+        pooled = _pooled(output, pool)
+        seen[name] = _with_nan(pooled, [*nan, _has_nan(output)]) if keep_nan else pooled
+
     hooks = [
         network.get_submodule(name).register_forward_hook(
-            lambda _module, _inputs, output, name=name: seen.update({name: output})
+            lambda _module, _inputs, output, name=name: see(name, output.output)
         )
         for name in outputs
     ]
+    if keep_nan:
+        hooks += [
+            module.register_forward_pre_hook(
+                lambda _module, inputs: nan.append(_has_nan(inputs[0].output))
+            )
+            for module in network.modules()
+            if isinstance(module, torch.nn.ReLU)
+        ]
     try:
         with torch.no_grad():
             network(GraphTensor(ops.transpose(values, [0, 3, 1, 2]).output(0)))
     finally:
         for hook in hooks:
             hook.remove()
-    results = [ops.result(_pooled(seen[name].output, pool), name=name) for name in outputs]
-    return Model(results, [pixels], "Res2Net")
+    return Model([ops.result(seen[name], name=name) for name in outputs], [pixels], "Res2Net")
+
+
+def may_overflow(network: Res2Net, preprocessing: Preprocessing) -> bool:
+    """Return whether a network whose weights are finite may give NaN or infinity inside.
+
+    A black, a white and a random image pass through it. In a trained network no value is beyond a
+    few thousand, so that no image can reach the largest float, 3e38, unless one of these is near.
+    """
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), generator=random).float()
+    pixels[0], pixels[1] = 0, 255
+    shift, scale = 255 * torch.tensor((preprocessing.mean, preprocessing.std), dtype=torch.float32)
+    largest = [torch.zeros(())]
+    hooks = [
+        module.register_forward_hook(
+            lambda _module, _inputs, output: largest.append(output.abs().max())
+        )
+        for module in network.modules()
+        if not list(module.children())
+    ]
+    try:
+        with torch.inference_mode():
+            network((pixels - shift.view(3, 1, 1)) / scale.view(3, 1, 1))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return not bool(torch.stack(largest).max() < 1e30)  # NaN is not less either
+
+
+def _has_nan(output: Output) -> Output:
+    """Return 1 for each image of a batch whose values [N, ...] have NaN among them, or 0: [N]."""
+    axes = list(range(1, len(output.shape)))
+    return ops.reduce_max(ops.convert(ops.is_nan(output), "f32"), axes).output(0)
+
+
+def _with_nan(output: Output, nan: Sequence[Output]) -> Output:
+    """Return [N, ...] with NaN for the images that one of `nan` [N] has as 1."""
+    found = ops.reduce_max(ops.concat([ops.unsqueeze(one, 0) for one in nan], 0), [0])
+    added = ops.select(ops.greater(found, np.float32(0)), np.float32(np.nan), np.float32(0))
+    shape = [int(output.shape[0]), *[1] * (len(output.shape) - 1)]
+    return ops.add(output, ops.reshape(added, shape, False)).output(0)
 
 
 def _pooled(output: Output, pool: str) -> Output:

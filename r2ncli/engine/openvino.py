@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -34,11 +35,11 @@ from r2ncli.engine.base import (
     empty_pixels,
 )
 from r2ncli.engine.cache import Entry, loaded_entry
-from r2ncli.errors import DeviceError, UsageError
+from r2ncli.errors import CheckpointError, DeviceError, UsageError
 from r2ncli.openvino_import import CompiledModel, Core, InferRequest, Model, Tensor, get_version
 
 if TYPE_CHECKING:
-    from r2ncli.model import Res2Net
+    from r2ncli.weights.loading import Checkpoint
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -71,7 +72,7 @@ def open_network(setup: Setup) -> ReadyNetwork:
             "shapes": setup.shapes(checkpoint.network.architecture),
             "images": 0 if pixels is None else len(pixels),
         }
-        return Entry(facts, _compiled_network(checkpoint.network, setup, batch_size, pixels))
+        return Entry(facts, _compiled_network(checkpoint, setup, batch_size, pixels))
 
     def load(entry: Entry) -> ReadyNetwork:
         facts, sample = entry.facts, setup.sample
@@ -113,15 +114,25 @@ def _cache_settings(setup: Setup, batch_size: int) -> dict[str, Any] | None:
 
 
 def _compiled_network(
-    network: Res2Net, setup: Setup, batch_size: int, calibration: Pixels | None
+    checkpoint: Checkpoint, setup: Setup, batch_size: int, calibration: Pixels | None
 ) -> Bytes:
-    """Return the compiled graph of `network`, quantised to int8 if there are images for it."""
+    """Return the compiled graph of a network, quantised to int8 if there are images for it."""
     from r2ncli.engine.folding import folded
-    from r2ncli.engine.graph import to_graph
+    from r2ncli.engine.graph import may_overflow, to_graph
+    from r2ncli.engine.pytorch import compute_in_this_thread_alone
 
     wanted = setup.layers, setup.pool, setup.preprocessing
+    network = checkpoint.network
+    # in one thread: on busy cores, several wait for each other far longer than they compute
+    with ThreadPoolExecutor(1, initializer=compute_in_this_thread_alone) as alone:
+        overflows = alone.submit(may_overflow, network, setup.preprocessing).result()
     if calibration is None:
-        graph = to_graph(network, *wanted, batch_size)
+        graph = to_graph(network, *wanted, batch_size, keep_nan=overflows)
+    elif overflows:
+        raise CheckpointError(
+            f"{checkpoint.path}: cannot be quantised, because values inside of the network are "
+            "beyond 1e30 or not finite. `precision=fp32` says for which images"
+        )
     else:
         from r2ncli.engine.quantization import quantized
 

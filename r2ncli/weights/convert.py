@@ -23,7 +23,7 @@ from r2ncli.files import reason, sync
 from r2ncli.model import Res2Net
 from r2ncli.weights.checkpoints import CheckpointFile, Weights, open_checkpoint
 from r2ncli.weights.download import OnProgress
-from r2ncli.weights.loading import build, check_work, load_state_dict
+from r2ncli.weights.loading import build, check_finite, check_work, load_state_dict
 from r2ncli.weights.structure import (
     CLASSIFIER,
     MMPRETRAIN,
@@ -116,6 +116,7 @@ def convert(
     size, metadata = source.preprocessing.image_size, _metadata(source, architecture.classes)
     check_work(architecture, size, source.path)
     network = build(architecture, state_dict)
+    check_finite(network, source.path)
     compared = FEATURES if to == TORCHVISION else LOGITS
     # tensors are the same at any size; a program has one size, and large images take long
     side = size if suffix in NEEDED else min(size, 224)

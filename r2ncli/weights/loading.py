@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -61,7 +63,7 @@ LONGEST_NAME = 500  # characters; the longest of the published networks have 42
 # Of the largest layer for a batch on a CPU: 64 channels of 256 x 256 for 8 images, which the
 # published networks have at an image size of 512; at 224 they have a fifth of it.
 MOST_VALUES = 8 * 64 * 256 * 256
-MOST_TENSORS = 50_000  # the largest published network has 2,300
+MOST_TENSORS = 10_000  # the largest published network has 2,300
 
 
 @dataclass(frozen=True)
@@ -104,18 +106,20 @@ def load(file: CheckpointFile, output_stride: int = 32) -> Checkpoint:
     Raises
     ------
     CheckpointError
-        It is not a Res2Net.
+        It is not a Res2Net, or a value in it is not finite.
     """
     state_dict = load_state_dict(file.path)
     architecture = identify(state_dict, file.path)
     check_work(architecture, file.preprocessing.image_size, file.path)
+    network = build(architecture, state_dict, output_stride)
+    check_finite(network, file.path)
     # a file may call itself demo; only its tensors can make it a published network
     demo = file.metadata.get("variant") == DEMO
     return Checkpoint(
         path=file.path,
         sha256=file.sha256,
         variant=DEMO if demo else variant_name(architecture),
-        network=build(architecture, state_dict, output_stride),
+        network=network,
         labels=file.labels(architecture.classes),
         preprocessing=file.preprocessing,
     )
@@ -137,6 +141,26 @@ def check_work(architecture: Architecture, image_size: int, path: Path) -> None:
             f"{image_size} that it asks for, more than the limit of {limit:,}. Give its metadata "
             "a smaller image_size; the option `image_size` can then ask for a larger one"
         )
+
+
+def check_finite(network: Res2Net, path: Path) -> None:
+    """Check that all values of a network are finite, as float32.
+
+    Raises
+    ------
+    CheckpointError
+        A tensor has NaN or infinity in it, or float64 values beyond float32.
+    """
+    for name, tensor in network.state_dict().items():
+        low, high = tensor.aminmax()  # one pass without a copy; both are NaN where there is one
+        if not (math.isfinite(low) and math.isfinite(high)):
+            count = int((~tensor.isfinite()).sum())
+            values = "1 value that is" if count == 1 else f"{count:,} values that are"
+            raise CheckpointError(
+                f"{path}: the tensor {name} has {values} not finite (NaN or infinity): the "
+                "training diverged, or the file was corrupted. r2n verify-weights names every "
+                "such tensor"
+            )
 
 
 def load_model(path_or_name: str | os.PathLike[str], *, output_stride: int = 32) -> Res2Net:
@@ -198,7 +222,8 @@ def load_tensors(path: Path) -> StateDict:
     described = _state_dict(content.value, path)
     _check_amount(described, path)
     storages: dict[str, Tensor] = {}
-    with reading(path) as file:
+    with reading(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about quantised and compressed tensors
 
         def read(storage: Storage) -> Tensor:
             if storage.key not in storages:

@@ -59,9 +59,9 @@ ALLOWED = frozenset(
 # The bounds of a pickle. A state dict takes 150 bytes and 25 opcodes a tensor and is 8 containers
 # deep, with the tuples that describe a tensor; a training checkpoint of the largest published
 # network, with Adam's state, has 6,000 tensors. The rest is for settings, logs of losses and the
-# like: ten times what such files need, and still read in a few seconds.
+# like: five times what such files need, and still read in two seconds.
 LIMIT = 16_000_000  # bytes
-OPCODES = 2_000_000
+OPCODES = 1_000_000
 _DEPTH = 32
 
 COMPUTED = "a name that it computes"

@@ -162,9 +162,12 @@ def rebuilt(function: str, arguments: tuple[Any, ...]) -> StoredTensor:
         The arguments are not those of a tensor.
     """
     try:
-        return _REBUILDS[function.removeprefix("torch._utils.")](*arguments)
+        tensor = _REBUILDS[function.removeprefix("torch._utils.")](*arguments)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"it calls {function} with what describes no tensor") from error
+    if tensor.dtype.startswith("q") and not tensor.quantizer:
+        return replace(tensor, error=tensor.error or "it is quantised without a scale")
+    return tensor
 
 
 def _strided(

@@ -286,10 +286,10 @@ def test_a_network_whose_logits_are_not_finite_is_refused(
     tiny_weights: Path, tmp_path: Path
 ) -> None:
     state_dict = load_file(tiny_weights)
-    state_dict["fc.bias"][3] = torch.nan
-    torch.save(state_dict, tmp_path / "nan.pth")
+    state_dict["fc.weight"][:] = 3e38
+    torch.save(state_dict, tmp_path / "large.pth")
     with pytest.raises(CheckpointError, match="its logits are not finite; r2n verify-weights"):
-        convert(tmp_path / "nan.pth", tmp_path / "out.pth")
+        convert(tmp_path / "large.pth", tmp_path / "out.pth")
 
 
 # --- the command --------------------------------------------------------------------------

@@ -103,6 +103,9 @@ OUTSIDE = {
         ),
         "is not sound or not supported",
     ),
+    "a quantised storage without a scale": (
+        p.tensor(2, of=p.storage("QUInt8Storage")), "it is quantised without a scale"
+    ),
     "an axis beyond the shape": (
         p.quantised(
             4, stride=(1,),
@@ -320,7 +323,7 @@ COPIES = (
 @pytest.mark.parametrize("opcodes", [b"N" * 30_000, COPIES], ids=["many", "much work each"])
 def test_a_pickle_of_more_work_than_any_checkpoint_is_refused(opcodes: bytes) -> None:
     found = requests(io.BytesIO(p.pickled(opcodes)), 20_000)
-    assert found.unfit == "its pickle has more than 2,000,000 opcodes"
+    assert found.unfit == "its pickle has more than 1,000,000 opcodes"
     assert found.opcodes < 30_000
 
 
@@ -361,9 +364,9 @@ def test_an_imported_name_of_a_megabyte_is_not_printed_whole(tmp_path: Path) -> 
 
 
 def test_more_tensors_than_any_network_has_are_refused(tmp_path: Path) -> None:
-    entries = b"".join(p.text(f"{number:x}") + p.get(0) for number in range(60_000))
+    entries = b"".join(p.text(f"{number:x}") + p.get(0) for number in range(12_000))
     content = p.pickled(p.tensor(4) + p.put(0) + b"0" + p.dict_of(entries))
-    assert "has 60,000 tensors" in refusal(p.zipped(content), tmp_path / "many.pth")
+    assert "has 12,000 tensors" in refusal(p.zipped(content), tmp_path / "many.pth")
 
 
 def test_a_training_checkpoint_with_everything_usual_in_it_loads(tmp_path: Path) -> None:
@@ -613,11 +616,11 @@ for name in sys.argv[1:]:
     os._exit(1)
 """
 HEAVY: dict[str, Callable[[], bytes]] = {
-    "millions of lists": lambda: p.zipped(p.pickled(b"]" * 1_900_000)),
-    "millions of dicts": lambda: p.zipped(p.pickled(b"}" * 1_900_000)),
-    "millions of sets": lambda: p.zipped(p.pickled(b"\x8f" * 1_900_000)),
+    "millions of lists": lambda: p.zipped(p.pickled(b"]" * 950_000)),
+    "millions of dicts": lambda: p.zipped(p.pickled(b"}" * 950_000)),
+    "millions of sets": lambda: p.zipped(p.pickled(b"\x8f" * 950_000)),
     "millions of memos": lambda: p.zipped(
-        p.pickled(b"N", *(p.put(number) for number in range(1_900_000)))
+        p.pickled(b"N", *(p.put(number) for number in range(950_000)))
     ),
     "a header of lists": lambda: p.safetensors(b'{"a": [' + b"[]," * 2_600_000 + b"[]]}"),
     "a header of objects": lambda: p.safetensors(b'{"a": [' + b"{}," * 2_600_000 + b"{}]}"),
