@@ -26,7 +26,7 @@ from r2ncli import __version__
 from r2ncli.errors import R2NError
 from r2ncli.files import open_regular, reason, write_whole
 
-FORMAT = 2
+FORMAT = 3
 LIMIT = 2_000_000_000  # bytes; beyond it the least recently used entries are deleted
 SUFFIX = ".network"
 ALIGNMENT = 64  # of the graph in the file: one cache line of the processor
