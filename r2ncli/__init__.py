@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from r2ncli.api import extract_to as extract_to
     from r2ncli.architectures import Architecture as Architecture
     from r2ncli.architectures import Preprocessing as Preprocessing
+    from r2ncli.engine.gpus import why_no_gpu as why_no_gpu
     from r2ncli.errors import CheckpointError as CheckpointError
     from r2ncli.errors import DeviceError as DeviceError
     from r2ncli.errors import FailedInputError as FailedInputError
@@ -62,6 +63,7 @@ _MODULES = {
     "weights.verify": ("verify_weights", "Verification"),
     "weights.compare": ("TensorComparison",),
     "weights.convert": ("convert", "Conversion"),
+    "engine.gpus": ("why_no_gpu",),
     "outputs.rows": ("Classification", "Prediction", "Features"),
     "api": ("classify", "extract", "classify_to", "extract_to"),
     "options": ("RunOptions", "Progress"),

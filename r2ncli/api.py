@@ -35,7 +35,7 @@ PATHS = (
 )
 LISTENERS = {
     "on_warning": "Called with a warning as a sentence, for example about inputs that are skipped.",
-    "on_progress": "Called with a `Progress` after each image.",
+    "on_progress": "Called with a `Progress` after each batch of images.",
     "on_download": "Called with a `DownloadProgress` while weights are downloaded.",
     "on_quantising": "Called with the number of calibration images before int8 is prepared.",
 }

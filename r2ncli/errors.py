@@ -12,13 +12,40 @@ An image that cannot be read is not in this tree: it becomes a row that says why
 exception is a bug (exit code 1, with its traceback).
 
 Messages name options as Python keywords in backticks, `max_bytes` or `resume=True`; the command
-line prints them as --max-bytes and --resume.
+line prints them as --max-bytes and --resume. What they quote may come from a hostile file or
+server, so that control characters are escaped in every message.
 """
 
 from __future__ import annotations
 
+import re
 
-class R2NError(Exception):
+
+def escaped(text: str) -> str:
+    r"""Return `text` with control characters (C0, DEL, C1) and lone surrogates written as ``\xNN``.
+
+    These are the bytes that the character has in UTF-8. A byte of a file name that is not UTF-8,
+    which Python keeps as a surrogate, is that byte.
+    """
+    return re.sub("[\0-\x1f\x7f-\x9f\ud800-\udfff]", _as_bytes, text)
+
+
+def _as_bytes(character: re.Match[str]) -> str:
+    try:
+        encoded = character[0].encode(errors="surrogateescape")
+    except UnicodeEncodeError:  # not of a file name: perhaps of JSON
+        encoded = character[0].encode(errors="surrogatepass")
+    return "".join(f"\\x{byte:02x}" for byte in encoded)
+
+
+class _EscapedError(Exception):
+    """An error whose message has no control characters."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(escaped(message))
+
+
+class R2NError(_EscapedError):
     """Base of every expected error; the command line ends with its `exit_code`."""
 
     exit_code = 1
@@ -60,5 +87,5 @@ class FailedInputError(R2NError):
     exit_code = 7
 
 
-class ImageError(Exception):
+class ImageError(_EscapedError):
     """Why one image cannot be used; it becomes the `error` of the image's row."""

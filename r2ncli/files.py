@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
+# what a file system answers that cannot synchronise, or cannot lock
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+
 
 def open_regular(path: PathLike, buffering: int = -1) -> tuple[BinaryIO, os.stat_result]:
     """Open a regular file for reading and return it with its status; never wait for a pipe.
@@ -26,10 +29,7 @@ def open_regular(path: PathLike, buffering: int = -1) -> tuple[BinaryIO, os.stat
     ValueError
         There is a NUL character in the path.
     """
-    flags = getattr(os, "O_NONBLOCK", 0)  # Windows has no such flag
-    file: BinaryIO = open(  # noqa: SIM115
-        path, "rb", buffering, opener=lambda path, mode: os.open(path, mode | flags)
-    )
+    file: BinaryIO = open(path, "rb", buffering, opener=_open_at_once)  # noqa: SIM115
     try:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -38,6 +38,43 @@ def open_regular(path: PathLike, buffering: int = -1) -> tuple[BinaryIO, os.stat
         file.close()
         raise
     return file, status
+
+
+def _open_at_once(path: str, mode: int) -> int:
+    try:
+        return os.open(path, mode | getattr(os, "O_NONBLOCK", 0))  # Windows has no such flag
+    except BlockingIOError:  # a file server holds a lease on it, and gives it up when asked
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise
+        return os.open(path, mode)
+
+
+def locked_elsewhere(file: BinaryIO) -> bool:
+    """Return whether another program holds a file that is open here, for writing."""
+    try:
+        import fcntl  # Windows has none
+
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until the file is closed
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):  # a file system without locks
+        pass
+    return False
+
+
+def create(path: PathLike) -> BinaryIO:
+    """Create a file under a name that only this process uses, and open it for writing.
+
+    What a killed process left under that name is removed. A link is never followed.
+
+    Raises
+    ------
+    OSError
+        The file cannot be created, or a folder has that name.
+    """
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    return open(path, "x+b")
 
 
 def write_whole(
@@ -55,7 +92,7 @@ def write_whole(
     """
     temporary = temporary or path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with create(temporary) as file:
             file.writelines(parts)
         publish(temporary, path)
     except BaseException:
@@ -67,18 +104,54 @@ def write_whole(
 def publish(temporary: Path, path: Path) -> None:
     """Give a complete file its final name, durably: the content first, then the name."""
     sync(temporary)
-    os.replace(temporary, path)
+    replace(temporary, path)
     sync(path.parent)
 
 
+def replace(temporary: Path, path: Path) -> None:
+    """Rename a file to `path`, also where the file system cannot replace a file that exists.
+
+    There the old file is renamed first, to the name of `temporary` followed by ``.old``; if the
+    process is killed before the end, that file is left.
+    """
+    try:
+        os.replace(temporary, path)
+    except (FileExistsError, PermissionError):
+        if not path.is_file():
+            raise
+        old = temporary.with_name(temporary.name + ".old")
+        os.rename(path, old)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            os.rename(old, path)
+            raise
+        with suppress(OSError):
+            old.unlink()
+
+
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, are on the disk.
+
+    Some network file systems cannot do this for a folder, or at all; that is no error.
+    """
     windows = os.name == "nt"
-    if windows and path.is_dir():
-        return  # Windows cannot open folders
-    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    if path.is_dir():
+        if windows:
+            return  # Windows cannot open folders
+        with suppress(PermissionError):  # a folder may be writable and not readable
+            _sync(path, os.O_RDONLY)
+    else:
+        _sync(path, os.O_RDWR if windows else os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
     finally:
         os.close(descriptor)
 
@@ -87,17 +160,18 @@ def take_lock(path: Path, *, wait: bool = False) -> BaseFileLock | None:
     """Lock the file `path`; where another process holds the lock, wait for it or return None.
 
     The operating system releases the lock when the process ends, even if it is killed.
-    The file and its folder are created if they do not exist.
+    The file, and its folder for this user alone, are created if they do not exist. Where the
+    file system has no locks, the result is a lock whose `is_locked` is False.
 
     Raises
     ------
     OSError
-        The lock file cannot be created, or its file system has no locks.
+        The lock file cannot be created.
     """
     from filelock import FileLock, Timeout  # only runs that write need it
 
     while True:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         # a SoftFileLock as a fallback would stay behind where the process is killed
         lock = FileLock(path, timeout=-1 if wait else 0, thread_local=False, fallback_to_soft=False)
         try:
@@ -106,6 +180,10 @@ def take_lock(path: Path, *, wait: bool = False) -> BaseFileLock | None:
         except (Timeout, FileNotFoundError) as error:
             if isinstance(error, Timeout) and path.exists():
                 return None
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
+                raise
+            return lock
         # the process that held the lock has just removed it, perhaps with its folder: try again
 
 

@@ -47,6 +47,7 @@ from r2ncli.weights.checkpoints import Labels
 Columns = Mapping[str, npt.NDArray[Any]]  # of a batch, by name
 Outcome = str | None  # of an image: why it failed, or None
 
+MOST_AT_ONCE = 16  # local files that a thread reads and decodes before it takes the next
 FETCHERS = 16  # threads that read remote images; far more than cores, because they mostly wait
 
 
@@ -161,24 +162,28 @@ def run(
     pending: deque[Future[Batch | None]] = deque()
     stopped = threading.Event()
 
-    def read_and_decode(batch: _Batch, number: int, source: Input) -> Outcome:
-        pixels = batch.pixels[number]
-        if stopped.is_set():
-            return "interrupted"
-        try:
-            content, batch.stamps[number] = source.read(predictor.rules.max_bytes)
-            pixels[...] = decode(content, predictor.preprocessing, predictor.rules)
-        except ImageError as error:
-            pixels[...] = 0
-            return str(error)
-        return None
+    rules, preprocessing = predictor.rules, predictor.preprocessing
+    most_at_once = max(1, min(MOST_AT_ONCE, batch_size // (2 * workers)))
 
-    def decide(batch: _Batch, number: int, source: Input) -> None:
-        try:
-            outcome: Outcome | BaseException = read_and_decode(batch, number, source)
-        except BaseException as error:  # raised where the batch is used
-            outcome = error
-        batch.decide(number, outcome)
+    def read_and_decode(batch: _Batch, first: int, sources: list[Input]) -> None:
+        outcomes: list[Outcome | BaseException] = []
+        stamps: list[Stamp | None] = []
+        for number, source in enumerate(sources, first):
+            outcome: Outcome | BaseException = None
+            stamp = None
+            try:
+                if stopped.is_set():
+                    break
+                content, stamp = source.read(rules.max_bytes)
+                batch.pixels[number] = decode(content, preprocessing, rules)
+            except ImageError as error:
+                batch.pixels[number] = 0
+                outcome = str(error)
+            except BaseException as error:  # raised where the batch is used
+                outcome = error
+            outcomes.append(outcome)
+            stamps.append(stamp)
+        batch.decide(first, outcomes, stamps)
 
     def finish(batch: _Batch) -> Batch | None:
         while not batch.ready.wait(0.2):
@@ -201,11 +206,20 @@ def run(
         ended = False
         while not ended:
             batch = _Batch(buffers.pop() if buffers else engine.empty_batch(side))
-            # each is read as it comes: a source may hold back the next until this one is used
+            some: list[Input] = []  # which one thread reads: Python takes longer for each hand-over
             for source in islice(remaining, batch_size):
-                pool = fetchers if source.remote else decoders
-                pool.submit(partial(decide, batch, batch.add(source.name), source))
+                batch.names.append(source.name)
+                some.append(source)
+                if source.alone or source.remote or len(some) == most_at_once:
+                    pool = fetchers if source.remote else decoders
+                    first = len(batch.names) - len(some)
+                    pool.submit(partial(read_and_decode, batch, first, some))
+                    some = []
                 del source
+            if some:
+                first = len(batch.names) - len(some)
+                decoders.submit(partial(read_and_decode, batch, first, some))
+            del some
             ended = len(batch.names) < batch_size
             if batch.close():
                 pending.append(runner.submit(finish, batch))
@@ -260,29 +274,28 @@ class _Batch:
 
     def __init__(self, pixels: Pixels) -> None:
         self.names: list[str] = []
-        self.stamps: list[Stamp | None] = []
+        self.stamps: list[Stamp | None] = [None] * len(pixels)
         self.pixels = pixels
         self.ready = threading.Event()
-        self._outcomes: list[Outcome | BaseException] = []
+        self._outcomes: list[Outcome | BaseException] = [None] * len(pixels)
         self._done: list[int] = []  # `append` is atomic, so no image waits for a lock
         self._closed = False
-
-    def add(self, name: str) -> int:
-        """Add an image; return its number."""
-        self.names.append(name)
-        self.stamps.append(None)
-        self._outcomes.append(None)
-        return len(self.names) - 1
 
     def close(self) -> bool:
         """End adding; return whether there is any image."""
         self._closed = True
+        count = len(self.names)
+        del self.stamps[count:], self._outcomes[count:]
         self._look()
         return bool(self.names)
 
-    def decide(self, number: int, outcome: Outcome | BaseException) -> None:
-        self._outcomes[number] = outcome
-        self._done.append(number)
+    def decide(
+        self, first: int, outcomes: list[Outcome | BaseException], stamps: list[Stamp | None]
+    ) -> None:
+        """Set the outcomes and stamps of the images from number `first` on."""
+        self._outcomes[first : first + len(outcomes)] = outcomes
+        self.stamps[first : first + len(stamps)] = stamps
+        self._done.append(len(outcomes))
         self._look()
 
     def outcomes(self) -> list[Outcome]:
@@ -293,7 +306,7 @@ class _Batch:
         return cast(list[Outcome], self._outcomes)
 
     def _look(self) -> None:
-        if self._closed and len(self._done) == len(self.names):
+        if self._closed and sum(self._done) == len(self.names):
             self.ready.set()
 
 
@@ -335,23 +348,26 @@ def top_classes(topk: int, labels: Labels | None = None) -> Callable[[Outputs], 
         names[WNID] = np.array(labels.wnids, object)
 
     def top(outputs: Outputs) -> Columns:
-        logits = outputs[LOGITS].astype(np.float64)
-        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+        logits = outputs[LOGITS]
         best = _best(logits, min(topk, logits.shape[1]))
-        chosen = np.take_along_axis(probabilities, best, axis=1)
+        exponentials = logits.astype(np.float64)
+        exponentials -= exponentials.max(axis=1, keepdims=True)
+        np.exp(exponentials, out=exponentials)
+        chosen = np.take_along_axis(exponentials, best, axis=1)
+        chosen /= exponentials.sum(axis=1, keepdims=True)
         known = {name: of_classes[best] for name, of_classes in names.items()}
         return {INDEX: best, PROBABILITY: chosen.astype(np.float32), **known}
 
     return top
 
 
-def _best(logits: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.intp]:
+def _best(logits: npt.NDArray[np.floating[Any]], k: int) -> npt.NDArray[np.intp]:
     """Return indices [N, k] of each row's highest logits, highest first (ties: lower first)."""
-    some = np.sort(np.argpartition(-logits, k - 1, axis=1)[:, :k], axis=1)
+    least = np.partition(logits, -k, axis=1)[:, -k, None]
+    among = logits >= least
+    if (np.count_nonzero(among, axis=1) == k).all():
+        some = np.nonzero(among)[1].reshape(-1, k)
+    else:  # several logits of a row equal the k-th, or one is not a number
+        some = np.argsort(-logits, axis=1, kind="stable")[:, :k]
     values = np.take_along_axis(logits, some, axis=1)
-    best = np.take_along_axis(some, np.argsort(-values, axis=1, kind="stable"), axis=1)
-    # if several logits equal the k-th, it is arbitrary which of them were found
-    tied = (logits >= values.min(axis=1, keepdims=True)).sum(axis=1) != k
-    best[tied] = np.argsort(-logits[tied], axis=1, kind="stable")[:, :k]
-    return best
+    return np.take_along_axis(some, np.argsort(-values, axis=1, kind="stable"), axis=1)

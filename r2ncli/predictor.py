@@ -74,7 +74,7 @@ def open_predictor(
     InputNotFoundError
         `options.calibration` has no image that can be used.
     """
-    runs_on = _checked(options)
+    runs_on = _checked(options, listeners)
     sample = _calibration_sample(options, listeners)
     file = open_checkpoint(options.weights, on_progress=listeners.on_download)
 
@@ -109,7 +109,7 @@ def assemble_predictor(
         An option or the device cannot be used.
     """
     return _opened(
-        _checked(options),
+        _checked(options, NO_LISTENERS),
         layers,
         options,
         NO_LISTENERS,
@@ -119,9 +119,9 @@ def assemble_predictor(
     )
 
 
-def _checked(options: RunOptions) -> tuple[Backend, tuple[str, ...], str]:
+def _checked(options: RunOptions, listeners: Listeners) -> tuple[Backend, tuple[str, ...], str]:
     """Choose the backend, the devices and the precision, and check that they fit."""
-    backend, devices = choose_backend(options.backend, options.device)
+    backend, devices = choose_backend(options.backend, options.device, listeners.on_warning)
     return backend, devices, choose_precision(options.precision, backend, devices)
 
 

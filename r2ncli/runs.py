@@ -31,6 +31,7 @@ from r2ncli.sources.selection import no_image_found
 from r2ncli.sources.walk import Input, Walk
 
 SCHEMA = 2
+MOST_IMAGES = 4096  # in a batch whose size a run record gives
 
 Paths = Sequence[PathLike] | PathLike | None
 Record = dict[str, Any]
@@ -64,13 +65,21 @@ class Run:
         return until_failure(results) if self.options.on_error == "fail" else results
 
     def report(self, batch: Batch, done: int, failed: int) -> None:
-        """Report each row of `batch` to the listener; `done` rows came before the batch."""
-        for name, error in zip(batch.names, batch.errors, strict=True):
-            done += 1
-            failed += error is not None
-            self.listeners.on_progress(
-                Progress(name, error, done, failed, self.walk.found, self.walk.ended)
-            )
+        """Report `batch` to the listener; `done` rows came before it, of which `failed` failed."""
+        failures = tuple(
+            (name, error)
+            for name, error in zip(batch.names, batch.errors, strict=True)
+            if error is not None
+        )
+        done, failed = done + len(batch), failed + len(failures)
+        self.listeners.on_progress(
+            Progress(len(batch), failures, done, failed, self.walk.found, self.walk.ended)
+        )
+
+    def report_left_out(self) -> None:
+        """Tell the listener, at the end, how many files of which suffixes were left out."""
+        if sentence := self.walk.left_out.sentence():
+            self.listeners.on_warning(sentence)
 
 
 def open_run(task: Task, paths: Paths, options: RunOptions, listeners: Listeners) -> Run:
@@ -101,12 +110,10 @@ def records(task: Task, paths: Paths, options: RunOptions, listeners: Listeners)
         done = failed = 0
         with opened.walk:
             for batch in opened.compute(opened.inputs()):
-                rows = range(len(batch))
-                for row, record in zip(rows, task.records(batch), strict=True):
-                    yield record
-                    opened.report(batch[row : row + 1], done, failed)
-                    done += 1
-                    failed += record.error is not None
+                yield from task.records(batch)
+                opened.report(batch, done, failed)
+                done, failed = done + len(batch), failed + batch.failed
+        opened.report_left_out()
 
     return computed()
 
@@ -174,7 +181,9 @@ def _execute(opened: Run, output: Output, plan: Fresh) -> Record:
     except BaseException:  # Ctrl-C, a failed device: keep the finished rows
         output.flush()
         raise
-    return plan.finish(plan.done + done, plan.failed + failed)
+    record = plan.finish(plan.done + done, plan.failed + failed)
+    opened.report_left_out()
+    return record
 
 
 class _Stream:
@@ -214,8 +223,8 @@ def run_record(opened: Run, packages: Sequence[str] = ()) -> Record:
         },
         **task.settings(options, predictor),
         "inputs": {
-            "include": list(options.include),
-            "exclude": list(options.exclude),
+            "include": [*map(printable, options.include)],
+            "exclude": [*map(printable, options.exclude)],
             "max": options.max,
         },
         "preprocessing": asdict(predictor.preprocessing),
@@ -261,9 +270,11 @@ def _with_begun_batch_size(options: RunOptions, begun: Record) -> RunOptions:
     """Return `options` with the batch size that the run was begun with, unless they name one.
 
     It affects the last bits of the values, and the size that is chosen for a device may change
-    from version to version.
+    from version to version. A larger size than r2n chooses is not taken from a file: a batch is
+    held in memory.
     """
     batch_size = begun.get("batch_size")
-    if options.batch_size is not None or not isinstance(batch_size, int) or batch_size < 1:
+    sound = isinstance(batch_size, int) and 1 <= batch_size <= MOST_IMAGES
+    if options.batch_size is not None or not sound:
         return options
     return replace(options, batch_size=batch_size)

@@ -198,13 +198,13 @@ def test_huge_logits_do_not_overflow():
     assert ranked([[1e4, -1e4]], 2)[1] == [[1.0, 0.0]]
 
 
-def test_progress_tells_every_row_and_the_total(pictures, tiny_weights):
+def test_progress_tells_every_batch_its_failures_and_the_total(pictures, tiny_weights):
     (pictures / "00002.jpg").write_bytes(b"")
     seen = []
-    list(r2ncli.classify(pictures, weights=tiny_weights, on_progress=seen.append))
-    assert [p.done for p in seen] == list(range(1, 21))
-    assert (seen[2].path, seen[2].error) == (f"{pictures}/00002.jpg", "empty file")
-    assert seen[-1].failed == 1
+    options = {"weights": tiny_weights, "batch_size": 8, "on_progress": seen.append}
+    list(r2ncli.classify(pictures, **options))
+    assert [(p.rows, p.done, p.failed) for p in seen] == [(8, 8, 1), (8, 16, 1), (4, 20, 1)]
+    assert [p.failures for p in seen] == [((f"{pictures}/00002.jpg", "empty file"),), (), ()]
     assert (seen[-1].found, seen[-1].walk_ended) == (20, True)
 
 

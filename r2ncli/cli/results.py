@@ -21,6 +21,7 @@ def diff(
 ) -> int:
     """Compare two outputs row by row; exit with 8 if they differ."""
     from r2ncli.outputs.diff import diff as compare
+    from r2ncli.outputs.reading import shortened
 
     found = compare(a, b, atol=atol)
     if json:
@@ -50,7 +51,7 @@ def diff(
     if largest:
         print_table("largest differences", ("of", "max |Δ|", "in"), largest)
     if found.settings:
-        rows = [(key, str(was), str(now)) for key, (was, now) in found.settings.items()]
+        rows = [(key, shortened(was), shortened(now)) for key, (was, now) in found.settings.items()]
         print_table("settings that differ", ("", "A", "B"), rows)
     return 8 if found.different else 0
 

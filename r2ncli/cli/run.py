@@ -179,7 +179,7 @@ def _listeners(report: Report) -> Listeners:
         report.sentence(for_command_line(text))
 
     return Listeners(
-        warning, report.row, report.download, report.quantising, on_ready=report.prepared
+        warning, report.batch, report.download, report.quantising, on_ready=report.prepared
     )
 
 

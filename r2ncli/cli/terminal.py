@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -17,9 +18,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from r2ncli.architectures import LICENCE_NOTICE
-from r2ncli.errors import OutputError
+from r2ncli.errors import OutputError, escaped
 from r2ncli.files import reason
-from r2ncli.sources.names import bytes_as_hex
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -80,7 +80,7 @@ def plain(text: str) -> str:
     """Return `text` for a terminal, with control characters escaped."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in bytes_as_hex(text)
+        for character in escaped(text)
     )
 
 
@@ -115,15 +115,16 @@ class Report:
         self._started = time.monotonic()
         self._end_bar()
 
-    def row(self, progress: Progress) -> None:
-        """Report one finished row."""
+    def batch(self, progress: Progress) -> None:
+        """Report a batch of finished rows."""
         if self.progress is None:
-            self._begun_at = progress.done - 1
+            self._begun_at = progress.done - progress.rows
         self.progress = progress
-        if progress.error is not None and self.failures:
-            if progress.failed <= FAILURES_SHOWN:
-                self.sentence(f"{progress.path}: {progress.error}", "red")
-            elif progress.failed == FAILURES_SHOWN + 1:
+        before = progress.failed - len(progress.failures)
+        if self.failures:
+            for path, error in progress.failures[: max(FAILURES_SHOWN - before, 0)]:
+                self.sentence(f"{path}: {error}", "red")
+            if before <= FAILURES_SHOWN < progress.failed:
                 self.sentence("more images failed; their rows say why")
         if self._with_bar:
             elapsed = time.monotonic() - self._started
@@ -292,5 +293,6 @@ def plain_lines(text: str) -> str:
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """Print a JSON document to stdout."""
-    put(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    """Print a JSON document to stdout; no control character acts on a terminal."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)  # this escapes C0 alone
+    put(re.sub("[\x7f-\x9f\ud800-\udfff]", lambda c: f"\\u{ord(c[0]):04x}", text) + "\n")

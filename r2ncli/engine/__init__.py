@@ -8,13 +8,13 @@ package imports no library, because ``r2n --help`` needs the names.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol, cast
 
-from r2ncli.errors import DeviceError, UsageError
+from r2ncli.errors import UsageError
 
 if TYPE_CHECKING:
     from r2ncli.engine.base import ReadyNetwork, Setup
@@ -85,11 +85,14 @@ BACKENDS = (  # auto is the first that is installed and runs on the device
 )
 
 
-def choose_backend(backend: str, device: str) -> tuple[Backend, tuple[str, ...]]:
+def choose_backend(
+    backend: str, device: str, on_warning: Callable[[str], None] = lambda _: None
+) -> tuple[Backend, tuple[str, ...]]:
     """Return the backend and the devices for the options `backend` and `device`.
 
     The devices are ``("cpu",)`` or GPUs of one model, such as ``("cuda:0", "cuda:1")``. To
-    choose a CPU, torch is not imported unless a driver reports a GPU.
+    choose a CPU, torch is not imported unless a driver reports a GPU. `on_warning` is told why
+    a GPU that is there is not used for ``auto``.
 
     Raises
     ------
@@ -101,7 +104,7 @@ def choose_backend(backend: str, device: str) -> tuple[Backend, tuple[str, ...]]
     wanted = [row for row in BACKENDS if backend == row.name or (backend == AUTO and row.installed)]
     for kind in _kinds(device):
         able = [row for row in wanted if row.runs_on(kind)]
-        devices = _find_devices(kind, device) if able else ()
+        devices = _find_devices(kind, device, on_warning) if able else ()
         if devices:
             if not able[0].installed:
                 raise UsageError(
@@ -148,22 +151,23 @@ def _kinds(device: str) -> tuple[str, ...]:
         return CUDA, CPU
     if device == CPU or re.fullmatch(r"cuda(:(0|[1-9][0-9]*))?", device):
         return (device.partition(":")[0],)
-    from r2ncli.engine.base import cuda_gpus
+    from r2ncli.engine.gpus import invalid_device
 
-    gpus = [f"cuda:{number}" for number in range(cuda_gpus())]
-    found = f"CUDA GPUs found: {', '.join(gpus)}" if gpus else "no CUDA GPU was found"
-    raise DeviceError(f"`device` {device!r} is not valid: use auto, cpu, cuda or cuda:N ({found})")
+    raise invalid_device(device)
 
 
-def _find_devices(kind: str, device: str) -> tuple[str, ...]:
+def _find_devices(kind: str, device: str, warn: Callable[[str], None]) -> tuple[str, ...]:
     """Return the devices of a kind that `device` means; for ``auto`` there may be none."""
     if kind == CPU:
         return (CPU,)
-    if device == AUTO:
-        from r2ncli.engine.base import cuda_gpus
+    from r2ncli.engine.gpus import find_driver, find_gpus, why_no_gpu
 
-        if not cuda_gpus():  # torch would find none either, and is not imported
-            return ()
-    from r2ncli.engine.devices import find_gpus
-
-    return find_gpus(device)
+    if device != AUTO:
+        return find_gpus(device)
+    driver = find_driver()
+    if driver is None or not driver.gpus:  # torch would find none either, and is not imported
+        return ()
+    gpus = find_gpus(AUTO)
+    if not gpus:
+        warn(f"a GPU is there, but is not used: {why_no_gpu()}")
+    return gpus

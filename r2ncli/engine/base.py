@@ -6,13 +6,14 @@ and returns named float32 arrays. It also normalises the pixels and pools the ou
 
 from __future__ import annotations
 
-import ctypes
+import math
 import os
-import sys
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -182,27 +183,49 @@ def pooled_shape(shape: tuple[int, ...], pool: str) -> tuple[int, ...]:
     return shape[:1] if len(shape) == 3 and pool != "none" else shape
 
 
-def cuda_gpus() -> int:
-    """Count the CUDA GPUs that the driver shows to this process (see `CUDA_VISIBLE_DEVICES`)."""
-    count = ctypes.c_int(0)
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    except (OSError, AttributeError):  # there is no driver
-        return 0
-    return 0 if failed else count.value
-
-
 def cpu_precisions() -> tuple[str, ...]:
     """Return the precisions that this processor supports in hardware, the fastest first."""
     return ("bf16", "fp32") if cpu_has_bf16() else ("fp32",)
 
 
 def cores() -> int:
-    """Count the cores that this process may use; a container may allow only a part of them."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Count the cores that this process may use.
+
+    The processor's are limited by the process's affinity (as by ``taskset``), by the quota of
+    its control group (as by ``docker --cpus``, a part of a core counts as one), and by
+    ``OMP_NUM_THREADS``.
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    limits = [affinity or os.cpu_count() or 1, *cpu_quotas()]
+    if asked := re.match(r"\s*(\d+)", os.environ.get("OMP_NUM_THREADS", "")):
+        limits.append(int(asked[1]))
+    return max(1, math.ceil(min(limits)))
+
+
+def cpu_quotas(root: Path = Path("/")) -> list[float]:
+    """Return how many cores the control groups of this process may use, where they are limited.
+
+    Versions 1 and 2 of Linux' control groups are read; `root` is that of the file system.
+    """
+    quotas = []
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+            below = PurePosixPath(group.lstrip("/"))
+            # a limit may be set at any level; in a container the upper ones are not to be seen
+            for level in (below, *below.parents):
+                with suppress(OSError, ValueError, ZeroDivisionError):
+                    if controllers:
+                        quota = (top / level / "cpu.cfs_quota_us").read_text()
+                        period = (top / level / "cpu.cfs_period_us").read_text()
+                    else:
+                        quota, period = (top / level / "cpu.max").read_text().split()
+                    if float(quota) > 0:  # "max" in version 2 and -1 in version 1 are no limit
+                        quotas.append(float(quota) / float(period))
+    return quotas
 
 
 def cpu_model() -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -265,8 +265,12 @@ class _Gpu:
     def host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Allocate pinned memory on the host, which the GPU reads and writes directly."""
         try:
-            return torch.empty(shape, dtype=dtype, pin_memory=self._on_gpu)
+            with self._current():
+                return torch.empty(shape, dtype=dtype, pin_memory=self._on_gpu)
         except RuntimeError as error:
+            if isinstance(error, torch.AcceleratorError):  # an earlier failure that is reported now
+                with self._errors():
+                    raise
             raise DeviceError(
                 f"not enough memory that can be pinned for batches of {self._shape[0]} "
                 f"({self._device}): use a smaller `batch_size`"
@@ -370,5 +374,15 @@ class _Gpu:
         with torch.no_grad(), self._torch.stream(self._compute):
             yield
 
-    def _errors(self) -> AbstractContextManager[None]:
-        return device_errors(str(self._device), self._model, self._shape[0])
+    def _current(self) -> AbstractContextManager[object]:
+        """Make its GPU the current one.
+
+        Otherwise the end of every stream's context makes GPU 0 the current one again, and with
+        it a context of half a GB on that GPU, which may be someone else's.
+        """
+        return torch.cuda.device(self._device) if self._on_gpu else nullcontext()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        with device_errors(str(self._device), self._model, self._shape[0]), self._current():
+            yield

@@ -1,4 +1,4 @@
-"""What the engines of torch share: GPUs, their precisions, failures and settings."""
+"""What the engines of torch share: failures of devices, and settings that decide values."""
 
 from __future__ import annotations
 
@@ -11,44 +11,8 @@ import torch
 
 from r2ncli.errors import DeviceError
 
+NO_ENGINE = "unable to find an engine"  # cuDNN's error, mostly for too little workspace
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def find_gpus(name: str) -> tuple[str, ...]:
-    """Return the GPUs that ``auto``, ``cuda`` or ``cuda:N`` means here.
-
-    ``auto`` is one GPU, or none if there is none; ``cuda`` is every GPU of the first one's
-    model.
-
-    Raises
-    ------
-    DeviceError
-        ``cuda`` or ``cuda:N`` does not exist.
-    """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    every = tuple(f"cuda:{number}" for number in range(count))
-    if name == "auto":
-        return every[:1]
-    if name in every:
-        return (name,)
-    if name != "cuda" or not every:
-        found = f"torch found {', '.join(every)}" if every else "torch found no CUDA GPU"
-        raise DeviceError(f"`device` {name!r} is not available: {found}")
-    models = [torch.cuda.get_device_name(gpu) for gpu in every]
-    return tuple(gpu for gpu, model in zip(every, models, strict=True) if model == models[0])
-
-
-def gpu_precisions(gpu: str) -> tuple[str, ...]:
-    """Return the precisions that a GPU supports, the one for ``auto`` first."""
-    capability = torch.cuda.get_device_capability(gpu)
-    if capability >= (8, 0):
-        # Both half precisions are equally fast. fp16 keeps three more bits, but its largest
-        # value is 65504: a custom network that exceeds it gives infinities without a warning.
-        # bf16 has the range of float32, and keeps top-1.
-        return "bf16", "fp16", "fp32"
-    if capability >= (7, 0):
-        return "fp16", "fp32"
-    return "fp32", "fp16"  # without tensor cores fp16 is not faster
 
 
 # --- failures -------------------------------------------------------------------------
@@ -60,7 +24,7 @@ def out_of_memory(error: BaseException | None) -> bool:
     torch's allocator raises a type of its own; CUDA's libraries only say so in the message. An
     error that ended the capture of a graph is the `__context__` of the capture's error.
     """
-    words = "out of memory", "ALLOC_FAILED", "unable to find an engine"  # cuDNN's, for workspace
+    words = "out of memory", "ALLOC_FAILED", NO_ENGINE
     return error is not None and (
         isinstance(error, torch.OutOfMemoryError)
         or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
@@ -75,10 +39,16 @@ def device_errors(device: str, model: str, batch_size: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        first_line = str(error).partition("\n")[0]  # torch adds general advice below it
+        if NO_ENGINE in first_line:
+            raise DeviceError(
+                f"{device} ({model}): cuDNN found no way to compute a convolution, perhaps for "
+                f"lack of memory {smaller}"
+            ) from error
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise DeviceError(f"{device} ({model}): out of memory {smaller}") from error
         if isinstance(error, torch.AcceleratorError):
-            raise DeviceError(f"{device} ({model}) failed: {error}") from error
+            raise DeviceError(f"{device} ({model}) failed: {first_line}") from error
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
         raise DeviceError(f"{device} ({model}): not enough memory {smaller}") from error
@@ -132,6 +102,8 @@ def _wanted_settings(device: torch.device) -> tuple[tuple[Any, str, tuple[Any, .
         (backends.cuda.matmul, *float32),
         (backends.cudnn.conv, *float32),
         (backends.cuda.matmul, "allow_fp16_accumulation", (False,)),
+        (backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", (False,)),
+        (backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", (False,)),
         (backends.cudnn, "benchmark", (False,)),
         (backends.cudnn, "deterministic", (True,)),
     )

@@ -74,15 +74,16 @@ def open_network(setup: Setup) -> ReadyNetwork:
         }
         return Entry(facts, _compiled_network(checkpoint.network, setup, batch_size, pixels))
 
-    def load(entry: Entry) -> OpenVinoEngine:
-        return OpenVinoEngine(entry.graph, setup.layers, setup.precision)
+    def load(entry: Entry) -> ReadyNetwork:
+        facts, sample = entry.facts, setup.sample
+        shapes = {layer: tuple(map(int, facts["shapes"][layer])) for layer in facts["shapes"]}
+        calibration = None if sample is None else Calibration(sample.sha256, int(facts["images"]))
+        engine = OpenVinoEngine(entry.graph, setup.layers, setup.precision)
+        return ReadyNetwork(
+            engine, str(facts["variant"]), int(facts["classes"]), shapes, calibration
+        )
 
-    settings = _cache_settings(setup, batch_size)
-    entry, engine = loaded_entry(settings, make, load, setup.on_warning)
-    facts, sample = entry.facts, setup.sample
-    shapes = {layer: tuple(shape) for layer, shape in facts["shapes"].items()}
-    calibration = None if sample is None else Calibration(sample.sha256, facts["images"])
-    return ReadyNetwork(engine, facts["variant"], facts["classes"], shapes, calibration)
+    return loaded_entry(_cache_settings(setup, batch_size), make, load, setup.on_warning)
 
 
 def _cache_settings(setup: Setup, batch_size: int) -> dict[str, Any] | None:

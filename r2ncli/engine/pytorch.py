@@ -20,8 +20,9 @@ from r2ncli.engine.base import (
     cpu_precisions,
     empty_pixels,
 )
-from r2ncli.engine.devices import DTYPES, device_errors, exact_settings, gpu_precisions
+from r2ncli.engine.devices import DTYPES, device_errors, exact_settings
 from r2ncli.engine.folding import FoldedNetwork
+from r2ncli.engine.gpus import gpu_precisions
 from r2ncli.model import Res2Net
 
 BATCH_SIZE = 8  # the activations of small batches fit the processor's cache

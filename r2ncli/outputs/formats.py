@@ -6,14 +6,13 @@ libraries that are required and recorded, and everything that reads outputs foll
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from importlib import import_module
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -21,11 +20,24 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from r2ncli.errors import UsageError
+from r2ncli.errors import UsageError, escaped
+from r2ncli.files import create
 from r2ncli.outputs.hdf5 import Hdf5Format
+from r2ncli.outputs.reading import (
+    CELLS,
+    check_last_line,
+    checked_rows,
+    csv_rows,
+    json_rows,
+    lines_of,
+    of_width,
+    shortened,
+)
 from r2ncli.outputs.rows import CLASSES, INDEX, LABEL, PROBABILITY, WNID, Batch
 
 ROWS_AT_ONCE = 1024  # rows of a finished file that are read at a time
+CELLS_AT_ONCE = 1_000_000  # fewer rows where there are more cells than these
+GROUP_CHARACTERS = 256_000_000  # of the text in the rows of a Parquet file that are read at a time
 GROUP_CELLS = 200_000  # of a Parquet row group, which is held in memory while it is written
 
 Record = Mapping[str, Any]
@@ -121,22 +133,24 @@ class RowFormat:
             PROBABILITY,
         ]
 
-    def cells(self, batch: Batch) -> Iterator[Cells]:
-        """Yield each row's cells, None for an empty one; a failed row is empty after its error."""
-        ok = [error is None for error in batch.errors]
-        columns: list[Iterable[Any]] = [
-            batch.names,
-            ("ok" if fine else "failed" for fine in ok),
-            batch.errors,
-        ]
+    def texts(self, batch: Batch, text: Callable[[Any], str]) -> Iterator[tuple[str, ...]]:
+        """Yield each row's cells as texts; a failed row is empty after its error.
+
+        `text` takes a str, int, float32, or None for an empty cell.
+        """
+        failed = [row for row, error in enumerate(batch.errors) if error is not None]
+        status = ["ok"] * len(batch)
+        for row in failed:
+            status[row] = "failed"
+        columns = [map(text, batch.names), map(text, status), map(text, batch.errors)]
         for rank in range(self.topk):
             for name in self._ranked():
-                values: Iterable[Any] = batch.columns[name][:, rank]
-                if name in (WNID, LABEL):
-                    values = (_utf8(value) or None for value in values)
-                elif name == INDEX:
-                    values = batch.columns[name][:, rank].tolist()
-                columns.append(v if fine else None for v, fine in zip(values, ok, strict=True))
+                values = batch.columns[name][:, rank]
+                cells = [*values] if name == PROBABILITY else values.tolist()
+                for row in failed:
+                    cells[row] = None
+                of_classes = name in (WNID, LABEL)
+                columns.append(map(partial(_text_of_class, text) if of_classes else text, cells))
         return zip(*columns, strict=True)
 
     def row_bytes(self) -> int:
@@ -154,14 +168,15 @@ class RowFormat:
     @classmethod
     def read_names(cls, output: Path) -> Iterator[tuple[str, bool]]:
         with cls._opened(output) as (_, rows):
-            for row in _checked(rows):
+            for row in checked_rows(rows):
                 yield row[0], row[1] == "failed"
 
     @classmethod
     def read(cls, output: Path, start: int = 0) -> Iterator[Batch]:
         with cls._opened(output) as (format, rows):
-            remaining = islice(_checked(rows), start, None)
-            while some := list(islice(remaining, ROWS_AT_ONCE)):
+            remaining = islice(checked_rows(rows), start, None)
+            count = max(1, min(ROWS_AT_ONCE, CELLS_AT_ONCE // len(format.header())))
+            while some := list(islice(remaining, count)):
                 yield format.batch(some)
 
     @classmethod
@@ -178,9 +193,14 @@ class RowFormat:
         return format
 
     def batch(self, rows: Sequence[Cells]) -> Batch:
-        """Return rows of cells, as `cells` gives them or as text, as a batch.
+        """Return rows of cells, as a file has them, as a batch.
 
         Probabilities are the original float32 values; an empty cell is NaN.
+
+        Raises
+        ------
+        ValueError, TypeError, OverflowError
+            A cell has another type.
         """
         shape = len(rows), self.topk
         columns: dict[str, Any] = {
@@ -194,13 +214,7 @@ class RowFormat:
             if status == "ok":
                 for place, name in enumerate(names):
                     found = values[place :: len(names)]
-                    if name == INDEX:
-                        found = [int(value) for value in found]
-                    elif name == PROBABILITY:
-                        found = [np.nan if value is None else value for value in found]
-                    else:
-                        found = [value or None for value in found]
-                    columns[name][number] = found
+                    columns[name][number] = list(map(CELLS[name], found))
         return Batch(
             [row[0] for row in rows],
             [None if row[1] == "ok" else row[2] or "" for row in rows],
@@ -217,14 +231,15 @@ class CsvFormat(RowFormat):
 
     def head(self) -> bytes:
         """Return the first line."""
-        return _csv_text([self.header()]).encode()
+        return (",".join(map(_csv_cell, self.header())) + "\n").encode()
 
     def pack(self, batches: Sequence[Batch]) -> bytes:
-        return _csv_text(chain.from_iterable(map(self.cells, batches))).encode()
+        rows = chain.from_iterable(self.texts(batch, _csv_cell) for batch in batches)
+        return "".join([",".join(cells) + "\n" for cells in rows]).encode()
 
     def read_block(self, block: Path) -> Iterator[tuple[str, bool]]:
         with open(block, encoding="utf-8", newline="") as file:
-            for cells in _of_width(csv.reader(file, strict=True), len(self.header())):
+            for cells in checked_rows(of_width(csv_rows(file), len(self.header()))):
                 yield cells[0], cells[1] == "failed"
 
     def join(self, blocks: Sequence[Path], out: Path, record: Record) -> None:
@@ -233,11 +248,11 @@ class CsvFormat(RowFormat):
     @classmethod
     @contextmanager
     def _opened(cls, output: Path) -> Iterator[tuple[Self, Iterator[Cells]]]:
-        _check_last_line(output)
+        check_last_line(output)
         with open(output, encoding="utf-8", newline="") as text:
-            rows = csv.reader(text, strict=True)
+            rows = csv_rows(text)
             format = cls._with_columns(next(rows, []))
-            yield format, _of_width(rows, len(format.header()))
+            yield format, of_width(rows, len(format.header()))
 
 
 @dataclass(frozen=True)
@@ -252,16 +267,14 @@ class JsonlFormat(RowFormat):
         return b""
 
     def pack(self, batches: Sequence[Batch]) -> bytes:
-        keys = [json.dumps(column) for column in self.header()]
-        lines = []
-        for cells in chain.from_iterable(map(self.cells, batches)):
-            texts = zip(keys, map(_json_text, cells), strict=True)
-            lines.append("{" + ", ".join(f"{key}: {text}" for key, text in texts) + "}\n")
-        return "".join(lines).encode()
+        keys = (json.dumps(column).replace("%", "%%") for column in self.header())
+        line = "{" + ", ".join(f"{key}: %s" for key in keys) + "}\n"
+        rows = chain.from_iterable(self.texts(batch, _json_text) for batch in batches)
+        return "".join([line % cells for cells in rows]).encode()
 
     def read_block(self, block: Path) -> Iterator[tuple[str, bool]]:
-        for row in _json_rows(block, self.header()):
-            yield row["path"], row["status"] == "failed"
+        for row in checked_rows(map(_values, json_rows(block, self.header()))):
+            yield row[0], row[1] == "failed"
 
     def join(self, blocks: Sequence[Path], out: Path, record: Record) -> None:
         _concatenate(b"", blocks, out)
@@ -269,15 +282,15 @@ class JsonlFormat(RowFormat):
     @classmethod
     @contextmanager
     def _opened(cls, output: Path) -> Iterator[tuple[Self, Iterator[Cells]]]:
-        _check_last_line(output)
+        check_last_line(output)
         with open(output, encoding="utf-8", newline="\n") as text:
-            first = text.readline()
+            first = next(lines_of(text), "")
         if first:
             row = json.loads(first)
             format = cls._with_columns(list(row) if isinstance(row, dict) else [])
         else:  # without rows the columns are unknown: a shard may be empty
             format = cls(0, False, False)
-        yield format, ([*row.values()] for row in _json_rows(output, format.header()))
+        yield format, map(_values, json_rows(output, format.header()))
 
 
 @dataclass(frozen=True)
@@ -293,19 +306,29 @@ class ParquetFormat(JsonlFormat):
 
         columns = self.header()
         schema = pyarrow.schema([(column, _parquet_type(column)) for column in columns])
-        rows = chain.from_iterable(map(_json_rows, blocks, repeat(columns)))
+        rows = chain.from_iterable(map(json_rows, blocks, repeat(columns)))
         group_rows = max(1, GROUP_CELLS // len(columns))  # independent of the blocks
-        with open(out, "wb") as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        with create(out) as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
             while group := list(islice(rows, group_rows)):
                 writer.write_table(pyarrow.Table.from_pylist(group, schema), group_rows)
 
     @classmethod
     @contextmanager
     def _opened(cls, output: Path) -> Iterator[tuple[Self, Iterator[Cells]]]:
+        import pyarrow
         import pyarrow.parquet
 
-        with pyarrow.parquet.ParquetFile(output) as file:
-            yield cls._with_columns(file.schema_arrow.names), _parquet_rows(file)
+        try:
+            with pyarrow.parquet.ParquetFile(output) as file:
+                format = cls._with_columns(file.schema_arrow.names)
+                types = [(field.name, str(field.type)) for field in file.schema_arrow]
+            if any(found != _PARQUET_NAMES[_parquet_type(name)] for name, found in types):
+                raise ValueError("its columns have other types")
+            texts = [name for name, found in types if found == "string"]
+            with pyarrow.parquet.ParquetFile(output, read_dictionary=texts) as file:
+                yield format, _parquet_rows(file)
+        except pyarrow.ArrowException as error:
+            raise ValueError(shortened(error)) from error
 
 
 FORMATS: dict[str, type[Format]] = {
@@ -348,53 +371,33 @@ def _alternatives(words: Sequence[str]) -> str:
 # --- text -----------------------------------------------------------------------------------
 
 
-def _checked(rows: Iterator[Cells]) -> Iterator[Cells]:
-    for row in rows:
-        if row[1] not in ("ok", "failed"):
-            raise ValueError(f"status {row[1]!r}, neither ok nor failed")
-        yield row
-
-
-def _of_width(rows: Iterator[list[str]], width: int) -> Iterator[Cells]:
-    for cells in rows:
-        if len(cells) != width:
-            raise ValueError(f"a row of {len(cells)} cells, not {width}")
-        yield cells
-
-
-def _check_last_line(output: Path) -> None:
-    """Raise a ValueError if a text ends inside a line: its last number may have lost digits."""
-    with open(output, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-        if file.read() not in (b"", b"\n"):
-            raise ValueError("it ends inside a line")
-
-
-def _json_rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSONL file; raise a ValueError if a line does not have `columns`."""
-    with open(path, encoding="utf-8", newline="\n") as file:
-        for line in file:
-            row = json.loads(line)
-            if not isinstance(row, dict) or list(row) != list(columns):
-                raise ValueError("a line that is not an object with the keys of a row")
-            yield row
+def _values(row: dict[str, Any]) -> Cells:
+    return [*row.values()]
 
 
 def _parquet_rows(file: Any) -> Iterator[Cells]:
-    for group in range(file.num_row_groups):
-        columns = file.read_row_group(group).columns
-        yield from zip(*(column.to_pylist() for column in columns), strict=True)
+    """Yield the rows; texts are dictionaries, so that a long one is not repeated before a check."""
+    for batch in file.iter_batches(ROWS_AT_ONCE, use_threads=False):
+        left = GROUP_CHARACTERS
+        for column in batch.columns:
+            if hasattr(column, "dictionary"):
+                lengths = np.array([len(text) for text in column.dictionary.to_pylist()])
+                left -= int(lengths[column.indices.drop_null().to_numpy()].sum())
+                if left < 0:
+                    raise ValueError("its texts are too long")
+        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+_PARQUET_NAMES = {"int32": "int32", "float32": "float", "string": "string"}
 
 
 def _parquet_type(column: str) -> str:
     return {INDEX: "int32", PROBABILITY: "float32"}.get(column.partition("_")[0], "string")
 
 
-def _utf8(text: str | None) -> str | None:
-    """Return `text` with halves of surrogate pairs, which a JSON file may hold, escaped."""
-    if text is None or text.isascii():
-        return text
-    return text.encode("utf-8", "backslashreplace").decode()
+@lru_cache(20_000)  # the same few are needed in every batch
+def _text_of_class(text: Callable[[Any], str], name: str | None) -> str:
+    return text(escaped(name) if name else None)
 
 
 def _json_text(cell: str | int | np.float32 | None) -> str:
@@ -404,15 +407,11 @@ def _json_text(cell: str | int | np.float32 | None) -> str:
 
 
 def _concatenate(head: bytes, blocks: Sequence[Path], out: Path) -> None:
-    with open(out, "wb") as file:
+    with create(out) as file:
         file.write(head)
         for block in blocks:
             with open(block, "rb") as finished:
                 shutil.copyfileobj(finished, file, 1 << 20)
-
-
-def _csv_text(rows: Iterable[Cells]) -> str:
-    return "".join([",".join(map(_csv_cell, cells)) + "\n" for cells in rows])
 
 
 def _csv_cell(cell: object) -> str:

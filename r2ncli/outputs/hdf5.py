@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
+from r2ncli.errors import OutputError
+from r2ncli.files import locked_elsewhere, open_regular
 from r2ncli.options import DTYPES
-from r2ncli.outputs.damage import damage_as_error
+from r2ncli.outputs.hdf5_reader import TEXT, Hdf5Reader
+from r2ncli.outputs.reading import RECORD_BYTES, checked_record, checked_text, damage_as_error
 from r2ncli.outputs.rows import FEATURES, Batch
 
 CHUNK_BYTES = 4_000_000
@@ -56,7 +60,7 @@ class Hdf5Format:
         }
         for layer in self.shapes:
             values = np.concatenate([batch.columns[layer] for batch in batches])
-            arrays["features/" + layer] = values = values.astype(self.dtype)
+            arrays[_column(layer)] = values = values.astype(self.dtype)
             values[arrays["failed"]] = np.nan
         packed = io.BytesIO()
         np.savez(packed, allow_pickle=False, **arrays)
@@ -66,8 +70,14 @@ class Hdf5Format:
         return np.dtype(self.dtype).itemsize * sum(map(math.prod, self.shapes.values()))
 
     def read_block(self, block: Path) -> Iterator[tuple[str, bool]]:
-        with np.load(block) as arrays:
-            yield from zip(arrays["paths"].tolist(), arrays["failed"].tolist(), strict=True)
+        arrays = _read_block(block)
+        rows = zip(arrays["paths"].tolist(), arrays["failed"].tolist(), strict=True)
+        for layer, shape in self.shapes.items():
+            values = arrays[_column(layer)]
+            if values.shape != (len(arrays["paths"]), *shape) or values.dtype != self.dtype:
+                raise ValueError(f"features of another shape or type: {layer}")
+        for name, failed in rows:
+            yield checked_text(name), failed
 
     def join(self, blocks: Sequence[Path], out: Path, record: Record) -> None:
         count = sum(1 for block in blocks for _ in self.read_block(block))
@@ -82,12 +92,12 @@ class Hdf5Format:
             for layer, shape in self.shapes.items():
                 chunk = _chunk_shape(shape, np.dtype(self.dtype), count)
                 dataset = file.create_dataset(
-                    f"features/{layer}",
+                    _column(layer),
                     (count, *shape),
                     self.dtype,
                     chunks=chunk if count else None,  # a shard may have no rows
                 )
-                for start, rows in _slabs(blocks, f"features/{layer}", chunk[0]):
+                for start, rows in _slabs(blocks, _column(layer), chunk[0]):
                     dataset[start : start + len(rows)] = rows
                     disk.raise_error()
             for name, key in (("paths", "paths"), ("status", "failed"), ("error", "errors")):
@@ -103,10 +113,8 @@ class Hdf5Format:
 
     @classmethod
     def read_record(cls, output: Path) -> dict[str, Any]:
-        import h5py
-
-        with h5py.File(output) as file:
-            return {key: _from_attribute(value) for key, value in file.attrs.items()}
+        with _opened(output) as reader:
+            return _record_in(reader)
 
     @classmethod
     def read_names(cls, output: Path) -> Iterator[tuple[str, bool]]:
@@ -130,19 +138,28 @@ class FeatureFile:
         ``float32`` or ``float16``.
     """
 
-    def __init__(self, output: Path, file: Any) -> None:
+    def __init__(self, output: Path, reader: Hdf5Reader) -> None:
         self._output = output
-        layers = Hdf5Format.read_record(output).get("layers", sorted(file["features"]))
-        self._layers = {layer: file["features"][layer] for layer in layers}
-        self._texts = [file[name].asstr() for name in ("paths", "status", "error")]
-        self._count = len(file["paths"])
+        self._bytes = reader.size
+        found, stored = reader.links(), reader.links("features")
+        layers = _record_in(reader).get("layers", sorted(stored))
+        self._layers = {layer: reader.dataset(stored[layer]) for layer in layers}
+        self._texts = [reader.dataset(found[name]) for name in ("paths", "status", "error")]
+        self._count = len(self._texts[0])
         if not layers:
             raise ValueError("it has no layer")
+        self.dtype = str(next(iter(self._layers.values())).dtype)
         for dataset in (*self._layers.values(), *self._texts):
             if len(dataset) != self._count:
                 raise ValueError(f"one dataset has {len(dataset):,} rows, another {self._count:,}")
+        for layer, dataset in self._layers.items():
+            if str(dataset.dtype) != self.dtype or self.dtype not in DTYPES:
+                raise ValueError(f"{layer} is of the type {dataset.dtype}")
+            if not math.prod(dataset.shape[1:]):
+                raise ValueError(f"{layer} has no values")
+        if any(dataset.dtype != TEXT or len(dataset.shape) != 1 for dataset in self._texts):
+            raise ValueError("its names are no text")
         self.shapes = {layer: dataset.shape[1:] for layer, dataset in self._layers.items()}
-        self.dtype = str(next(iter(self._layers.values())).dtype)
         row_bytes = Hdf5Format(self.shapes, self.dtype).row_bytes()
         self._slab_rows = max(1, min(SLAB_ROWS, SLAB_BYTES // row_bytes))
         slabs = max(1, SLABS * SLAB_BYTES // max(SLAB_BYTES, row_bytes))
@@ -150,21 +167,24 @@ class FeatureFile:
 
     def names(self, start: int = 0) -> Iterator[tuple[str, str | None]]:
         """Yield the name of each row from number `start` on, and its error if it failed."""
-        paths, statuses, errors = self._texts
+        left = self._bytes  # every string is stored once
         with damage_as_error(self._output):
             for first in range(start, self._count, STRINGS_AT_ONCE):
-                some = slice(first, first + STRINGS_AT_ONCE)
-                rows = zip(paths[some], statuses[some], errors[some], strict=True)
+                last = min(first + STRINGS_AT_ONCE, self._count)
+                rows = zip(*(dataset.texts(first, last) for dataset in self._texts), strict=True)
                 for name, status, error in rows:
+                    left -= len(name) + len(error)
+                    if status not in ("ok", "failed") or left < 0:
+                        raise ValueError("its rows are neither ok nor failed, or repeat each other")
                     yield name, error if status == "failed" else None
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield all rows from number `start` on."""
         rows = self.names(start)
         for first in range(start, self._count, self._slab_rows):
-            some = slice(first, min(first + self._slab_rows, self._count))
-            names, errors = zip(*(next(rows) for _ in range(some.start, some.stop)), strict=True)
-            yield Batch(names, errors, {layer: d[some] for layer, d in self._layers.items()})
+            last = min(first + self._slab_rows, self._count)
+            names, errors = zip(*(next(rows) for _ in range(first, last)), strict=True)
+            yield Batch(names, errors, self._values(first, last))
 
     def __getitem__(self, number: int) -> dict[str, npt.NDArray[Any]]:
         """Return the features of row `number` by layer; NaN if it failed."""
@@ -172,28 +192,52 @@ class FeatureFile:
         return {layer: rows[row] for layer, rows in self._slab(slab).items()}
 
     def _read_slab(self, number: int) -> dict[str, npt.NDArray[Any]]:
-        some = slice(number * self._slab_rows, (number + 1) * self._slab_rows)
+        first = number * self._slab_rows
+        return self._values(first, min(first + self._slab_rows, self._count))
+
+    def _values(self, start: int, stop: int) -> dict[str, npt.NDArray[Any]]:
         with damage_as_error(self._output):
-            return {layer: dataset[some] for layer, dataset in self._layers.items()}
+            return {layer: dataset.rows(start, stop) for layer, dataset in self._layers.items()}
 
 
 @contextmanager
 def open_features(output: Path) -> Iterator[FeatureFile]:
-    """Open a finished HDF5 file within a `with` block."""
-    import h5py
+    """Open a finished HDF5 file within a `with` block.
 
+    Raises
+    ------
+    OutputError
+        The file is corrupted, was not written by r2n, or is open in another program.
+    """
     with ExitStack() as stack:
         with damage_as_error(output):
-            file = FeatureFile(output, stack.enter_context(h5py.File(output)))
+            file = FeatureFile(output, stack.enter_context(_opened(output)))
         yield file
 
 
-def _from_attribute(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, str) and (value == "null" or value.startswith(("[", "{"))):
-        return json.loads(value)
-    return value
+@contextmanager
+def _opened(output: Path) -> Iterator[Hdf5Reader]:
+    file, _ = open_regular(output)
+    with file:
+        if locked_elsewhere(file):
+            raise OutputError(f"{output}: another program is writing it. Close it there first")
+        yield Hdf5Reader(file)
+
+
+def _record_in(reader: Hdf5Reader) -> dict[str, Any]:
+    record, left = reader.attributes(), RECORD_BYTES
+    for key, value in record.items():
+        if isinstance(value, str) and (value == "null" or value.startswith(("[", "{"))):
+            left -= len(value)
+            if left < 0:
+                raise ValueError("its run record is too long")
+            record[key] = json.loads(value)
+    return checked_record(record)
+
+
+def _column(layer: str) -> str:
+    """Return the name of a layer's features in a block and in a file."""
+    return f"features/{layer}"
 
 
 @contextmanager
@@ -201,9 +245,9 @@ def _new_file(out: Path) -> Iterator[tuple[Any, _Disk]]:
     """Create an HDF5 file; the first failed write is raised at the end of the `with` block."""
     import h5py
 
-    with _Disk(out, "w+b") as disk:
+    with _Disk(out, "x+b") as disk:  # "x" follows no link
         try:
-            with h5py.File(disk, "w") as file:
+            with h5py.File(disk, "w", libver="earliest") as file:  # which `Hdf5Reader` reads
                 yield file, disk
         finally:
             disk.raise_error()
@@ -241,6 +285,40 @@ class _Disk(io.FileIO):
             raise self.error
 
 
+def _read_block(block: Path, *keys: str) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of a block, or some of them.
+
+    Raises
+    ------
+    ValueError
+        An array is compressed, or has another size than its header says.
+    """
+    file, status = open_regular(block)
+    with file, zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        stored = sum(member.file_size for member in members)
+        if stored > status.st_size or any(member.compress_type for member in members):
+            raise ValueError("its arrays are larger than the file")
+        wanted = {member.filename.removesuffix(".npy"): member for member in members}
+        arrays = {}
+        for key in keys or wanted:
+            with archive.open(wanted[key]) as content:
+                arrays[key] = _read_array(content, wanted[key].file_size)
+    return arrays
+
+
+def _read_array(content: Any, size: int) -> npt.NDArray[Any]:
+    """Return the array in an .npy file of `size` bytes."""
+    version = np.lib.format.read_magic(content)
+    if version != (1, 0):
+        raise ValueError("an array of another version")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(content)
+    header = content.tell()
+    if dtype.kind not in "bfU" or fortran or math.prod(shape) * dtype.itemsize != size - header:
+        raise ValueError("an array of another type or size")
+    return np.frombuffer(content.read(), dtype).reshape(shape)
+
+
 def _slabs(
     blocks: Sequence[Path], key: str, rows_at_once: int
 ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
@@ -248,8 +326,7 @@ def _slabs(
     start, waiting = 0, []
     for block in [*blocks, None]:
         if block is not None:
-            with np.load(block) as arrays:
-                waiting.append(_as_stored(arrays[key]))
+            waiting.append(_as_stored(_read_block(block, key)[key]))
         while waiting and (sum(map(len, waiting)) >= rows_at_once or block is None):
             joined = np.concatenate(waiting)
             slab, rest = joined[:rows_at_once], joined[rows_at_once:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import islice
 from os import PathLike as OsPathLike
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from r2ncli.outputs.record import EXECUTED, differing_settings, in_words
 from r2ncli.outputs.results import existing_result, read_batches, read_format, read_record
 
 AGAIN = "`overwrite` merges again"
+MISSING_SHOWN = 10
 
 Record = dict[str, Any]
 Shard = tuple[Path, Record]
@@ -88,9 +90,11 @@ def _in_order(shards: list[Shard]) -> list[Shard]:
     numbered: dict[int, Shard] = {}
     totals: dict[int, Path] = {}
     for path, record in shards:
-        match = re.fullmatch(r"(\d+)/(\d+)", str(record.get("shard")))
-        if match is None or "fingerprint" not in record:
-            raise OutputError(f"{path} was not made with `shard`")
+        match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", str(record.get("shard")))
+        if match is None or not _is_whole(record):
+            raise OutputError(
+                f"{path} was not made with `shard`, or its run record is missing or corrupted"
+            )
         number, total = int(match[1]), int(match[2])
         totals[total] = path
         if len(totals) > 1:
@@ -99,11 +103,20 @@ def _in_order(shards: list[Shard]) -> list[Shard]:
         if number in numbered:
             raise OutputError(f"{numbered[number][0]} and {path}: both are shard {number}/{total}")
         numbered[number] = path, record
-    missing = [f"{n}/{total}" for n in range(1, total + 1) if n not in numbered]
-    if missing:
+    if len(numbered) < total:
+        absent = (f"{n}/{total}" for n in range(1, total + 1) if n not in numbered)
+        missing = [*islice(absent, MISSING_SHOWN)]
+        missing += ["…"] * (total - len(numbered) > len(missing))
         are = "shard" + " is" * (len(missing) == 1) + "s are" * (len(missing) > 1)
         raise OutputError(f"{are} missing: {', '.join(missing)}. Give all {total} shards")
     return [numbered[n] for n in sorted(numbered)]
+
+
+def _is_whole(record: Record) -> bool:
+    counts = record.get("counts", {})
+    return all(isinstance(record.get(key), str) for key in ("fingerprint", "start", "end")) and all(
+        key in counts for key in ("inputs", "ok", "failed")
+    )
 
 
 def _check_settings(ordered: list[Shard]) -> None:
@@ -130,7 +143,8 @@ def _merged_record(records: list[Record]) -> Record:
         **records[0],
         "shard": None,
         "counts": {
-            key: sum(record["counts"][key] for record in records) for key in records[0]["counts"]
+            key: sum(record["counts"][key] for record in records)
+            for key in ("inputs", "ok", "failed")
         },
         **({EXECUTED: min(executed)} if executed else {}),
         "start": min(record["start"] for record in records),

@@ -12,6 +12,8 @@ import json
 import os
 import re
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from os import PathLike as OsPathLike
@@ -20,11 +22,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from r2ncli.errors import OutputError
-from r2ncli.files import reason, remove_lock, sync, take_lock, write_whole
-from r2ncli.outputs.damage import DAMAGE
+from r2ncli.files import create, reason, remove_lock, replace, sync, take_lock, write_whole
 from r2ncli.outputs.formats import Format, Record, format_of
+from r2ncli.outputs.reading import DAMAGE, read_json_record, shortened
+from r2ncli.outputs.record import (
+    STAMP_BYTES,
+    may_be_stamps,
+    pack_stamps,
+    read_stamps,
+    record_path,
+    stamps_path,
+)
 from r2ncli.outputs.rows import Batch
-from r2ncli.outputs.stamps import pack_stamps, read_stamps, stamps_path
 from r2ncli.sources.content import Stamp
 
 if TYPE_CHECKING:
@@ -33,13 +42,9 @@ if TYPE_CHECKING:
 BLOCK_ROWS = 256
 BLOCK_BYTES = 64_000_000
 CHOICES = "`overwrite` starts again, `resume` continues it"
+ANEW = "Give a new output to start again"
 
 REMOVED = "removed.json"  # what the record of a run is called while its blocks are removed
-
-# every name that r2n gives to a file of a partial folder
-OURS = re.compile(
-    r"lock|run\.json|removed\.json|final\.json|joined\.\w+|(block|inputs)-\d{8}\.\w+|.*\.tmp"
-)
 
 
 class PartialOutput:
@@ -47,7 +52,8 @@ class PartialOutput:
 
     Entering takes the lock and reads the existing blocks; leaving releases it. After an error,
     a folder without blocks is removed. Files that r2n did not write are never
-    touched: a folder that holds one is refused.
+    touched: a folder that holds one, or a link, or belongs to another user, is refused. Files are
+    created under temporary names and renamed, never opened for writing where they exist.
 
     Attributes
     ----------
@@ -69,7 +75,7 @@ class PartialOutput:
         self._lock: BaseFileLock | None = None
 
     def __enter__(self) -> PartialOutput:
-        _refuse_foreign(self.folder)
+        _refuse_foreign(self.folder, self.format)
         self._lock = self._locked()
         if (self.folder / REMOVED).exists():
             self._empty_folder()
@@ -84,8 +90,9 @@ class PartialOutput:
     ) -> None:
         if self._lock is None:
             return
-        if not self.blocks():
-            self._remove_folder()
+        with suppress(OSError):  # it would hide the error that ended the run
+            if not self.blocks():
+                self._remove_folder()
         self._release()
 
     def blocks(self) -> list[Path]:
@@ -104,7 +111,7 @@ class PartialOutput:
         if record is None and self.blocks():
             raise OutputError(
                 f"{self.folder / 'run.json'}: corrupted or missing, so its blocks cannot be "
-                "resumed. `overwrite` starts again"
+                f"resumed. {ANEW}"
             )
         return record
 
@@ -118,9 +125,7 @@ class PartialOutput:
         """
         for number, block in enumerate(self.blocks()):
             if block.stem != f"block-{number:08d}":
-                raise OutputError(
-                    f"{self.folder}: block {number} is missing. `overwrite` starts again"
-                )
+                raise OutputError(f"{self.folder}: block {number} is missing. {ANEW}")
             try:
                 stamps = read_stamps(self._stamps_of(number))
                 for (name, failed), stamp in zip(
@@ -128,13 +133,14 @@ class PartialOutput:
                 ):
                     yield name, failed, stamp
             except DAMAGE as error:
-                raise OutputError(
-                    f"{block}: corrupted ({error}). `overwrite` starts again"
-                ) from error
+                raise OutputError(f"{block}: corrupted ({shortened(error)}). {ANEW}") from error
 
     def begin(self, record: Record) -> None:
         """Remove existing blocks and write the run record."""
-        self._empty_folder()
+        try:
+            self._empty_folder()
+        except OSError as error:
+            raise self._cannot_write(error) from error
         self._next_block = 0
         self._write("run.json", json_bytes(record))
 
@@ -158,8 +164,11 @@ class PartialOutput:
         name = f"block-{self._next_block:08d}{self.format.block_suffix}"
         stamps = [stamp for batch in self._batches for stamp in batch.stamps or [None] * len(batch)]
         # not synced: stamps that are lost in a power cut are not compared, and no row is lost
-        with suppress(OSError):  # a full disk is reported when the block is written
-            self._stamps_of(self._next_block).write_bytes(pack_stamps(stamps))
+        with (
+            suppress(OSError),  # a full disk is reported when the block is written
+            create(self._stamps_of(self._next_block)) as file,
+        ):
+            file.write(pack_stamps(stamps))
         self._write(name, self.format.pack(self._batches))
         # After an interrupt before this, the same block is written again under the same name. None
         # can come in between: Python handles signals at calls and jumps only.
@@ -171,8 +180,8 @@ class PartialOutput:
         self.flush()
         blocks = self.blocks()
         needed = sum(block.stat().st_size for block in blocks)
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
+        free = _free_bytes(self.folder)
+        if free is not None and needed > free:
             raise OutputError(
                 f"{self.output}: {needed:,} bytes are needed to join the finished blocks, "
                 f"{free:,} are free. Make room, and {self.again}"
@@ -183,17 +192,23 @@ class PartialOutput:
             sync(joined)
             if not self.format.holds_record:
                 self._write("final.json", json_bytes(record))
-                os.replace(self.folder / "final.json", record_path(self.output))
+                replace(self.folder / "final.json", record_path(self.output))
             self._finish_stamps(len(blocks))
-            os.replace(joined, self.output)
+            replace(joined, self.output)
             sync(self.output.parent)
-        except OSError as error:
-            joined.unlink(missing_ok=True)
+        except DAMAGE as error:
+            with suppress(OSError):
+                joined.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise OutputError(
+                    f"{self.folder}: a block is corrupted ({shortened(error)}). {ANEW}"
+                ) from error
             raise OutputError(
                 f"{self.output}: cannot be written: {reason(error)}. All results are kept in "
                 f"{self.folder}; {self.again}"
             ) from error
-        self._remove_folder()
+        with suppress(OSError):  # the output is complete
+            self._remove_folder()
         self._release()
 
     def _stamps_of(self, block: int) -> Path:
@@ -202,18 +217,21 @@ class PartialOutput:
     def _finish_stamps(self, blocks: int) -> None:
         """Join the stamps of all blocks into a file beside the output; remove an earlier one."""
         joined = self.folder / "joined.inputs"
-        known = False
-        with open(joined, "wb") as file:
+        known, most = False, STAMP_BYTES * BLOCK_ROWS
+        with create(joined) as file:
             for block in range(blocks):
                 try:
-                    stamps = self._stamps_of(block).read_bytes()
+                    with open(self._stamps_of(block), "rb") as one:
+                        stamps = one.read(most + 1)
                 except OSError:
+                    stamps = b""
+                if not 0 < len(stamps) <= most or len(stamps) % STAMP_BYTES:
                     known = False
                     break
                 known = known or stamps.strip(b"\xff") != b""
                 file.write(stamps)
         if known:
-            os.replace(joined, stamps_path(self.output))
+            replace(joined, stamps_path(self.output))
         else:
             with suppress(FileNotFoundError):
                 os.remove(stamps_path(self.output))
@@ -243,10 +261,11 @@ class PartialOutput:
         run that has ended, and are removed when the folder is entered next.
         """
         with suppress(FileNotFoundError):
-            os.replace(self.folder / "run.json", self.folder / REMOVED)
+            replace(self.folder / "run.json", self.folder / REMOVED)
             sync(self.folder)
+        ours = _our_names(self.format)
         for path in sorted(self.folder.glob("*"), key=lambda path: path.name == REMOVED):
-            if path.name != "lock" and OURS.fullmatch(path.name):
+            if path.name != "lock" and ours.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
     def _release(self) -> None:
@@ -259,10 +278,13 @@ class PartialOutput:
         try:
             write_whole(self.folder / name, [content])
         except OSError as error:
-            kept = ""
-            if self.done and self.folder.is_dir():
-                kept = f". {self.done:,} finished rows are kept in {self.folder}; {self.again}"
-            raise OutputError(f"{self.output}: cannot be written: {reason(error)}{kept}") from error
+            raise self._cannot_write(error) from error
+
+    def _cannot_write(self, error: OSError) -> OutputError:
+        kept = ""
+        if self.done and self.folder.is_dir():
+            kept = f". {self.done:,} finished rows are kept in {self.folder}; {self.again}"
+        return OutputError(f"{self.output}: cannot be written: {reason(error)}{kept}")
 
 
 def checked_output(
@@ -287,7 +309,7 @@ def checked_output(
         It cannot be written, or exists.
     """
     out = Path(output)
-    format_of(out, content)
+    format = format_of(out, content)
     try:
         if not out.parent.is_dir():
             raise OutputError(f"{out}: cannot be written: there is no folder {out.parent}")
@@ -295,6 +317,8 @@ def checked_output(
             raise OutputError(f"{out}: cannot be written: it is a folder")
         for name in (out, partial_folder(out), record_path(out)):
             name.exists()  # raises where a name is too long, or the folder may not be searched
+        _refuse_irregular(out)
+        _refuse_foreign(partial_folder(out), format)
         if not replaced:
             began = partial_folder(out).exists()
             if began and (lock := take_lock(partial_folder(out) / "lock")) is None:
@@ -332,15 +356,9 @@ def partial_folder(output: Path) -> Path:
 def begun_record(output: Path) -> dict[str, Any] | None:
     """Return the run record of an unfinished output; None if it cannot be read."""
     try:
-        record = json.loads((partial_folder(output) / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_record(partial_folder(output) / "run.json")
+    except DAMAGE:
         return None
-    return record if isinstance(record, dict) else None
-
-
-def record_path(output: Path) -> Path:
-    """Return the path of an output's run record: ``OUT.run.json`` beside it."""
-    return output.with_name(output.name + ".run.json")
 
 
 def json_bytes(record: Record) -> bytes:
@@ -348,13 +366,74 @@ def json_bytes(record: Record) -> bytes:
     return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """Raise an OutputError if a partial folder has files not written by r2n: they would be lost."""
+def _free_bytes(folder: Path) -> int | None:
+    """Return how many bytes are free; None where the file system does not know."""
     try:
-        foreign = [path.name for path in folder.iterdir() if not OURS.fullmatch(path.name)]
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return None
+    return usage.free if usage.total else None
+
+
+def _our_names(format: Format | type[Format]) -> re.Pattern[str]:
+    """Return a pattern of every name that r2n gives to a file of a partial folder."""
+    block, joined = re.escape(format.block_suffix), re.escape(format.suffix)
+    written = rf"(run|final|removed)\.json|joined({joined}|\.inputs)|block-[0-9]{{8}}{block}"
+    return re.compile(rf"lock|inputs-[0-9]{{8}}\.stamps|({written})(\.tmp)?(\.old)?")
+
+
+def _refuse_foreign(folder: Path, format: Format | type[Format]) -> None:
+    """Raise an OutputError if a partial folder is not one of r2n and of this user.
+
+    Nothing in it could be written or removed without harm to someone else's files.
+    """
+    try:
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            what = "a link" if stat.S_ISLNK(status.st_mode) else "no folder"
+            raise OutputError(f"{folder}: cannot be used: it is {what}. Move it away")
+        if not _belongs_to_us(folder, status):
+            raise OutputError(
+                f"{folder}: belongs to another user (number {status.st_uid}). "
+                "Give another output, or continue as that user"
+            )
+        ours = _our_names(format)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not ours.fullmatch(entry.name):
+                    raise OutputError(
+                        f"{folder}: holds {entry.name!r}, which r2n did not write. Move it away"
+                    )
+                if not entry.is_file(follow_symlinks=False):
+                    raise OutputError(
+                        f"{folder}: holds {entry.name!r}, which is not a regular file. Move it away"
+                    )
     except FileNotFoundError:
         return
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {reason(error)}") from error
-    if foreign:
-        raise OutputError(f"{folder}: holds {foreign[0]!r}, which r2n did not write. Move it away")
+
+
+def _belongs_to_us(folder: Path, status: os.stat_result) -> bool:
+    """Return whether a folder has the owner that a file made by this process gets beside it.
+
+    On network file systems that may be another user than the one of the process.
+    """
+    if os.name == "nt" or status.st_uid == os.geteuid():
+        return True
+    try:
+        with tempfile.TemporaryFile(dir=folder.parent) as made:
+            return os.fstat(made.fileno()).st_uid == status.st_uid
+    except OSError:
+        return False
+
+
+def _refuse_irregular(out: Path) -> None:
+    """Raise an OutputError if what a run replaces is no regular file, or not r2n's."""
+    for path in (out, record_path(out), stamps_path(out)):
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path}: cannot be replaced: it is not a regular file")
+    if not may_be_stamps(stamps_path(out)):
+        raise OutputError(
+            f"{stamps_path(out)}: r2n did not write it, and needs this name. Move it away"
+        )

@@ -17,6 +17,7 @@ from r2ncli.errors import OutputError
 from r2ncli.images.decoders import may_be_added
 from r2ncli.options import RunOptions
 from r2ncli.outputs.partial import PartialOutput, refuse_existing
+from r2ncli.outputs.reading import shortened
 from r2ncli.outputs.record import EXECUTED, differing_settings, in_words
 from r2ncli.outputs.results import known_stamps, read_batches, read_names, read_record
 from r2ncli.outputs.rows import Batch
@@ -96,7 +97,7 @@ class Resumed(Fresh):
         super().__init__(output, record)
         self.output = output
         _check_resumable(begun, record, output.folder)
-        record["start"] = begun["start"]
+        record["start"] = begun.get("start", _now())
         _keep_executed_batch_size(record, begun)
 
     def todo(self, inputs: Iterator[Input]) -> Iterator[Input]:
@@ -127,7 +128,7 @@ class Retried(Resumed):
         begun = output.record()
         if begun is not None:
             _check_resumable(begun, record, output.folder)
-        record["start"] = begun["start"] if begun else _now()
+        record["start"] = (begun or {}).get("start", _now())
         _keep_executed_batch_size(record, begun or finished)
         self._begun = begun is not None
 
@@ -247,7 +248,7 @@ def _check_input(
     if found is None or found.name != name:
         raise OutputError(
             f"{where}: cannot be resumed because the inputs changed: it has "
-            f"{name if name is not None else 'no more rows'}, now there is "
+            f"{shortened(name) if name is not None else 'no more rows'}, now there is "
             f"{found.name if found is not None else 'no more input'}. "
             "Give a new output for the new inputs, or `overwrite` to start again"
         )
@@ -258,7 +259,7 @@ def _check_input(
         raise OutputError(
             f"{where}: cannot be resumed because {name} changed since it was read: it had "
             f"{stamp.size:,} bytes, now it has {now.size if now else 0:,}, or another "
-            "modification time. `overwrite` starts again"
+            "modification time. Give a new output, or `overwrite` to start again"
         )
 
 
@@ -277,7 +278,8 @@ def _check_resumable(
         return
     if "fingerprint" not in begun:
         raise OutputError(
-            f"{where}: cannot be resumed: its run record is missing. `overwrite` starts again"
+            f"{where}: cannot be resumed: its run record is missing or corrupted. "
+            "Give a new output to start again"
         )
     differing = differing_settings(begun, record)
     if not same_shard:

@@ -5,7 +5,6 @@ Everything is streamed: at most a row group of Parquet, or a few rows of feature
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -14,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from r2ncli.errors import InputNotFoundError
-from r2ncli.outputs.damage import damage_as_error
 from r2ncli.outputs.formats import Format, format_of
-from r2ncli.outputs.partial import record_path
+from r2ncli.outputs.reading import DAMAGE, damage_as_error, read_json_record
+from r2ncli.outputs.record import read_stamps, record_path, stamps_path
 from r2ncli.outputs.rows import CLASSES, Batch, classifications, features
-from r2ncli.outputs.stamps import read_stamps, stamps_path
 from r2ncli.sources.content import Stamp
 
 
@@ -40,15 +38,20 @@ def existing_result(output: str | OsPathLike[str]) -> Path:
 
 
 def read_record(output: Path) -> dict[str, Any]:
-    """Return the run record of a finished output; an empty dict if none can be read."""
+    """Return the run record of a finished output; an empty dict if none can be read.
+
+    Raises
+    ------
+    OutputError
+        Another program is writing the output.
+    """
     format = format_of(output)
     try:
         if format.holds_record:
             return format.read_record(output)
-        record = json.loads(record_path(output).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_record(record_path(output))
+    except DAMAGE:
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def read_format(output: Path) -> Format:

@@ -39,6 +39,7 @@ class Input:
     read: Read
     remote: bool = False  # whether reading it waits for a network
     path: str | None = None  # the local file that it comes from: itself, or its archive
+    alone: bool = False  # whether the next input may not be found before this one is read
 
 
 def file_input(path: str, name: str | None = None) -> Input:

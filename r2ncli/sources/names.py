@@ -1,13 +1,17 @@
-"""How a name is written in outputs and on terminals. Imports nothing of the package."""
+"""How a name is written in outputs and on terminals."""
 
 from __future__ import annotations
 
-import re
+from r2ncli.errors import escaped
 
 
 def printable(name: str) -> str:
-    r"""Write `name` as every output has it: bytes that are not UTF-8 as ``\xNN``, reversibly."""
-    return bytes_as_hex(name.replace("\\x", "\\x5cx"))
+    r"""Write `name` as every output has it, reversibly.
+
+    Control characters and bytes that are not UTF-8 are ``\xNN`` (see `errors.escaped`), and a
+    literal ``\x`` is ``\x5cx``.
+    """
+    return escaped(name.replace("\\x", "\\x5cx"))
 
 
 def without_dot_slash(path: str) -> str:
@@ -15,8 +19,3 @@ def without_dot_slash(path: str) -> str:
     while path.startswith("./"):
         path = path[2:].lstrip("/")
     return path
-
-
-def bytes_as_hex(text: str) -> str:
-    r"""Write the bytes that are not UTF-8, which Python keeps as surrogates, as ``\xNN``."""
-    return re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text)

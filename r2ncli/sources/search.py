@@ -54,7 +54,9 @@ class Search:
         self.selection = selection
         self.budget = budget
         self.left_out = left_out
-        self.client = Client()  # one for each run; connects when it is first used
+        self.client = Client(
+            selection.user_agent
+        )  # one for each run; connects when it is first used
 
     def of_argument(self, argument: str) -> Iterator[Input]:
         """Return the inputs of an argument; check now that it exists, and read it later.
@@ -208,7 +210,7 @@ class Search:
     ) -> Iterator[Input]:
         try:
             for member, read in found:
-                yield Input(f"{archive}!{printable(member)}", read, remote, path)
+                yield Input(f"{archive}!{printable(member)}", read, remote, path, alone=True)
                 del read  # frees what it holds as soon as it was used
         except ImageError as error:
             yield _failed(archive, str(error))

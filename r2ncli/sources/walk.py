@@ -13,7 +13,6 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from itertools import chain, islice
 
 from r2ncli.files import PathLike as PathLike
@@ -80,7 +79,7 @@ class Walk:
         self._shard = selection.shard
         self._stop = threading.Event()
         self._inputs = find_images(paths, warn, selection, self._stop, self.left_out)
-        self._names: queue.Queue[Input | BaseException | None] = queue.Queue(NAMES_AHEAD)
+        self._names: queue.SimpleQueue[Input | BaseException | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="r2n-walk", daemon=True)
 
     def __enter__(self) -> Walk:
@@ -113,8 +112,8 @@ class Walk:
             self._put(error)
 
     def _put(self, found: Input | BaseException | None) -> bool:
-        while not self._stop.is_set():
-            with suppress(queue.Full):
-                self._names.put(found, timeout=0.1)
-                return True
-        return False
+        # a bounded queue takes several times as long for each name as this one
+        while self._names.qsize() >= NAMES_AHEAD and not self._stop.wait(0.02):
+            pass
+        self._names.put(found)
+        return not self._stop.is_set()

@@ -27,7 +27,7 @@ from r2ncli.architectures import (
     PublishedNetwork,
     published,
 )
-from r2ncli.errors import CheckpointError
+from r2ncli.errors import CheckpointError, escaped
 from r2ncli.files import reason
 from r2ncli.web import is_file, is_web, requested, without_secrets
 from r2ncli.weights.containers import SUFFIXES, container, reading, safetensors_header
@@ -338,7 +338,9 @@ def labels_of(metadata: dict[str, Any], classes: int, source: Path) -> Labels | 
         if len(names) != classes:
             count = f"{len(names)} {key}"
             raise CheckpointError(f"{source}: {count} for a network of {classes} classes")
-    return Labels(tuple(labels), tuple(wnids) if wnids is not None else None)
+    return Labels(
+        tuple(map(escaped, labels)), tuple(map(escaped, wnids)) if wnids is not None else None
+    )
 
 
 def preprocessing_of(metadata: dict[str, Any], source: Path) -> Preprocessing:

@@ -237,7 +237,7 @@ def mutate_zip(content: bytes, random: Random) -> bytes:
     elif action < 0.9:
         members.insert(number, (name, mutate(name, member, random)))
     elif action < 0.95:
-        members[number] = mutate_text(name, random).encode(errors="replace").decode(), member
+        members[number] = mutate_text(name, random).encode(errors="replace").decode() or "x", member
     else:
         members[number] = name, member * random.choice((2, 100))
     method = random.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
@@ -645,7 +645,7 @@ def make_partial(suffix: str) -> None:
     make_images()
 
     def interrupt(progress: r2ncli.Progress) -> None:
-        if progress.done == 4:
+        if progress.done >= 4:
             raise KeyboardInterrupt
 
     with suppress(KeyboardInterrupt):

@@ -164,7 +164,7 @@ def test_names_cannot_act_on_the_terminal(r2n, pictures, tiny_weights):
     (pictures / "\x07[red]z.jpg").write_bytes(b"")
     seen, _ = in_a_terminal("classify", "-q", "--weights", tiny_weights, cwd=pictures, NO_COLOR="1")
     assert "\x1b" not in seen
-    assert "a\\x1b[31m[bold]\\nb.jpg  " in seen
+    assert "a\\x1b[31m[bold]\\x0ab.jpg  " in seen
     assert "\\x07[red]z.jpg  failed: empty file" in seen
     ended = r2n("classify", "--weights", tiny_weights, cwd=pictures, check=7)
     assert "\\x07[red]z.jpg: empty file" in ended.stderr

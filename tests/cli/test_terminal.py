@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from r2ncli.cli.terminal import Report, image_line, plain
+from r2ncli.cli.terminal import Report, image_line, plain, print_json
 from r2ncli.outputs.rows import Classification, Prediction
 
 
@@ -25,7 +27,7 @@ def test_a_network_without_labels_shows_class_numbers():
 
 
 def test_control_characters_are_escaped_and_letters_of_any_script_kept():
-    assert plain("a\x1b[31m\r\n\x07é画") == "a\\x1b[31m\\r\\n\\x07é画"
+    assert plain("a\x1b[31m\r\n\x07é画") == "a\\x1b[31m\\x0d\\x0a\\x07é画"
 
 
 @pytest.mark.parametrize("quiet", [False, True])
@@ -33,3 +35,11 @@ def test_quantising_is_told_as_progress_is_and_not_to_who_wants_quiet(quiet, cap
     Report("classify", quiet).quantising(300)
     expected = "quantising with 300 images; the next run finds the result in the cache\n"
     assert capsys.readouterr() == ("", "" if quiet else expected)
+
+
+def test_json_has_no_control_characters_and_reads_back(capsys):
+    document = {"name": "a\0\x1b\x7f\x9b\ud800é"}
+    print_json(document)
+    shown = capsys.readouterr().out
+    assert shown == '{\n  "name": "a\\u0000\\u001b\\u007f\\u009b\\ud800é"\n}\n'
+    assert json.loads(shown) == document

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -89,6 +90,77 @@ def test_a_truncated_entry_is_none(length):
     assert read_entry(SETTINGS) is None
 
 
+def forged(path, header, length=None):
+    """Write an entry with this header and a digest that matches."""
+    content = json.dumps(header).encode() if not isinstance(header, bytes) else header
+    rest = (len(content) if length is None else length).to_bytes(8, "little") + content
+    path.write_bytes(hashlib.sha256(rest).digest() + rest)
+
+
+@pytest.mark.parametrize(
+    ("header", "length"),
+    [
+        *(([], None), ("x", None), ({}, None), ({"settings": 1, "facts": {}}, None)),
+        *((b"\xff\xfe", None), (b"{", None), (b"[" * 100_000, None), ({}, 2**63), ({}, 0)),
+    ],
+)
+def test_an_entry_with_a_forged_header_is_none(header, length):
+    write_entry(SETTINGS, ENTRY)
+    forged(files()[0], header, length)
+    assert read_entry(SETTINGS) is None
+
+
+@pytest.mark.parametrize("facts", [1, "facts", [1], None])
+def test_an_entry_whose_facts_are_no_object_is_none(facts):
+    write_entry(SETTINGS, ENTRY)
+    forged(files()[0], {"settings": cache._settings(SETTINGS), "facts": facts})
+    assert read_entry(SETTINGS) is None
+
+
+def test_a_link_a_pipe_and_a_folder_are_no_entries(tmp_path):
+    write_entry(SETTINGS, ENTRY)
+    (entry,) = files()
+    elsewhere = entry.rename(tmp_path / "elsewhere")
+    entry.symlink_to(elsewhere)
+    assert read_entry(SETTINGS) is None
+    entry.unlink()
+    os.mkfifo(entry)
+    assert read_entry(SETTINGS) is None
+    entry.unlink()
+    entry.mkdir()
+    assert read_entry(SETTINGS) is None
+
+
+ROOT, ME, FRIEND = 0, 1000, 1001
+
+
+@pytest.mark.parametrize(
+    ("user", "folder_of", "entry_of", "trusted"),
+    [
+        *((ME, ME, ME, True), (ME, ME, ROOT, True), (ME, ME, FRIEND, False)),
+        *((ME, FRIEND, ME, True), (ME, FRIEND, FRIEND, True), (ME, ROOT, FRIEND, False)),
+        *((ROOT, ROOT, ROOT, True), (ROOT, ME, ME, False), (ROOT, ROOT, ME, False)),
+    ],
+)
+def test_an_entry_of_another_user_is_none(user, folder_of, entry_of, trusted, monkeypatch):
+    write_entry(SETTINGS, ENTRY)
+    real = os.stat(files()[0])
+    fields = [*real]
+    fields[4] = entry_of
+    file = open(files()[0], "rb")  # noqa: SIM115
+    monkeypatch.setattr(cache, "open_regular", lambda _: (file, os.stat_result(fields)))
+    monkeypatch.setattr(cache, "_user", lambda: user)
+    monkeypatch.setattr(cache, "_owner", lambda _: folder_of)
+    assert (read_entry(SETTINGS) is not None) == trusted
+
+
+def test_users_who_share_a_folder_do_not_replace_each_others_entries(monkeypatch):
+    write_entry(SETTINGS, ENTRY)
+    monkeypatch.setattr(cache, "_owner", lambda _: ME)
+    write_entry(SETTINGS, ENTRY)
+    assert len(files()) == 2
+
+
 def test_an_entry_under_anothers_name_is_none():
     write_entry(SETTINGS, ENTRY)
     (mine,) = files()
@@ -135,6 +207,27 @@ def test_without_the_variable_it_is_the_platforms_folder(monkeypatch):
     assert cache_folder().name == "r2n"
     if sys.platform == "linux":
         assert cache_folder() == Path("/somewhere/r2n")
+
+
+def test_a_tilde_in_the_variable_is_the_users_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("R2N_CACHE", "~/mine")
+    assert cache_folder() == tmp_path / "mine"
+
+
+def no_home(*_arguments, **_options):
+    raise RuntimeError("could not determine the home directory")
+
+
+def test_a_user_without_a_home_has_no_cache_and_makes_no_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    for variable in ("~/cache", ""):
+        monkeypatch.setenv("R2N_CACHE", variable)
+        said = []
+        assert loaded_entry(SETTINGS, lambda: ENTRY, lambda entry: entry, said.append) is ENTRY
+        assert [sentence for sentence in said if "has no home folder" in sentence] == said != []
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- in a run -------------------------------------------------------------------------
@@ -198,6 +291,18 @@ def test_what_cannot_be_loaded_though_just_made_is_an_error_and_is_not_kept(ther
         loaded_entry(SETTINGS, make, load, print)
     assert made == ["once"]
     assert is_the_entry(read_entry(SETTINGS)) if there else read_entry(SETTINGS) is None
+
+
+@pytest.mark.parametrize(
+    "facts", [{}, {"variant": "x"}, {"classes": "many"}, {"shapes": 3}, {"shapes": {"fc": "x"}}]
+)
+def test_an_entry_with_forged_facts_is_rebuilt(pictures, tiny_weights, facts):
+    first = rows(pictures, weights=tiny_weights)
+    (entry,) = files()
+    settings = settings_of(entry)
+    whole = read_entry(settings)
+    write_entry(settings, Entry({**whole.facts, **facts} if facts else {}, whole.graph))
+    assert rows(pictures, weights=tiny_weights) == first
 
 
 def test_a_processor_with_other_instructions_has_another_entry(pictures, tiny_weights, monkeypatch):

@@ -30,8 +30,9 @@ from r2ncli.architectures import PUBLISHED
 from r2ncli.bench import bench
 from r2ncli.engine import POOLS, cuda, pytorch
 from r2ncli.engine.cuda import SLOTS, CudaEngine, suitable_batch_size
-from r2ncli.engine.devices import exact_settings, find_gpus, gpu_precisions, out_of_memory
+from r2ncli.engine.devices import exact_settings, out_of_memory
 from r2ncli.engine.folding import FoldedNetwork
+from r2ncli.engine.gpus import find_gpus, gpu_precisions
 from r2ncli.errors import DeviceError
 from r2ncli.options import RunOptions
 from r2ncli.outputs.results import read_record, read_rows
@@ -166,7 +167,7 @@ def test_the_gpus_are_named_by_their_numbers():
 
 @pytest.mark.parametrize(
     ("capability", "able"),
-    [((9, 0), ("bf16", "fp16", "fp32")), ((7, 5), ("fp16", "fp32")), ((6, 1), ("fp32", "fp16"))],
+    [((9, 0), ("bf16", "fp16", "fp32")), ((7, 5), ("fp16", "fp32"))],
 )
 def test_a_gpus_first_precision_is_the_fastest_that_keeps_top1(capability, able, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _gpu: capability)
@@ -342,7 +343,7 @@ def test_the_record_of_a_run_says_that_batches_were_halved(
     assert "executed_batch_size" not in record
 
     def run_out(progress):
-        if progress.done == row:
+        if 0 < row <= progress.done:
             memory.holds = 1
 
     if row == 0:
@@ -362,7 +363,7 @@ def test_a_resumed_record_keeps_that_earlier_batches_were_halved(
     out = tmp_path / "x.csv"
 
     def stop(progress):
-        if progress.done == 2:
+        if progress.done >= 2:
             raise KeyboardInterrupt
 
     memory.holds = 3
@@ -390,7 +391,7 @@ def test_a_run_goes_on_with_another_number_of_devices(
     record = r2ncli.classify_to(whole, pictures, **options)
 
     def stop(progress):
-        if progress.done == 6:
+        if progress.done >= 6:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

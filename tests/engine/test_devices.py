@@ -14,7 +14,8 @@ import torch
 import r2ncli
 from r2ncli import engine, predictor
 from r2ncli.engine import BACKENDS, Backend, base, choose_backend, choose_precision
-from r2ncli.engine.devices import find_gpus
+from r2ncli.engine.base import cpu_quotas
+from r2ncli.engine.gpus import Driver, find_gpus
 from r2ncli.errors import DeviceError, UsageError
 from r2ncli.options import RunOptions
 from r2ncli.predictor import open_predictor
@@ -27,12 +28,15 @@ def gpus(monkeypatch):
     """Return a function that makes the driver and torch report GPUs of these models."""
 
     def report(*models):
-        monkeypatch.setattr(base, "cuda_gpus", lambda: len(models))
+        driver = Driver((13, 0), len(models), 0 if models else 100)
+        monkeypatch.setattr(engine.gpus, "find_driver", lambda: driver)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(models))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(models))
         names = {f"cuda:{number}": model for number, model in enumerate(models)}
         monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _gpu: (9, 0))
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
 
     return report
 
@@ -42,7 +46,7 @@ def gpus(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "openvino"])
 @pytest.mark.parametrize(
-    "name", ["gpu", "mps", "cuda:", "cuda:x", "cuda:-1", "cuda:01", "cuda:²", "", "CPU"]
+    "name", ["tpu", "cuda:", "cuda:x", "cuda:-1", "cuda:01", "cuda:²", "", "CPU"]
 )
 def test_an_invalid_device_is_refused_with_the_valid_names(name, backend, gpus):
     gpus()
@@ -57,19 +61,41 @@ def test_an_invalid_device_is_refused_with_the_valid_names(name, backend, gpus):
 def test_an_invalid_device_is_refused_with_the_gpus_that_there_are(gpus):
     gpus("H200", "H200")
     with pytest.raises(DeviceError, match=r"\(CUDA GPUs found: cuda:0, cuda:1\)$"):
-        choose_backend("auto", "gpu")
+        choose_backend("auto", "tpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        *(("gpu", "use cuda"), ("CUDA", "use cuda"), ("0", "use cuda:0"), ("1", "use cuda:1")),
+        *(("mps", "GPUs of Apple are not supported"), ("rocm", "GPUs of AMD are not tested")),
+        ("cuda:0,1", "set CUDA_VISIBLE_DEVICES=0,1 and use cuda"),
+    ],
+)
+def test_an_invalid_device_that_is_often_typed_is_refused_with_a_hint(name, hint, gpus):
+    gpus()
+    with pytest.raises(DeviceError) as caught:
+        choose_backend("auto", name)
+    assert str(caught.value) == (
+        f"`device` {name!r} is not valid: {hint} (valid: auto, cpu, cuda, cuda:N; "
+        "no CUDA GPU was found)"
+    )
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:99"])
 def test_a_gpu_on_a_machine_without_one_is_refused(name, gpus):
     gpus()
-    with pytest.raises(DeviceError, match=f"'{name}' is not available: torch found no CUDA GPU$"):
+    with pytest.raises(DeviceError) as caught:
         choose_backend("auto", name)
+    assert str(caught.value) == (
+        f"`device` {name!r} is not available "
+        "(no GPU: the NVIDIA driver shows none (CUDA error 100))"
+    )
 
 
 def test_a_gpu_beyond_the_last_is_refused_with_those_that_there_are(gpus):
     gpus("H200", "H200")
-    with pytest.raises(DeviceError, match=r"is not available: torch found cuda:0, cuda:1$"):
+    with pytest.raises(DeviceError, match=r"is not available \(torch can use cuda:0, cuda:1\)$"):
         choose_backend("auto", "cuda:99")
 
 
@@ -80,34 +106,6 @@ def test_auto_is_one_gpu_and_cuda_is_every_gpu_of_the_first_ones_model(gpus):
     assert find_gpus("cuda:1") == ("cuda:1",)
     assert choose_backend("torch", "cuda") == (TORCH, ("cuda:0", "cuda:2"))
     assert choose_backend("torch", "cpu") == (TORCH, ("cpu",))
-
-
-class Driver:
-    """A driver that answers with `status`, and sees two GPUs."""
-
-    def __init__(self, status):
-        self.status = status
-
-    def cuInit(self, _flags):  # noqa: N802
-        return self.status
-
-    def cuDeviceGetCount(self, count):  # noqa: N802
-        count._obj.value = 2
-        return 0
-
-
-@pytest.mark.parametrize(("status", "gpus"), [(0, 2), (100, 0)])
-def test_gpus_are_counted_by_the_driver(status, gpus, monkeypatch):
-    monkeypatch.setattr(base.ctypes, "CDLL", lambda _name: Driver(status))
-    assert base.cuda_gpus() == gpus
-
-
-def test_without_a_driver_there_are_no_gpus(monkeypatch):
-    def no_such_library(name):
-        raise OSError(name)
-
-    monkeypatch.setattr(base.ctypes, "CDLL", no_such_library)
-    assert base.cuda_gpus() == 0
 
 
 # --- precisions -----------------------------------------------------------------------
@@ -175,7 +173,18 @@ def test_auto_is_torch_on_a_gpu(gpus, monkeypatch):
     assert choose_backend("openvino", "auto") == (OPENVINO, ("cpu",))
     assert choose_backend("auto", "cpu") == (OPENVINO, ("cpu",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # torch without CUDA
-    assert choose_backend("auto", "auto") == (OPENVINO, ("cpu",))
+    said = []
+    assert choose_backend("auto", "auto", said.append) == (OPENVINO, ("cpu",))
+    assert len(said) == 1
+    assert said[0].startswith("a GPU is there, but is not used: torch ")
+
+
+def test_auto_on_a_machine_without_a_gpu_says_nothing_and_does_not_ask_torch(gpus, monkeypatch):
+    gpus()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("torch was asked"))
+    said = []
+    assert choose_backend("auto", "auto", said.append) == (OPENVINO, ("cpu",))
+    assert said == []
 
 
 def test_openvino_on_a_gpu_is_refused():
@@ -188,9 +197,9 @@ def test_openvino_on_a_gpu_is_refused():
 def test_the_devices_are_looked_up_once_for_a_run(tiny_weights, monkeypatch):
     asked = []
 
-    def count(backend, device):
+    def count(backend, device, on_warning):
         asked.append(device)
-        return choose_backend(backend, device)
+        return choose_backend(backend, device, on_warning)
 
     monkeypatch.setattr(predictor, "choose_backend", count)
     open_predictor(("fc",), RunOptions(weights=tiny_weights, device="cpu", backend="torch"))
@@ -265,3 +274,70 @@ def test_every_row_is_installed_and_names_its_module(row):
     assert row.installed
     assert row.runs_on("cpu")
     assert callable(row.load().open_network)
+
+
+# --- cores ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def control_groups(tmp_path, monkeypatch):
+    """Return a function that writes the control groups of this process, and the quotas found."""
+
+    def written(of_process, files):
+        for name, content in {"proc/self/cgroup": of_process, **files}.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        return cpu_quotas(tmp_path)
+
+    return written
+
+
+@pytest.mark.parametrize(
+    ("of_process", "files", "quotas"),
+    [
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "150000 100000\n"}, [1.5]),
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "max 100000\n"}, []),
+        ("0::/\n", {}, []),
+        ("0::/a/b\n", {"sys/fs/cgroup/a/cpu.max": "50000 100000\n"}, [0.5]),
+        (
+            "4:memory:/x\n1:cpu,cpuacct:/docker/1\n",
+            {
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "300000\n",  # as seen in the container
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            [3.0],
+        ),
+        (
+            "1:cpu:/\n",
+            {
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            [],
+        ),
+        ("0::/\n", {"sys/fs/cgroup/cpu.max": "nonsense\n"}, []),
+    ],
+)
+def test_a_containers_quota_is_found(control_groups, of_process, files, quotas):
+    assert control_groups(of_process, files) == quotas
+
+
+def test_a_system_without_control_groups_has_no_quota(tmp_path):
+    assert cpu_quotas(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("quotas", "asked", "expected"),
+    [
+        *(([], "", 8), ([1.5], "", 2), ([0.1], "", 1), ([100.0], "", 8), ([3.0, 6.0], "", 3)),
+        *(([], "2", 2), ([], "3,2", 3), ([], "16", 8), ([1.0], "4", 1), ([], "0", 1), ([], "x", 8)),
+    ],
+)
+def test_cores_are_limited_by_the_quota_and_by_omp_num_threads(
+    monkeypatch, quotas, asked, expected
+):
+    monkeypatch.setattr(base, "cpu_quotas", lambda: quotas)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert base.cores() == expected

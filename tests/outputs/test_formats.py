@@ -150,7 +150,7 @@ def test_half_of_a_surrogate_pair_in_a_label_is_escaped(tmp_path, suffix):
     row = Classification("a", (Prediction(0, None, "half \ud83d", 1.0),))
     write(tmp_path / f"x{suffix}", ROW_FORMATS[suffix](1, False, True), [row])
     read = read_csv if suffix == ".csv" else READERS[suffix]
-    assert read(tmp_path / f"x{suffix}")[0]["label_1"] == "half \\ud83d"
+    assert read(tmp_path / f"x{suffix}")[0]["label_1"] == "half \\xed\\xa0\\xbd"
 
 
 def test_parquet_has_the_types_and_row_groups_of_a_fixed_size(tmp_path):

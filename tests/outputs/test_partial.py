@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.results import LABELLED, append, classified, read_csv, write
+from support.results import LABELLED, append, batch_of, classified, read_csv, write
 
 from r2ncli.errors import OutputError
 from r2ncli.outputs.hdf5 import Hdf5Format
 from r2ncli.outputs.partial import BLOCK_ROWS, PartialOutput, checked_output
 from r2ncli.outputs.rows import CLASSES, Features
+from r2ncli.sources.content import Stamp
 
 
 def test_a_block_is_there_after_every_256_rows_and_the_output_only_at_the_end(tmp_path):
@@ -275,3 +278,195 @@ def test_a_kill_while_a_folder_is_emptied_leaves_what_the_next_run_can_begin_wit
         gone = following.record() is None and not following.blocks()
         assert whole or new or gone
         assert partial.output.exists() == (not overwrite)
+
+
+# --- files of others --------------------------------------------------------------------------
+
+OURS = (
+    *("lock", "run.json", "run.json.tmp", "removed.json", "final.json", "final.json.tmp"),
+    *("block-00000000.csv", "block-00000001.csv.tmp", "inputs-00000000.stamps"),
+    *("joined.csv", "joined.inputs"),
+)
+
+
+def planted(folder, name, kind, victim):
+    """Put something else at the place of a file of r2n."""
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if kind == "link":
+        path.symlink_to(victim)
+    elif kind == "dangling link":
+        path.symlink_to(folder.parent / "new")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder"])
+@pytest.mark.parametrize("name", OURS)
+def test_what_is_planted_in_a_partial_folder_is_refused_and_its_target_kept(tmp_path, name, kind):
+    partial = begun(tmp_path, blocks=1)
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    planted(partial.folder, name, kind, victim)
+    before = sorted(path.name for path in partial.folder.iterdir())
+    message = rf"x\.csv\.partial: holds '{name}', which is not a regular file\. Move it away$"
+    for replaced in (False, True):
+        with pytest.raises(OutputError, match=message):
+            checked_output(partial.output, CLASSES, replaced=replaced)
+    with pytest.raises(OutputError, match=message), PartialOutput(partial.output, LABELLED):
+        pass
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "new").exists()
+    assert sorted(path.name for path in partial.folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_hard_link_in_a_partial_folder_is_never_written_through(tmp_path, name):
+    for again in ("resume", "overwrite"):
+        partial = begun(tmp_path, blocks=1)
+        victim = tmp_path / "victim"
+        victim.write_text("precious")
+        (partial.folder / name).unlink(missing_ok=True)
+        os.link(victim, partial.folder / name)
+        with suppress(OutputError), PartialOutput(partial.output, LABELLED) as following:
+            if again == "overwrite":
+                following.begin({"r": 2})
+            append(following, classified("z", 0.5, 0.5))
+            following.finish({"r": 2})
+        assert victim.read_text() == "precious"
+        for path in (*partial.folder.glob("*"), partial.output, victim):
+            path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("notes.tmp", "run.json.bak", "block-1.csv", "block-00000000.npz", "joined.h5"),
+        *(
+            "block-000000000.csv",
+            "block-" + "\u0660" * 8 + ".csv",
+            "joined.csv.tmp.tmp",
+            "lock.tmp",
+        ),
+    ],
+)
+def test_a_file_of_the_user_in_a_partial_folder_is_refused_and_kept(tmp_path, name):
+    partial = begun(tmp_path, blocks=1)
+    (partial.folder / name).write_text("precious")
+    with (
+        pytest.raises(OutputError, match=rf"holds '{name}', which r2n did not write\. Move it"),
+        PartialOutput(partial.output, LABELLED) as again,
+    ):
+        again.begin({})
+    assert (partial.folder / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "missing"])
+def test_a_partial_folder_that_is_a_link_is_refused(tmp_path, target):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "x.csv.partial").symlink_to(target)
+    message = r"x\.csv\.partial: cannot be used: it is a link\. Move it away"
+    with pytest.raises(OutputError, match=message):
+        checked_output(tmp_path / "x.csv", CLASSES, replaced=True)
+    with pytest.raises(OutputError, match=message), PartialOutput(tmp_path / "x.csv", LABELLED):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "x.csv.partial"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_partial_folder_is_for_its_user_alone(tmp_path):
+    with PartialOutput(tmp_path / "x.csv", LABELLED) as partial:
+        assert partial.folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_partial_folder_of_another_user_is_refused(tmp_path):
+    partial = begun(tmp_path)
+    os.chown(partial.folder, 4242, 4242)
+    message = r"x\.csv\.partial: belongs to another user \(number 4242\)\. Give another output"
+    with pytest.raises(OutputError, match=message):
+        checked_output(partial.output, CLASSES, replaced=True)
+    with pytest.raises(OutputError, match=message), PartialOutput(partial.output, LABELLED):
+        pass
+    assert len(partial.blocks()) == 3
+
+
+def test_where_the_file_system_gives_all_files_to_one_user_a_run_goes_on(tmp_path, monkeypatch):
+    partial = begun(tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    with PartialOutput(partial.output, LABELLED) as resumed:
+        assert len(list(resumed.names())) == 6
+
+
+def test_a_link_beside_the_output_is_replaced_and_its_target_kept(tmp_path):
+    victim, out = tmp_path / "victim", tmp_path / "x.csv"
+    for beside in (".run.json", ".inputs"):
+        victim.write_bytes(bytes(16))
+        (tmp_path / f"x.csv{beside}").symlink_to(victim)
+    checked_output(out, CLASSES, replaced=True)
+    with PartialOutput(out, LABELLED) as partial:
+        partial.begin({"r": 1})
+        row = batch_of([classified("a", 0.5, 0.5)], LABELLED)
+        partial.append(replace(row, stamps=[Stamp(5, 6)]))
+        partial.finish({"r": 1})
+    assert victim.read_bytes() == bytes(16)
+    for beside in (".run.json", ".inputs"):
+        assert not (tmp_path / f"x.csv{beside}").is_symlink()
+
+
+def test_a_list_of_the_user_where_the_stamps_belong_is_refused_and_kept(tmp_path):
+    (tmp_path / "x.csv.inputs").write_text("a.jpg\nb.jpg\n")
+    with pytest.raises(OutputError, match=r"x\.csv\.inputs: r2n did not write it.* Move it away"):
+        checked_output(tmp_path / "x.csv", CLASSES, replaced=True)
+    assert (tmp_path / "x.csv.inputs").read_text() == "a.jpg\nb.jpg\n"
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.csv.run.json", "x.csv.inputs"])
+def test_a_pipe_at_the_place_of_an_output_is_refused(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OutputError, match=f"{name}: cannot be replaced: it is not a regular file"):
+        checked_output(tmp_path / "x.csv", CLASSES, replaced=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 7, bytes(10_000), b"\xff" * 40])
+def test_stamps_of_a_block_may_have_any_length(tmp_path, content):
+    partial = begun(tmp_path)
+    for number in range(3):
+        (partial.folder / f"inputs-{number:08d}.stamps").write_bytes(content)
+    with PartialOutput(partial.output, LABELLED) as resumed:
+        assert len(list(resumed.names())) == 6
+        resumed.finish({})
+    assert len(read_csv(partial.output)) == 6
+    assert not (tmp_path / "x.csv.inputs").exists()
+
+
+@pytest.mark.parametrize("failing", ["unlink", "rmdir"])
+def test_cleaning_up_does_not_hide_why_a_run_ended(tmp_path, monkeypatch, failing):
+    def refusing(*_arguments, **_options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, failing, refusing)
+
+    def begin_and_end():
+        with PartialOutput(tmp_path / "x.csv", LABELLED) as partial:
+            partial.begin({})
+            raise PowerCutError
+
+    with pytest.raises(PowerCutError):
+        begin_and_end()
+
+
+def test_an_output_that_is_complete_is_so_although_its_folder_cannot_be_removed(
+    tmp_path, monkeypatch
+):
+    def refusing(*_arguments, **_options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with PartialOutput(tmp_path / "x.csv", LABELLED) as partial:
+        partial.begin({})
+        append(partial, classified("a", 0.5, 0.5))
+        monkeypatch.setattr(Path, "unlink", refusing)
+        partial.finish({})
+    assert len(read_csv(tmp_path / "x.csv")) == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from r2ncli.outputs.stamps import pack_stamps, read_stamps
+from r2ncli.outputs.record import pack_stamps, read_stamps
 from r2ncli.sources.content import Stamp
 
 STAMPS = [Stamp(5, 1_700_000_000_123_456_789), None, Stamp(2**40, 7)]

@@ -609,7 +609,7 @@ def test_a_run_over_a_compressed_tar_resumes(
     monkeypatch.setattr(walking, "BYTES_AHEAD", 9000)
 
     def stop(progress: r2ncli.Progress) -> None:
-        if progress.done == 11:
+        if progress.done >= 11:
             raise ZeroDivisionError
 
     options = {"weights": tiny_weights, "batch_size": 4}

@@ -124,19 +124,23 @@ def test_printable_names_are_reversible() -> None:
         assert back == raw
 
 
-def test_commas_quotes_newlines_and_control_characters_stay_in_the_name(here: Path) -> None:
+def test_commas_and_quotes_stay_in_the_name_and_control_characters_are_escaped(
+    here: Path,
+) -> None:
     strange = [
         "a,b.jpg",
         'a"b.jpg',
         "a\nb.jpg",
         "a\x1b[31mb.jpg",
+        "a\x9bb.jpg",
         "[b]a[/b].jpg",
         "-rf.jpg",
         " .jpg",
     ]
     touch(*(f"./{name}" for name in strange))
-    assert sorted(names()) == sorted(strange)
-    assert names("./a\nb.jpg") == ["a\nb.jpg"]
+    escaped = {"\n": "\\x0a", "\x1b": "\\x1b", "\x9b": "\\xc2\\x9b"}
+    assert sorted(names()) == sorted(name.translate(str.maketrans(escaped)) for name in strange)
+    assert names("./a\nb.jpg") == ["a\\x0ab.jpg"]
 
 
 # --- order --------------------------------------------------------------------------------
@@ -772,7 +776,9 @@ def test_a_list_has_a_name_a_line(here: Path, content: bytes, expected: list[str
 def test_a_list_may_end_its_names_with_nul(here: Path) -> None:
     argument = write_list(b"a\nb.jpg\0c\r.jpg\0\0d.jpg")
     found_ones = find_images([argument], print, Selection(null=True))
-    assert [source.name for source in found_ones] == ["a\nb.jpg", "c\r.jpg", "", "d.jpg"]
+    assert [source.name for source in found_ones] == [
+        *("a\\x0ab.jpg", "c\\x0d.jpg", "", "d.jpg"),
+    ]
     with pytest.raises(UsageError, match="give `null=True`"):
         names(argument)
 
@@ -916,7 +922,7 @@ def test_standard_input_is_a_list() -> None:
     assert names_on_stdin(b"\xef\xbb\xbfa.jpg\r\ncaf\xe9.jpg\n\nb.jpg") == [
         *("a.jpg", "caf\\xe9.jpg", "b.jpg"),
     ]
-    assert names_on_stdin(b"a\nb.jpg\0c.jpg\0", "-0") == ["a\nb.jpg", "c.jpg"]
+    assert names_on_stdin(b"a\nb.jpg\0c.jpg\0", "-0") == ["a\\x0ab.jpg", "c.jpg"]
     assert names_on_stdin(b"") == []
 
 
