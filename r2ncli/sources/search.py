@@ -198,7 +198,7 @@ class Search:
         return self._members(name, found, False, path)
 
     def _takes_member(self, archive: str, member: str) -> bool:
-        if not all(part in (".", "..") or is_visible(part) for part in member.split("/")):
+        if not all(part in (".", "..") or is_visible(part) for part in re.split(r"[/\\]", member)):
             return False
         if not is_tried(member):
             self.left_out.add_file(member)

@@ -128,7 +128,7 @@ class LeftOut:
         if not raw:
             return ""
         return (
-            f". {', '.join(raw)}: RAW images are not decoded; convert them, or extract the JPEG "
+            f"; RAW images ({', '.join(raw)}) are not decoded: convert them, or extract the JPEG "
             "preview that each holds, for example with exiftool -b -JpgFromRaw"
         )
 
