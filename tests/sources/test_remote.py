@@ -603,9 +603,11 @@ def test_a_file_whose_closing_fails_costs_no_row(
         def close(self) -> None:
             raise RuntimeError("no")
 
-    for suffix, content in ((".tar", tar_bytes(MEMBERS)), (".zip", zip_bytes(MEMBERS))):
-        memory.pipe(f"/a{suffix}", content)
-        monkeypatch.setattr(type(memory), "open", lambda *_, made=content, **__: Failing(made))
+    archives = {".tar": tar_bytes(MEMBERS), ".zip": zip_bytes(MEMBERS)}
+    for suffix, body in archives.items():
+        memory.pipe(f"/a{suffix}", body)
+    for suffix, body in archives.items():
+        monkeypatch.setattr(type(memory), "open", lambda *_, made=body, **__: Failing(made))
         assert list(outcomes(f"memory://a{suffix}").values()) == list(MEMBERS.values())
 
 
