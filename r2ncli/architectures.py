@@ -50,6 +50,17 @@ class Architecture:
         """Return the channels of one split in a stage of `planes` planes."""
         return planes * self.base_width // 64 * self.cardinality
 
+    def largest_output(self, image_size: int) -> int:
+        """Return how many values the largest layer gives for one image of this size."""
+        half, side = -(-image_size // 2), -(-image_size // 4)
+        sizes = [max(self.stem) * half**2]
+        for planes in self.stage_planes:
+            # a stage strides in the middle of its first block
+            sizes.append(self.split_width(planes) * self.scale * side**2)
+            side = side if planes is self.stage_planes[0] else -(-side // 2)
+            sizes.append(EXPANSION * planes * side**2)
+        return max(sizes)
+
     def describe(self) -> str:
         """Return the usual short form, as in ``Res2Net50-v1b 26w-4s, 1000 classes``."""
         family = "Res2NeXt" if self.cardinality > 1 else "Res2Net"
@@ -95,8 +106,19 @@ class Preprocessing:
                 f"image_size {self.image_size}, resize_size {self.resize_size}: expected "
                 "32 <= image_size <= resize_size, and image_size at most 4096"
             )
+        if self.resize_size > 16 * self.image_size:  # the network would see single pixels
+            raise ValueError(
+                f"resize_size {self.resize_size}: expected at most 16 times image_size "
+                f"{self.image_size}"
+            )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError("mean and std must have three values each, all of std positive")
+        # for values in 0 to 1, or to 255; beyond, the network's input would overflow
+        if max(map(abs, self.mean)) > 1000 or min(self.std) < 1e-4 or max(self.std) > 1e4:
+            raise ValueError(
+                f"mean {self.mean}, std {self.std}: expected mean from -1000 to 1000 and std from "
+                "0.0001 to 10000"
+            )
         if self.crop not in CROPS:
             raise ValueError(f"crop {self.crop!r}: expected one of {', '.join(CROPS)}")
 
@@ -106,6 +128,15 @@ class Preprocessing:
         target = round(size * self.resize_size / self.image_size)
         crop = "none" if no_crop else self.crop
         return replace(self, image_size=size, resize_size=target, crop=crop)
+
+
+def cpu_batch_size(image_size: int) -> int:
+    """Return how many images of this size make a batch on a CPU.
+
+    The activations of eight images of 224 x 224 fit its cache. Beyond 512 x 512 there are fewer,
+    so that a batch does not take gigabytes.
+    """
+    return max(1, min(8, 8 * 512**2 // image_size**2))
 
 
 @dataclass(frozen=True)

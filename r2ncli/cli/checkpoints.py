@@ -79,7 +79,7 @@ def _print_verification(verification: Verification, json: bool) -> int:
 
 
 def _print_comparison(comparison: TensorComparison, json: bool) -> int:
-    from r2ncli.weights.recognition import by_block
+    from r2ncli.weights.structure import by_block
 
     if json:
         print_json(comparison.as_dict())

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from r2ncli.architectures import cpu_batch_size
 from r2ncli.engine import INT8
 from r2ncli.engine.base import (
     Calibration,
@@ -39,8 +40,6 @@ from r2ncli.openvino_import import CompiledModel, Core, InferRequest, Model, Ten
 if TYPE_CHECKING:
     from r2ncli.model import Res2Net
 
-BATCH_SIZE = 8  # the activations of small batches fit the processor's cache
-
 Bytes = npt.NDArray[np.uint8]
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}  # for layers that are not quantised
@@ -56,7 +55,7 @@ def precisions(devices: Sequence[str]) -> tuple[str, ...]:
 
 def open_network(setup: Setup) -> ReadyNetwork:
     """Load a compiled network from the cache, or compile and cache it (see `BackendModule`)."""
-    batch_size = setup.batch_size or BATCH_SIZE
+    batch_size = setup.batch_size or cpu_batch_size(setup.preprocessing.image_size)
 
     def make() -> Entry:
         pixels = None

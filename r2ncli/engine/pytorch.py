@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from r2ncli.architectures import Preprocessing
+from r2ncli.architectures import Preprocessing, cpu_batch_size
 from r2ncli.engine.base import (
     Engine,
     EngineDescription,
@@ -24,8 +24,6 @@ from r2ncli.engine.devices import DTYPES, device_errors, exact_settings
 from r2ncli.engine.folding import FoldedNetwork
 from r2ncli.engine.gpus import gpu_precisions
 from r2ncli.model import Res2Net
-
-BATCH_SIZE = 8  # the activations of small batches fit the processor's cache
 
 
 def precisions(devices: Sequence[str]) -> tuple[str, ...]:
@@ -94,7 +92,7 @@ class TorchEngine:
             device="cpu",
             device_model=cpu_model(),
             precision=precision,
-            batch_size=batch_size or BATCH_SIZE,
+            batch_size=batch_size or cpu_batch_size(preprocessing.image_size),
             streams=torch.get_num_threads(),
         )
         self._errors = "cpu", self.description.device_model, self.description.batch_size

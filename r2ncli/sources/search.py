@@ -104,7 +104,7 @@ class Search:
         try:
             path, naming = _local(entry)
         except UsageError as error:
-            return iter([_failed(printable(entry), str(error))])
+            return iter([_failed(printable(without_secrets(entry)), str(error))])
         if is_tried(path):  # without `stat`, which would double the time
             return self._file(path, naming)
         if os.path.isdir(path) and _is_root(path):
@@ -278,7 +278,7 @@ def _local(text: str) -> tuple[str, Naming]:
         try:
             path = local_path(text)
         except ValueError as error:
-            raise UsageError(f"{text}: {error}") from error
+            raise UsageError(f"{without_secrets(text)}: {error}") from error
         if has_pattern(path) and not _may_exist(path):
             begin, host = re.findall(r"^(file:(?://([^/]*))?)", text, re.IGNORECASE)[0]
             return path, Naming(begin, os.path.expanduser(host) if "~" in host else "", True)

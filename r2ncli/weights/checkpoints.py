@@ -13,8 +13,11 @@ import json
 import math
 import os
 import re
+import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +33,18 @@ from r2ncli.architectures import (
 from r2ncli.errors import CheckpointError, escaped
 from r2ncli.files import reason
 from r2ncli.web import is_file, is_web, requested, without_secrets
-from r2ncli.weights.containers import SUFFIXES, container, reading, safetensors_header
+from r2ncli.weights.containers import SUFFIXES, container, reading, safetensors_header, shown
 from r2ncli.weights.download import OnProgress, download_file, hash_prefix
 
 Weights = str | os.PathLike[str] | None  # a file, a published name or ``demo``
 
 # the metadata that decides what r2n does; any other key is a note and is kept unchanged
 KEYS = ("labels", "wnids", "preprocessing")
+# Labels, synsets and preprocessing of 21,000 classes take 1 MB; the rest is for notes.
+METADATA_LIMIT = 8_000_000  # bytes
+_METADATA_DEPTH = 32
+_KEYS_COMPARED = 1000
+LONGEST_LABEL = 1000  # characters; the longest of ImageNet's 21,000 has 200
 PREPROCESSING_KEYS = tuple(field.name for field in fields(Preprocessing))
 # keys that other programs use for the same things
 _SYNONYMS = {
@@ -294,26 +302,28 @@ def read_metadata(path: Path) -> dict[str, Any]:
         if isinstance(metadata, dict) and "r2n" in metadata:
             return _checked_keys(path, _json_object(path, metadata["r2n"]))
     for beside in (path.with_name(path.name + ".json"), path.with_suffix(".json")):
-        if beside.is_file():
+        if os.path.isfile(beside):  # not a pipe or a device, nor a name that is too long
             with reading(beside) as file:
-                return _checked_keys(beside, _json_object(beside, file.read()))
+                text = file.read(METADATA_LIMIT + 1)
+            return _checked_keys(beside, _json_object(beside, text))
     return {}
 
 
 def _checked_keys(source: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     """Refuse a key that would be ignored although it seems to be meant for r2n."""
-    for key, value in metadata.items():
+    for key, value in islice(metadata.items(), _KEYS_COMPARED):
         near = difflib.get_close_matches(key.lower(), KEYS, n=1, cutoff=0.75)
         meant = near[0] if near else _SYNONYMS.get(key)
         note = meant in ("labels", "wnids") and not isinstance(value, list | dict)
         if key not in KEYS and meant is not None and meant not in metadata and not note:
-            raise CheckpointError(f"{source}: unknown key {key!r} (known: {', '.join(KEYS)})")
+            known = ", ".join(KEYS)
+            raise CheckpointError(f"{source}: unknown key {shown(key)} (known: {known})")
     preprocessing = metadata.get("preprocessing")
     for key in preprocessing if isinstance(preprocessing, dict) else ():
         if key not in PREPROCESSING_KEYS:
             known = ", ".join(PREPROCESSING_KEYS)
             raise CheckpointError(
-                f"{source}: unknown key {key!r} in preprocessing (known: {known})"
+                f"{source}: unknown key {shown(key)} in preprocessing (known: {known})"
             )
     return metadata
 
@@ -335,6 +345,11 @@ def labels_of(metadata: dict[str, Any], classes: int, source: Path) -> Labels | 
             continue
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise CheckpointError(f"{source}: expected '{key}' to be a list of strings")
+        if (longest := max(map(len, names), default=0)) > LONGEST_LABEL:
+            raise CheckpointError(
+                f"{source}: one of the {key} has {longest:,} characters, more than the limit of "
+                f"{LONGEST_LABEL:,}"
+            )
         if len(names) != classes:
             count = f"{len(names)} {key}"
             raise CheckpointError(f"{source}: {count} for a network of {classes} classes")
@@ -354,14 +369,18 @@ def preprocessing_of(metadata: dict[str, Any], source: Path) -> Preprocessing:
     given = metadata.get("preprocessing", {})
     try:
         if not isinstance(given, dict):
-            raise ValueError(f"{given!r} is not an object")
+            raise ValueError(f"{reprlib.repr(given)} is not an object")
         values = dict(given)
         for key, value in given.items():
             if key in ("image_size", "resize_size") and type(value) is not int:
-                raise ValueError(f"{key} {value!r}: expected a whole number of pixels")
+                found = reprlib.repr(value)
+                raise ValueError(f"{key} {found}: expected a whole number of pixels")
+            if key in ("image_size", "resize_size") and abs(value) > 1_000_000:
+                raise ValueError(f"{key} has more than a million pixels")
             if key in ("mean", "std"):
                 if not _are_finite_numbers(value):
-                    raise ValueError(f"{key} {value!r}: expected a list of three finite numbers")
+                    found = reprlib.repr(value)
+                    raise ValueError(f"{key} {found}: expected a list of three finite numbers")
                 values[key] = tuple(map(float, value))
         return Preprocessing(**values)
     except (ValueError, OverflowError) as error:
@@ -385,10 +404,25 @@ def imagenet_labels() -> Labels:
 
 
 def _json_object(source: Path, text: bytes | str) -> dict[str, Any]:
+    if isinstance(text, str | bytes) and len(text) > METADATA_LIMIT:
+        raise CheckpointError(
+            f"{source}: its metadata has more than {METADATA_LIMIT:,} bytes, which is the limit"
+        )
     try:
         value = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{source}: its metadata is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{source}: its metadata is not a JSON object")
-    return value
+    level: list[Any] = [value]
+    for _ in range(_METADATA_DEPTH):
+        level = [part for node in level for part in _parts(node)]
+        if not level:
+            return value
+    raise CheckpointError(f"{source}: its metadata is nested more than {_METADATA_DEPTH} deep")
+
+
+def _parts(value: object) -> Iterable[Any]:
+    """Return the objects and lists that are directly in a JSON value."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (part for part in inner if isinstance(part, dict | list))

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,9 +23,18 @@ from r2ncli.files import reason, sync
 from r2ncli.model import Res2Net
 from r2ncli.weights.checkpoints import CheckpointFile, Weights, open_checkpoint
 from r2ncli.weights.download import OnProgress
-from r2ncli.weights.loading import build, load_state_dict
-from r2ncli.weights.naming import MMPRETRAIN, OFFICIAL, TIMM, names_for
-from r2ncli.weights.structure import CLASSIFIER, StateDict, expected_shapes, identify, variant_name
+from r2ncli.weights.loading import build, check_work, load_state_dict
+from r2ncli.weights.structure import (
+    CLASSIFIER,
+    MMPRETRAIN,
+    OFFICIAL,
+    TIMM,
+    StateDict,
+    expected_shapes,
+    identify,
+    names_for,
+    variant_name,
+)
 
 TORCHVISION = "torchvision-backbone"
 NAMINGS = (OFFICIAL, TIMM, MMPRETRAIN, TORCHVISION)
@@ -105,10 +113,14 @@ def convert(
     source = open_checkpoint(weights, on_progress=on_download)
     state_dict = load_state_dict(source.path)
     architecture = identify(state_dict, source.path)
+    size, metadata = source.preprocessing.image_size, _metadata(source, architecture.classes)
+    check_work(architecture, size, source.path)
     network = build(architecture, state_dict)
     compared = FEATURES if to == TORCHVISION else LOGITS
-    size, metadata = source.preprocessing.image_size, _metadata(source, architecture.classes)
-    seeded = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    # tensors are the same at any size; a program has one size, and large images take long
+    side = size if suffix in NEEDED else min(size, 224)
+    count = 3 if side <= 256 else 1
+    seeded = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         outputs = _outputs(network, compared)(seeded)
     if not bool(outputs.isfinite().all()):
@@ -211,9 +223,8 @@ def _write_tensors(
 
         path.write_bytes(save(tensors, {"format": "pt", "r2n": metadata}))
     else:
-        buffer = BytesIO()
-        torch.save(tensors, buffer)
-        path.write_bytes(buffer.getbuffer())
+        with open(path, "wb") as file:  # with a path, torch would write its name into it
+            torch.save(tensors, file)
         _files(path)[0].write_text(metadata + "\n", encoding="utf-8")
     written = load_state_dict(path)
     if to == TORCHVISION:  # features do not depend on the classifier that a network needs

@@ -20,20 +20,24 @@ from r2ncli.weights.checkpoints import sha256 as digest_of
 from r2ncli.weights.compare import TensorComparison, compare_weights
 from r2ncli.weights.containers import broken_members, container
 from r2ncli.weights.download import hash_prefix
-from r2ncli.weights.loading import build, load_tensors, tensors_sha256
-from r2ncli.weights.naming import OFFICIAL, Naming, read_naming
+from r2ncli.weights.loading import MOST_VALUES, build, load_tensors, tensors_sha256
 from r2ncli.weights.pickles import check_pickles
-from r2ncli.weights.recognition import by_block, published_dla, seems_to_be
 from r2ncli.weights.structure import (
     COUNTER,
     FLOATS,
+    OFFICIAL,
     Mismatches,
+    Naming,
     StateDict,
+    by_block,
     find_mismatches,
     guess_architecture,
     in_words,
     kind_of,
     nearest_published,
+    published_dla,
+    read_naming,
+    seems_to_be,
     shapes_of,
     variant_name,
 )
@@ -377,6 +381,9 @@ def _batch_norm(floats: StateDict, spans: Spans) -> Check:
 
 
 def _forward_pass(state_dict: StateDict, architecture: Architecture) -> Check:
+    if (largest := architecture.largest_output(64)) > MOST_VALUES:
+        found = f"its largest layer gives {largest:,} values for an image of 64 x 64 pixels"
+        return Check("forward pass", FAILED, found, f"at most {MOST_VALUES:,}")
     random = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, 3, 64, 64, dtype=torch.float32, generator=random) * 4 - 2
     with torch.inference_mode():

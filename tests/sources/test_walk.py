@@ -776,9 +776,7 @@ def test_a_list_has_a_name_a_line(here: Path, content: bytes, expected: list[str
 def test_a_list_may_end_its_names_with_nul(here: Path) -> None:
     argument = write_list(b"a\nb.jpg\0c\r.jpg\0\0d.jpg")
     found_ones = find_images([argument], print, Selection(null=True))
-    assert [source.name for source in found_ones] == [
-        *("a\\x0ab.jpg", "c\\x0d.jpg", "", "d.jpg"),
-    ]
+    assert [source.name for source in found_ones] == ["a\\x0ab.jpg", "c\\x0d.jpg", "", "d.jpg"]
     with pytest.raises(UsageError, match="give `null=True`"):
         names(argument)
 

@@ -24,7 +24,11 @@ def error_of(call: Callable[..., object], *arguments: Any, **options: Any) -> st
 
 
 def saved(content: object, path: Path, **options: Any) -> Path:
-    """Save `content` with torch.save and return its path."""
+    """Save `content` with torch.save and return its path; `hollow` tensors get their values."""
+    if isinstance(content, dict):
+        content = {
+            key: value.contiguous() if is_hollow(value) else value for key, value in content.items()
+        }
     torch.save(content, path, **options)
     return path
 
@@ -36,8 +40,14 @@ def torch_bytes(content: object, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def is_hollow(value: object) -> bool:
+    """Whether a tensor has more elements than its storage, as those of `hollow` have."""
+    dense = isinstance(value, torch.Tensor) and not (value.is_sparse or value.is_meta)
+    return dense and 0 in value.stride()
+
+
 def hollow(architecture: Architecture) -> dict[str, torch.Tensor]:
-    """Return a state dict of full shapes that takes no room in a file: every tensor is one zero."""
+    """Return a state dict of full shapes that takes no memory: every tensor is one zero."""
     return {
         name: torch.zeros((), dtype=torch.int64 if "num_batches" in name else None).expand(shape)
         for name, shape in expected_shapes(architecture).items()

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from r2ncli.cli.app import app
 from r2ncli.errors import CheckpointError, UsageError
-from r2ncli.weights.naming import names_for
+from r2ncli.weights.structure import names_for
 from r2ncli.weights.verify import verify_weights
 
 KEYS = [

@@ -32,11 +32,11 @@ from r2ncli.weights.loading import (
     load_model,
     published_network,
 )
-from r2ncli.weights.naming import names_for
 from r2ncli.weights.structure import (
     expected_shapes,
     guess_architecture,
     identify,
+    names_for,
     variant_name,
 )
 
@@ -157,7 +157,7 @@ def test_a_training_checkpoint_with_its_optimizer_loads(tmp_path):
 def test_a_dict_that_holds_itself_is_refused(tmp_path):
     endless = {}
     endless["state_dict"] = endless
-    assert "holds no state dict" in refusal(saved(endless, tmp_path / "endless.pth"))
+    assert "a container holds itself" in refusal(saved(endless, tmp_path / "endless.pth"))
 
 
 # --- precision ------------------------------------------------------------------------

@@ -6,8 +6,7 @@ import pytest
 from support.reference_weights import TINY, published_record
 
 from r2ncli.architectures import PUBLISHED
-from r2ncli.weights.naming import LIBRARIES, names_for, read_naming
-from r2ncli.weights.structure import expected_shapes
+from r2ncli.weights.structure import LIBRARIES, expected_shapes, names_for, read_naming
 
 ARCHITECTURES = {name: known.architecture for name, known in PUBLISHED.items()} | TINY
 V1, V1B = "res2net50_26w_4s", "res2net50_v1b_26w_4s"

@@ -8,8 +8,7 @@ import torch
 import torchvision
 
 from r2ncli.architectures import PUBLISHED
-from r2ncli.weights.recognition import by_block, published_dla, seems_to_be
-from r2ncli.weights.structure import expected_shapes
+from r2ncli.weights.structure import by_block, expected_shapes, published_dla, seems_to_be
 
 TORCHVISION = {
     "resnet18": "a ResNet-18, as torchvision's and timm's are",

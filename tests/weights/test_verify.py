@@ -31,8 +31,7 @@ from r2ncli.cli.app import app
 from r2ncli.errors import CheckpointError, UsageError
 from r2ncli.model import Res2Net
 from r2ncli.weights.loading import tensors_sha256
-from r2ncli.weights.naming import names_for
-from r2ncli.weights.structure import expected_shapes
+from r2ncli.weights.structure import expected_shapes, names_for
 from r2ncli.weights.verify import CHECKS, verify_weights
 
 DEFAULT = "res2net50_v1b_26w_4s"
@@ -850,8 +849,8 @@ CORRUPTED_OR_FOREIGN = {
     "a corrupted safetensors header": (
         lambda: (16).to_bytes(8, "little") + b"{" + b"x" * 100,
         "safe loading",
-        "corrupted, cannot be loaded: Error while deserializing: invalid JSON in header: key "
-        "must be a string at line 1 column 2",
+        "corrupted, cannot be loaded: invalid JSON in its header: Expecting property name enclosed "
+        "in double quotes: line 1 column 2 (char 1)",
     ),
     "torchvision's ResNet-18": (
         lambda: torch_bytes(torchvision.models.resnet18().state_dict()),
