@@ -34,7 +34,7 @@ from r2ncli.web import (
 
 OPEN_SECONDS = 8.0  # how long it may take until the answer begins
 FIRST_PAUSE_SECONDS = 1.0  # before the second attempt; each further one is twice as long
-STEADY_SECONDS = 30.0  # how long a server may send next to nothing (`Response.SLOWEST`)
+STEADY_SECONDS = 10.0  # how long a server may send next to nothing (`Response.SLOWEST`)
 PIECE_BYTES = 1 << 18
 
 

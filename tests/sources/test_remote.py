@@ -37,7 +37,13 @@ from support.servers import (
 from support.sources import outcome
 
 import r2ncli
-from r2ncli.errors import FailedInputError, ImageError, InputNotFoundError, UsageError
+from r2ncli.errors import (
+    FailedInputError,
+    ImageError,
+    InputNotFoundError,
+    OutputError,
+    UsageError,
+)
 from r2ncli.sources import remote
 from r2ncli.sources.remote import is_url
 from r2ncli.sources.selection import Selection
@@ -715,3 +721,18 @@ def test_a_proxy_is_asked_for_an_international_host_in_ascii(
     name = "http://bücher.example/x.jpg"
     assert outcomes(name) == {name: JPEG}
     assert server.headers[0]["Host"] == "xn--bcher-kva.example"
+
+
+def test_a_run_is_not_resumed_with_another_query(
+    server: Server, tmp_path: Path, tiny_weights: Path
+) -> None:
+    for number in (1, 2):
+        server.answers[f"/image.php?id={number}&sig=a"] = content(JPEG)
+        server.answers[f"/image.php?id={number}&sig=b"] = content(JPEG)
+    out = tmp_path / "x.csv"
+    options: dict[str, Any] = {"weights": tiny_weights}
+    r2ncli.classify_to(out, server.at("/image.php?id=1&sig=a"), **options)
+    r2ncli.classify_to(out, server.at("/image.php?id=1&sig=b"), resume=True, **options)
+    assert sum(server.asked.values()) == 1  # another signature is the same input
+    with pytest.raises(OutputError, match=r"it has .*id=1, now there is .*id=2"):
+        r2ncli.classify_to(out, server.at("/image.php?id=2&sig=b"), resume=True, **options)
