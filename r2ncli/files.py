@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +18,10 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 
 # what a file system answers that cannot synchronise, or cannot lock
-UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+UNSUPPORTED = {
+    *(errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK),
+    *(errno.ENOTTY, errno.EPROTONOSUPPORT),
+}
 
 
 def open_regular(path: PathLike, buffering: int = -1) -> tuple[BinaryIO, os.stat_result]:
@@ -120,6 +125,8 @@ def replace(temporary: Path, path: Path) -> None:
         if not path.is_file():
             raise
         old = temporary.with_name(temporary.name + ".old")
+        with suppress(FileNotFoundError):
+            old.unlink()
         os.rename(path, old)
         try:
             os.rename(temporary, path)
@@ -156,6 +163,31 @@ def _sync(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
+def belongs_to_us(folder: Path, status: os.stat_result) -> bool:
+    """Return whether a folder has the owner that a file made by this process gets beside it.
+
+    On network file systems that may be another user than the one of the process.
+    """
+    if os.name == "nt" or status.st_uid == os.geteuid():
+        return True
+    try:
+        with tempfile.TemporaryFile(dir=folder.parent) as made:
+            return os.fstat(made.fileno()).st_uid == status.st_uid
+    except OSError:
+        return False
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Return how many bytes are free; None where the file system says nothing, or zero.
+
+    Some network file systems say zero and take every write; a disk that is full says so itself.
+    """
+    try:
+        return shutil.disk_usage(folder).free or None
+    except OSError:
+        return None
+
+
 def take_lock(path: Path, *, wait: bool = False) -> BaseFileLock | None:
     """Lock the file `path`; where another process holds the lock, wait for it or return None.
 
@@ -190,12 +222,20 @@ def take_lock(path: Path, *, wait: bool = False) -> BaseFileLock | None:
 def remove_lock(lock: BaseFileLock) -> None:
     """Remove the file of a lock that is held, and release the lock."""
     path = Path(lock.lock_file)
+    removed = False
     with suppress(OSError):
         path.unlink(missing_ok=True)  # while it is held: afterwards it may be another process's
-    lock.release()
-    if os.name == "nt":  # Windows cannot remove a file that a process has open
+        removed = True
+    release(lock)
+    if not removed:  # Windows, and some of its file servers, remove no file that is open
         with suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def release(lock: BaseFileLock) -> None:
+    """Release a lock; its file stays. Where that fails, the lock ends with the process."""
+    with suppress(OSError):
+        lock.release()
 
 
 def reason(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from os import PathLike as OsPathLike
@@ -149,7 +150,8 @@ def run_to_file(
     record = run_record(opened, kind.packages)
     again = "`retry_failed`" if options.retry_failed else "`resume`"
     format = task.format(kind, options, opened.predictor)
-    with PartialOutput(out, format, f"continue with {again}") as partial, opened.walk:
+    again = f"continue with {again}"
+    with PartialOutput(out, format, again, listeners.on_warning) as partial, opened.walk:
         return _execute(opened, partial, choose_plan(partial, options, record))
 
 
@@ -179,7 +181,8 @@ def _execute(opened: Run, output: Output, plan: Fresh) -> Record:
     except OutputError:
         raise
     except BaseException:  # Ctrl-C, a failed device: keep the finished rows
-        output.flush()
+        with suppress(OutputError):  # it would hide the error that ended the run
+            output.flush()
         raise
     record = plan.finish(plan.done + done, plan.failed + failed)
     opened.report_left_out()

@@ -49,6 +49,27 @@ def test_a_pipe_is_an_error_and_no_wait(tmp_path: Path) -> None:
     relief.join()
 
 
+def test_a_regular_file_under_a_lease_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening it without waiting fails at first; a blocking open makes its holder give it up."""
+    real = os.open
+
+    def leased(path: Any, flags: int, *more: Any, **others: Any) -> int:
+        if flags & os.O_NONBLOCK:
+            raise BlockingIOError(errno.EWOULDBLOCK, "Resource temporarily unavailable", path)
+        return real(path, flags, *more, **others)
+
+    (tmp_path / "x").write_bytes(b"content")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(os, "open", leased)
+    file, _ = open_regular(tmp_path / "x")
+    with file:
+        assert file.read() == b"content"
+    with pytest.raises(BlockingIOError):  # and no wait
+        open_regular(tmp_path / "pipe")
+
+
 def test_what_is_not_opened_leaves_no_descriptor(tmp_path: Path) -> None:
     gc.collect()  # what earlier tests left open
     before = sorted(os.listdir("/dev/fd"))
@@ -199,6 +220,42 @@ def test_a_lock_is_for_one_and_its_file_goes_with_it(tmp_path: Path) -> None:
     again = take_lock(path)
     assert again is not None
     again.release()
+
+
+def test_a_lock_file_that_cannot_be_removed_while_it_is_open_is_removed_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows' file servers."""
+    lock = take_lock(tmp_path / "lock")
+    assert lock is not None
+    unlink = Path.unlink
+
+    def refusing(path: Path, missing_ok: bool = False) -> None:
+        if lock.is_locked:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refusing)
+    remove_lock(lock)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_that_cannot_be_released_hides_no_other_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    lock = take_lock(tmp_path / "lock")
+    assert lock is not None
+    with monkeypatch.context() as patched:
+
+        def refusing(*_: object) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        patched.setattr(fcntl, "flock", refusing)
+        remove_lock(lock)
+    assert os.listdir(tmp_path) == []
+    lock.release(force=True)
 
 
 def test_waiting_for_a_lock_ends_when_it_is_removed_with_its_folder(tmp_path: Path) -> None:

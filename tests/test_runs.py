@@ -484,6 +484,19 @@ def test_a_forged_batch_size_takes_no_memory(tmp_path, pictures, tiny_weights):
     assert record["batch_size"] == 10**9  # it is the finished one's: nothing was computed
 
 
+def test_rows_that_cannot_be_kept_hide_no_other_error(
+    tmp_path, pictures, tiny_weights, monkeypatch
+):
+    def full(*_):
+        raise OutputError("no space left on device")
+
+    monkeypatch.setattr("r2ncli.outputs.partial.PartialOutput.flush", full)
+    with pytest.raises(StopAfterError):
+        r2ncli.classify_to(
+            tmp_path / "x.csv", pictures, weights=tiny_weights, on_progress=stop_after(5)
+        )
+
+
 def test_no_image_found_leaves_nothing_behind(tmp_path, tiny_weights):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputNotFoundError, match="no image found"):

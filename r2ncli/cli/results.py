@@ -79,7 +79,13 @@ def merge(
     from r2ncli.outputs.merge import merge as join
 
     with Report("merge", quiet) as report:
-        counts = join(shards, output, overwrite=overwrite, on_progress=report.rows)["counts"]
+        counts = join(
+            shards,
+            output,
+            overwrite=overwrite,
+            on_progress=report.rows,
+            on_warning=report.sentence,
+        )["counts"]
     if not quiet:
         failed = f" ({counts['failed']:,} failed)" if counts["failed"] else ""
         say(f"{counts['inputs']:,} images{failed} of {len(shards)} shards -> {output}")

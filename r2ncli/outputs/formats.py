@@ -210,11 +210,11 @@ class RowFormat:
             PROBABILITY: np.full(shape, np.nan, np.float32),
         }
         names = self._ranked()
-        for number, (_, status, _, *values) in enumerate(rows):
-            if status == "ok":
-                for place, name in enumerate(names):
-                    found = values[place :: len(names)]
-                    columns[name][number] = list(map(CELLS[name], found))
+        ok = [row for row in rows if row[1] == "ok"]
+        places = [number for number, row in enumerate(rows) if row[1] == "ok"]
+        for place, name in enumerate(names, start=3):
+            cells = [cell for row in ok for cell in row[place :: len(names)]]
+            columns[name][places] = CELLS[name](cells).reshape(len(ok), self.topk)
         return Batch(
             [row[0] for row in rows],
             [None if row[1] == "ok" else row[2] or "" for row in rows],
@@ -377,15 +377,19 @@ def _values(row: dict[str, Any]) -> Cells:
 
 def _parquet_rows(file: Any) -> Iterator[Cells]:
     """Yield the rows; texts are dictionaries, so that a long one is not repeated before a check."""
+    from pyarrow import compute
+
     for batch in file.iter_batches(ROWS_AT_ONCE, use_threads=False):
-        left = GROUP_CHARACTERS
+        columns, left = [], GROUP_CHARACTERS
         for column in batch.columns:
             if hasattr(column, "dictionary"):
-                lengths = np.array([len(text) for text in column.dictionary.to_pylist()])
-                left -= int(lengths[column.indices.drop_null().to_numpy()].sum())
+                lengths = compute.binary_length(column.dictionary).take(column.indices)
+                left -= compute.sum(lengths).as_py() or 0
                 if left < 0:
                     raise ValueError("its texts are too long")
-        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+                column = column.dictionary_decode()
+            columns.append(column.to_pylist())
+        yield from zip(*columns, strict=True)
 
 
 _PARQUET_NAMES = {"int32": "int32", "float32": "float", "string": "string"}

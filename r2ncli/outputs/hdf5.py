@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import IO, Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,11 @@ CHUNK_BYTES = 4_000_000
 STRINGS_AT_ONCE = 4096  # names held while a file is joined or read
 # features in memory at once: some slabs of a few rows each, for rows that come in another order
 SLAB_ROWS, SLAB_BYTES, SLABS = 64, 4_000_000, 16
+
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '([<|][bfU][0-9]{1,9})', 'fortran_order': False, "
+    rb"'shape': \(([0-9]{0,18}(?:, ?[0-9]{0,18})*)\), \} *\n"
+)
 
 Record = Mapping[str, Any]
 
@@ -70,14 +76,16 @@ class Hdf5Format:
         return np.dtype(self.dtype).itemsize * sum(map(math.prod, self.shapes.values()))
 
     def read_block(self, block: Path) -> Iterator[tuple[str, bool]]:
-        arrays = _read_block(block)
-        rows = zip(arrays["paths"].tolist(), arrays["failed"].tolist(), strict=True)
-        for layer, shape in self.shapes.items():
-            values = arrays[_column(layer)]
-            if values.shape != (len(arrays["paths"]), *shape) or values.dtype != self.dtype:
-                raise ValueError(f"features of another shape or type: {layer}")
-        for name, failed in rows:
-            yield checked_text(name), failed
+        with _open_block(block) as arrays:
+            names, failed = arrays.array("paths"), arrays.array("failed")
+            if failed.dtype != bool:
+                raise ValueError("its rows are neither ok nor failed")
+            for layer, shape in self.shapes.items():
+                expected = np.dtype(self.dtype), (len(names), *shape)
+                if arrays.header(_column(layer)) != expected:
+                    raise ValueError(f"features of another shape or type: {layer}")
+        for name, one_failed in zip(names.tolist(), failed.tolist(), strict=True):
+            yield checked_text(name), one_failed
 
     def join(self, blocks: Sequence[Path], out: Path, record: Record) -> None:
         count = sum(1 for block in blocks for _ in self.read_block(block))
@@ -285,38 +293,58 @@ class _Disk(io.FileIO):
             raise self.error
 
 
-def _read_block(block: Path, *keys: str) -> dict[str, npt.NDArray[Any]]:
-    """Return the arrays of a block, or some of them.
+class _Block:
+    """A block that is open: an uncompressed .npz file, as numpy's own writer writes it.
 
-    Raises
-    ------
-    ValueError
-        An array is compressed, or has another size than its header says.
+    Every method raises a ValueError or a LookupError where it is something else.
     """
+
+    def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
+        self._archive = archive
+        self._members = {member.filename: member for member in archive.infolist()}
+        members = self._members.values()
+        if sum(member.file_size for member in members) > size or any(
+            member.compress_type for member in members
+        ):
+            raise ValueError("its arrays are larger than the file")
+
+    def array(self, key: str) -> npt.NDArray[Any]:
+        """Return an array."""
+        with self._archive.open(self._members[f"{key}.npy"]) as content:
+            dtype, shape = self._header(key, content)
+            array = np.frombuffer(content.read(), dtype).reshape(shape)
+        if dtype.kind == "U":
+            characters = array.view("<u4")
+            if ((characters >= 0xD800) & (characters < 0xE000) | (characters > 0x10FFFF)).any():
+                raise ValueError("a text that is no Unicode")
+        return array
+
+    def header(self, key: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """Return the type and shape of an array without reading it."""
+        with self._archive.open(self._members[f"{key}.npy"]) as content:
+            return self._header(key, content)
+
+    def _header(self, key: str, content: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        start = content.read(10)
+        if start[:8] != b"\x93NUMPY\x01\x00":
+            raise ValueError("an array of another version")
+        length = int.from_bytes(start[8:], "little")
+        header = _NPY_HEADER.fullmatch(content.read(length))
+        if header is None:
+            raise ValueError("an array of another type or shape")
+        dtype = np.dtype(header[1].decode())
+        shape = tuple(int(axis) for axis in header[2].split(b",") if axis.strip())
+        size = self._members[f"{key}.npy"].file_size - length - len(start)
+        if math.prod(shape) * dtype.itemsize != size:
+            raise ValueError("an array of another size")
+        return dtype, shape
+
+
+@contextmanager
+def _open_block(block: Path) -> Iterator[_Block]:
     file, status = open_regular(block)
     with file, zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-        stored = sum(member.file_size for member in members)
-        if stored > status.st_size or any(member.compress_type for member in members):
-            raise ValueError("its arrays are larger than the file")
-        wanted = {member.filename.removesuffix(".npy"): member for member in members}
-        arrays = {}
-        for key in keys or wanted:
-            with archive.open(wanted[key]) as content:
-                arrays[key] = _read_array(content, wanted[key].file_size)
-    return arrays
-
-
-def _read_array(content: Any, size: int) -> npt.NDArray[Any]:
-    """Return the array in an .npy file of `size` bytes."""
-    version = np.lib.format.read_magic(content)
-    if version != (1, 0):
-        raise ValueError("an array of another version")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(content)
-    header = content.tell()
-    if dtype.kind not in "bfU" or fortran or math.prod(shape) * dtype.itemsize != size - header:
-        raise ValueError("an array of another type or size")
-    return np.frombuffer(content.read(), dtype).reshape(shape)
+        yield _Block(archive, status.st_size)
 
 
 def _slabs(
@@ -326,7 +354,8 @@ def _slabs(
     start, waiting = 0, []
     for block in [*blocks, None]:
         if block is not None:
-            waiting.append(_as_stored(_read_block(block, key)[key]))
+            with _open_block(block) as arrays:
+                waiting.append(_as_stored(arrays.array(key)))
         while waiting and (sum(map(len, waiting)) >= rows_at_once or block is None):
             joined = np.concatenate(waiting)
             slab, rest = joined[:rows_at_once], joined[rows_at_once:]

@@ -28,6 +28,7 @@ def merge(
     *,
     overwrite: bool = False,
     on_progress: Callable[[int], None] | None = None,
+    on_warning: Callable[[str], None] = lambda _: None,
 ) -> Record:
     """Join the finished outputs of the shards ``1/N`` to ``N/N`` into `output`, in shard order.
 
@@ -41,6 +42,8 @@ def merge(
         Replace an existing output.
     on_progress : callable, optional
         Takes the number of rows that are copied, after each batch.
+    on_warning : callable, optional
+        Takes a warning as a sentence: the file system has no locks.
 
     Returns
     -------
@@ -71,7 +74,7 @@ def merge(
     _check_settings(ordered)
     record = _merged_record([record for _, record in ordered])
     done = 0
-    with PartialOutput(out, _format(ordered), AGAIN) as partial:
+    with PartialOutput(out, _format(ordered), AGAIN, on_warning) as partial:
         if not overwrite:
             refuse_existing(out, began=bool(partial.blocks()), choices=AGAIN)
         partial.begin(record)

@@ -11,10 +11,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import stat
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from os import PathLike as OsPathLike
 from pathlib import Path
@@ -22,7 +20,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from r2ncli.errors import OutputError
-from r2ncli.files import create, reason, remove_lock, replace, sync, take_lock, write_whole
+from r2ncli.files import (
+    belongs_to_us,
+    create,
+    free_bytes,
+    reason,
+    release,
+    remove_lock,
+    replace,
+    sync,
+    take_lock,
+    write_whole,
+)
 from r2ncli.outputs.formats import Format, Record, format_of
 from r2ncli.outputs.reading import DAMAGE, read_json_record, shortened
 from r2ncli.outputs.record import (
@@ -32,6 +41,7 @@ from r2ncli.outputs.record import (
     read_stamps,
     record_path,
     stamps_path,
+    target_of,
 )
 from r2ncli.outputs.rows import Batch
 from r2ncli.sources.content import Stamp
@@ -54,6 +64,7 @@ class PartialOutput:
     a folder without blocks is removed. Files that r2n did not write are never
     touched: a folder that holds one, or a link, or belongs to another user, is refused. Files are
     created under temporary names and renamed, never opened for writing where they exist.
+    If the output is a link, its target is written, and the folder is beside the target.
 
     Attributes
     ----------
@@ -63,8 +74,16 @@ class PartialOutput:
         Rows in finished blocks.
     """
 
-    def __init__(self, output: Path, format: Format, again: str = "continue with `resume`") -> None:
+    def __init__(
+        self,
+        output: Path,
+        format: Format,
+        again: str = "continue with `resume`",
+        on_warning: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.output = output
+        self._target = target_of(output)
+        self._on_warning = on_warning
         self.folder = partial_folder(output)
         self.format = format
         self.again = again
@@ -180,7 +199,7 @@ class PartialOutput:
         self.flush()
         blocks = self.blocks()
         needed = sum(block.stat().st_size for block in blocks)
-        free = _free_bytes(self.folder)
+        free = free_bytes(self.folder)
         if free is not None and needed > free:
             raise OutputError(
                 f"{self.output}: {needed:,} bytes are needed to join the finished blocks, "
@@ -194,8 +213,8 @@ class PartialOutput:
                 self._write("final.json", json_bytes(record))
                 replace(self.folder / "final.json", record_path(self.output))
             self._finish_stamps(len(blocks))
-            replace(joined, self.output)
-            sync(self.output.parent)
+            replace(joined, self._target)
+            sync(self._target.parent)
         except DAMAGE as error:
             with suppress(OSError):
                 joined.unlink(missing_ok=True)
@@ -244,6 +263,10 @@ class PartialOutput:
             raise OutputError(f"{self.output}: cannot be written: {reason(error)}") from error
         if lock is None:
             raise _locked_by_another(self.output)
+        if not lock.is_locked:
+            self._on_warning(
+                f"{self.output}: its file system has no locks; do not start a second run on it"
+            )
         return lock
 
     def _remove_folder(self) -> None:
@@ -270,7 +293,7 @@ class PartialOutput:
 
     def _release(self) -> None:
         if self._lock is not None:
-            self._lock.release()
+            release(self._lock)
             self._lock = None
 
     def _write(self, name: str, content: bytes) -> None:
@@ -308,11 +331,14 @@ def checked_output(
     OutputError
         It cannot be written, or exists.
     """
-    out = Path(output)
+    out = Path(os.path.expanduser(output))
     format = format_of(out, content)
     try:
-        if not out.parent.is_dir():
-            raise OutputError(f"{out}: cannot be written: there is no folder {out.parent}")
+        with suppress(FileNotFoundError):
+            out.stat()  # raises for links that lead to each other
+        folder = target_of(out).parent
+        if not folder.is_dir():
+            raise OutputError(f"{out}: cannot be written: there is no folder {folder}")
         if out.is_dir():
             raise OutputError(f"{out}: cannot be written: it is a folder")
         for name in (out, partial_folder(out), record_path(out)):
@@ -320,13 +346,15 @@ def checked_output(
         _refuse_irregular(out)
         _refuse_foreign(partial_folder(out), format)
         if not replaced:
-            began = partial_folder(out).exists()
-            if began and (lock := take_lock(partial_folder(out) / "lock")) is None:
-                raise _locked_by_another(out)
-            if began and lock:
-                lock.release()
+            began = False
+            if (folder := partial_folder(out)).exists():
+                if (lock := take_lock(folder / "lock")) is None:
+                    raise _locked_by_another(out)
+                release(lock)
+                # a folder that could not be removed may hold nothing else
+                began = any(name != "lock" for name in os.listdir(folder))
             refuse_existing(out, began, choices)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a NUL in a name is a ValueError
         raise OutputError(f"{out}: cannot be written: {reason(error)}") from error
     return out
 
@@ -349,8 +377,9 @@ def _locked_by_another(out: Path) -> OutputError:
 
 
 def partial_folder(output: Path) -> Path:
-    """Return the folder in which an output grows: ``OUT.partial`` beside it."""
-    return output.with_name(output.name + ".partial")
+    """Return the folder in which an output grows: ``OUT.partial`` beside its file."""
+    target = target_of(output)
+    return target.with_name(target.name + ".partial")
 
 
 def begun_record(output: Path) -> dict[str, Any] | None:
@@ -364,15 +393,6 @@ def begun_record(output: Path) -> dict[str, Any] | None:
 def json_bytes(record: Record) -> bytes:
     """Return a record as the content of a JSON file."""
     return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _free_bytes(folder: Path) -> int | None:
-    """Return how many bytes are free; None where the file system does not know."""
-    try:
-        usage = shutil.disk_usage(folder)
-    except OSError:
-        return None
-    return usage.free if usage.total else None
 
 
 def _our_names(format: Format | type[Format]) -> re.Pattern[str]:
@@ -392,7 +412,7 @@ def _refuse_foreign(folder: Path, format: Format | type[Format]) -> None:
         if not stat.S_ISDIR(status.st_mode):
             what = "a link" if stat.S_ISLNK(status.st_mode) else "no folder"
             raise OutputError(f"{folder}: cannot be used: it is {what}. Move it away")
-        if not _belongs_to_us(folder, status):
+        if not belongs_to_us(folder, status):
             raise OutputError(
                 f"{folder}: belongs to another user (number {status.st_uid}). "
                 "Give another output, or continue as that user"
@@ -412,20 +432,6 @@ def _refuse_foreign(folder: Path, format: Format | type[Format]) -> None:
         return
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {reason(error)}") from error
-
-
-def _belongs_to_us(folder: Path, status: os.stat_result) -> bool:
-    """Return whether a folder has the owner that a file made by this process gets beside it.
-
-    On network file systems that may be another user than the one of the process.
-    """
-    if os.name == "nt" or status.st_uid == os.geteuid():
-        return True
-    try:
-        with tempfile.TemporaryFile(dir=folder.parent) as made:
-            return os.fstat(made.fileno()).st_uid == status.st_uid
-    except OSError:
-        return False
 
 
 def _refuse_irregular(out: Path) -> None:

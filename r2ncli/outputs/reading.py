@@ -19,6 +19,7 @@ from types import NoneType
 from typing import Any, TextIO
 
 import numpy as np
+import numpy.typing as npt
 
 from r2ncli.errors import OutputError
 from r2ncli.files import open_regular
@@ -127,28 +128,35 @@ def checked_rows(rows: Iterator[Cells]) -> Iterator[Cells]:
         yield row
 
 
-def _index(cell: Any) -> int:
-    if type(cell) not in (int, str):
-        raise ValueError(f"an index of the type {type(cell).__name__}")
-    return int(cell)
+def _indices(cells: Cells) -> npt.NDArray[np.int64]:
+    _check_types(cells, int, str)
+    return np.array([*map(int, cells)], np.int64)
 
 
-def _probability(cell: Any) -> np.float32:
-    if type(cell) not in (int, float, str, NoneType):
-        raise ValueError(f"a probability of the type {type(cell).__name__}")
+def _probabilities(cells: Cells) -> npt.NDArray[np.float32]:
+    _check_types(cells, int, float, str, NoneType)
     with np.errstate(over="ignore"):  # infinity
-        return np.float32(np.nan if cell is None else cell)
+        return np.array([np.nan if cell is None else cell for cell in cells], np.float32)
 
 
-def _label(cell: Any) -> str | None:
-    return checked_text(cell) if cell or not isinstance(cell, str | None) else None
+def _labels(cells: Cells) -> npt.NDArray[Any]:
+    _check_types(cells, str, NoneType)
+    labels = [cell or None for cell in cells]
+    checked_text("".join(filter(None, labels)))
+    return np.array(labels, object)
 
 
-CELLS: dict[str, Callable[[Any], Any]] = {
-    INDEX: _index,
-    PROBABILITY: _probability,
-    WNID: _label,
-    LABEL: _label,
+def _check_types(cells: Cells, *types: type) -> None:
+    if wrong := {*map(type, cells)} - {*types}:
+        raise ValueError(f"a cell of the type {wrong.pop().__name__}")
+
+
+# how the cells of each kind of column become an array
+CELLS: dict[str, Callable[[Cells], npt.NDArray[Any]]] = {
+    INDEX: _indices,
+    PROBABILITY: _probabilities,
+    WNID: _labels,
+    LABEL: _labels,
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -96,14 +97,22 @@ def labels_digest(labels: Labels) -> str:
     return hashlib.sha256(json.dumps([labels.labels, labels.wnids]).encode()).hexdigest()
 
 
+def target_of(output: Path) -> Path:
+    """Return the file that an output's name means: ``~`` is expanded, and a link is followed."""
+    output = Path(os.path.expanduser(output))
+    return Path(os.path.realpath(output)) if output.is_symlink() else output
+
+
 def record_path(output: Path) -> Path:
-    """Return the path of an output's run record: ``OUT.run.json`` beside it."""
-    return output.with_name(output.name + ".run.json")
+    """Return the path of an output's run record: ``OUT.run.json`` beside its file."""
+    target = target_of(output)
+    return target.with_name(target.name + ".run.json")
 
 
 def stamps_path(output: Path) -> Path:
-    """Return the path of an output's stamps: ``OUT.inputs`` beside it."""
-    return output.with_name(output.name + ".inputs")
+    """Return the path of an output's stamps: ``OUT.inputs`` beside its file."""
+    target = target_of(output)
+    return target.with_name(target.name + ".inputs")
 
 
 def pack_stamps(stamps: Sequence[Stamp | None]) -> bytes:

@@ -5,6 +5,7 @@ Everything is streamed: at most a row group of Parquet, or a few rows of feature
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from r2ncli.errors import InputNotFoundError
+from r2ncli.files import reason
 from r2ncli.outputs.formats import Format, format_of
 from r2ncli.outputs.reading import DAMAGE, damage_as_error, read_json_record
 from r2ncli.outputs.record import read_stamps, record_path, stamps_path
@@ -30,9 +32,13 @@ def existing_result(output: str | OsPathLike[str]) -> Path:
     UsageError
         No format has its suffix, or the format needs a library that is not installed.
     """
-    path = Path(output)
+    path = Path(os.path.expanduser(output))
     format_of(path)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:
+        raise InputNotFoundError(f"{path}: cannot be read: {reason(error)}") from error
+    if not found:
         raise InputNotFoundError(f"no such file: {path}")
     return path
 
@@ -49,7 +55,9 @@ def read_record(output: Path) -> dict[str, Any]:
     try:
         if format.holds_record:
             return format.read_record(output)
-        return read_json_record(record_path(output))
+        beside_link = output.with_name(output.name + ".run.json")
+        path = record_path(output)
+        return read_json_record(path if path.exists() else beside_link)
     except DAMAGE:
         return {}
 

@@ -238,7 +238,8 @@ def mutate_zip(content: bytes, random: Random) -> bytes:
     elif action < 0.9:
         members.insert(number, (name, mutate(name, member, random)))
     elif action < 0.95:
-        members[number] = mutate_text(name, random).encode(errors="replace").decode() or "x", member
+        text = mutate_text(name, random).encode(errors="replace").decode()
+        members[number] = text.partition("\0")[0] or "x", member  # zipfile writes no other name
     else:
         members[number] = name, member * random.choice((2, 100))
     method = random.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))

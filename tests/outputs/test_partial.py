@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +19,8 @@ from support.results import LABELLED, append, batch_of, classified, read_csv, wr
 
 from r2ncli.errors import OutputError
 from r2ncli.outputs.hdf5 import Hdf5Format
-from r2ncli.outputs.partial import BLOCK_ROWS, PartialOutput, checked_output
+from r2ncli.outputs.partial import BLOCK_ROWS, PartialOutput, checked_output, partial_folder
+from r2ncli.outputs.results import existing_result, read_record
 from r2ncli.outputs.rows import CLASSES, Features
 from r2ncli.sources.content import Stamp
 
@@ -470,3 +474,155 @@ def test_an_output_that_is_complete_is_so_although_its_folder_cannot_be_removed(
         monkeypatch.setattr(Path, "unlink", refusing)
         partial.finish({})
     assert len(read_csv(tmp_path / "x.csv")) == 1
+
+
+# --- where outputs are -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_where_the_output_is_a_link_its_target_is_written(tmp_path, there):
+    (tmp_path / "disk").mkdir()
+    link, target = tmp_path / "x.csv", tmp_path / "disk" / "y.csv"
+    if there:
+        target.write_text("old")
+    link.symlink_to("z")
+    (tmp_path / "z").symlink_to("disk/y.csv")
+    checked_output(link, CLASSES, replaced=there)
+    with PartialOutput(link, LABELLED) as partial:
+        partial.begin({"r": 1})
+        assert partial.folder == tmp_path / "disk" / "y.csv.partial"
+        row = batch_of([classified("a", 0.5, 0.5)], LABELLED)
+        partial.append(replace(row, stamps=[Stamp(5, 6)]))
+        partial.finish({"r": 1})
+    assert link.is_symlink()
+    assert [row["path"] for row in read_csv(target)] == ["a"]
+    beside = ["y.csv", "y.csv.inputs", "y.csv.run.json"]
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == beside
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "x.csv", "z"]
+    assert read_record(link) == {"r": 1}
+
+
+def test_an_output_behind_a_link_is_kept_and_named_as_it_was_typed(tmp_path):
+    write(tmp_path / "y.csv", LABELLED, [classified("a", 0.5, 0.5)])
+    (tmp_path / "x.csv").symlink_to("y.csv")
+    with pytest.raises(OutputError, match=r"x\.csv exists \(a finished output\)"):
+        checked_output(tmp_path / "x.csv", CLASSES, replaced=False)
+
+
+def test_a_run_record_beside_a_link_is_read_where_its_target_has_none(tmp_path):
+    """As in the folders of tools that keep large files elsewhere under a digest."""
+    write(tmp_path / "y.csv", LABELLED, [classified("a", 0.5, 0.5)], {"r": 1})
+    (tmp_path / "y.csv").rename(tmp_path / "0123")
+    (tmp_path / "y.csv").symlink_to("0123")
+    assert read_record(tmp_path / "y.csv") == {"r": 1}
+
+
+def test_links_that_lead_to_each_other_are_an_output_error(tmp_path):
+    (tmp_path / "x.csv").symlink_to("y.csv")
+    (tmp_path / "y.csv").symlink_to("x.csv")
+    with pytest.raises(OutputError, match=r"x\.csv: cannot be written: too many levels of symbol"):
+        checked_output(tmp_path / "x.csv", CLASSES, replaced=True)
+
+
+def test_a_link_into_a_folder_that_does_not_exist_is_an_output_error(tmp_path):
+    (tmp_path / "x.csv").symlink_to("nowhere/y.csv")
+    message = r"x\.csv: cannot be written: there is no folder .*nowhere$"
+    with pytest.raises(OutputError, match=message):
+        checked_output(tmp_path / "x.csv", CLASSES, replaced=True)
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    for given in ("~/x.csv", Path("~/x.csv")):
+        assert checked_output(given, CLASSES, replaced=False) == tmp_path / "home" / "x.csv"
+        assert partial_folder(Path(given)) == tmp_path / "home" / "x.csv.partial"
+    write(tmp_path / "home" / "x.csv", LABELLED, [classified("a", 0.5, 0.5)])
+    assert existing_result("~/x.csv") == tmp_path / "home" / "x.csv"
+    with pytest.raises(OutputError, match="there is no folder ~nobody-of-this-name"):
+        checked_output("~nobody-of-this-name/x.csv", CLASSES, replaced=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_every_file_of_an_output_has_the_permissions_that_the_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with PartialOutput(tmp_path / "x.csv", LABELLED) as partial:
+            partial.begin({"r": 1})
+            row = batch_of([classified("a", 0.5, 0.5)], LABELLED)
+            partial.append(replace(row, stamps=[Stamp(5, 6)]))
+            partial.finish({"r": 1})
+        write(tmp_path / "f.h5", Hdf5Format({"x": (1,)}), [Features("a", {"x": np.ones(1, "f4")})])
+    finally:
+        os.umask(before)
+    for name in ("x.csv", "x.csv.run.json", "x.csv.inputs", "f.h5"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask, name
+
+
+@pytest.mark.parametrize(
+    "usage", [(0, 0, 0), (1000, 1000, 0), OSError(errno.ENOSYS, "Function not implemented")]
+)
+def test_a_file_system_that_does_not_know_its_free_space_is_tried(tmp_path, monkeypatch, usage):
+    def answer(_):
+        if isinstance(usage, OSError):
+            raise usage
+        return SimpleNamespace(total=usage[0], used=usage[1], free=usage[2])
+
+    monkeypatch.setattr(shutil, "disk_usage", answer)
+    write(tmp_path / "x.csv", LABELLED, [classified("a", 0.5, 0.5)])
+    assert len(read_csv(tmp_path / "x.csv")) == 1
+
+
+def test_a_full_disk_is_noticed_before_blocks_are_joined(tmp_path, monkeypatch):
+    usage = SimpleNamespace(total=1000, used=995, free=5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    message = r"bytes are needed .* 5 are free.*continue with `resume`"
+    with pytest.raises(OutputError, match=message):
+        write(tmp_path / "x.csv", LABELLED, [classified("a", 0.5, 0.5)])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_a_run_goes_on_with_one_warning(tmp_path, monkeypatch, number):
+    def refusing(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refusing)
+    said = []
+    with PartialOutput(tmp_path / "x.csv", LABELLED, on_warning=said.append) as partial:
+        partial.begin({})
+        append(partial, classified("a", 0.5, 0.5))
+        partial.finish({})
+    assert len(read_csv(tmp_path / "x.csv")) == 1
+    assert said == [
+        f"{tmp_path}/x.csv: its file system has no locks; do not start a second run on it"
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "x.csv.run.json"]
+
+
+def test_advice_never_destroys_rows_that_are_whole(tmp_path):
+    """What is written where a run cannot be resumed names no option that removes its rows."""
+    for damage in (lambda block: block.unlink(), cut):
+        partial = begun(tmp_path)
+        damage(partial.blocks()[1])
+        with pytest.raises(OutputError) as raised:
+            list(partial.names())
+        assert "overwrite" not in str(raised.value)
+        shutil.rmtree(partial.folder)
+
+
+@pytest.mark.parametrize("left", [[], ["lock"]])
+def test_a_folder_that_could_not_be_removed_is_no_unfinished_run(tmp_path, left):
+    folder = tmp_path / "x.csv.partial"
+    folder.mkdir()
+    for name in left:
+        (folder / name).touch()
+    checked_output(tmp_path / "x.csv", CLASSES, replaced=False)
+    write(tmp_path / "x.csv", LABELLED, [classified("a", 0.5, 0.5)])
+    assert not folder.exists()
+
+
+def test_a_nul_in_the_name_of_an_output_is_an_output_error():
+    with pytest.raises(OutputError, match="cannot be written: embedded null byte"):
+        checked_output("x\0y.csv", CLASSES, replaced=False)
