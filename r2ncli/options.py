@@ -8,6 +8,7 @@ file is quick, because ``r2n --help`` needs it.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields
 from operator import index
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from r2ncli.engine import AUTO, BACKENDS, INT8, POOLS, PRECISIONS
 from r2ncli.errors import UsageError
 from r2ncli.images.decoders import MAX_BYTES, MAX_PIXELS, DecodeRules
-from r2ncli.sources.selection import TIMEOUT, Selection, parse_shard
+from r2ncli.sources.selection import TIMEOUT, USER_AGENT, Selection, parse_shard
 
 if TYPE_CHECKING:
     from r2ncli.weights.download import DownloadProgress
@@ -266,6 +267,9 @@ class RunOptions:
         flags=("-0", "--null"),
     )
     timeout: float = _option(TIMEOUT, "Give up on a remote image after this many seconds.", INPUTS)
+    user_agent: str | None = _option(
+        None, "Name this program to the servers of images.", INPUTS, shown="r2n and its version"
+    )
     on_error: str = _option(
         "continue",
         "Turn an image that cannot be used into a failed row (continue), or end the run at the "
@@ -296,6 +300,8 @@ class RunOptions:
             raise UsageError(
                 f"`timeout` must be more than 0 and less than 86400 seconds, not {self.timeout:g}"
             )
+        if not re.fullmatch(r"[\x21-\x7e][\x20-\x7e]{0,999}", self.user_agent or USER_AGENT):
+            raise UsageError(f"`user_agent` must be one line of ASCII, not {self.user_agent!r}")
         if self.shard is not None:
             parse_shard(self.shard)
         if self.precision == INT8 and self.calibration is None:
@@ -321,6 +327,7 @@ class RunOptions:
             null=self.null,
             timeout=self.timeout,
             max_bytes=self.max_bytes,
+            user_agent=self.user_agent or USER_AGENT,
         )
 
     def decode_rules(self) -> DecodeRules:

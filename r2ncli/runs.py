@@ -77,6 +77,11 @@ class Run:
             Progress(len(batch), failures, done, failed, self.walk.found, self.walk.ended)
         )
 
+    def report_left_out(self) -> None:
+        """Tell the listener, at the end, how many files of which suffixes were left out."""
+        if sentence := self.walk.left_out.sentence():
+            self.listeners.on_warning(sentence)
+
 
 def open_run(task: Task, paths: Paths, options: RunOptions, listeners: Listeners) -> Run:
     """Check that every argument exists, load the weights and get the device ready.
@@ -109,6 +114,7 @@ def records(task: Task, paths: Paths, options: RunOptions, listeners: Listeners)
                 yield from task.records(batch)
                 opened.report(batch, done, failed)
                 done, failed = done + len(batch), failed + batch.failed
+        opened.report_left_out()
 
     return computed()
 
@@ -178,7 +184,9 @@ def _execute(opened: Run, output: Output, plan: Fresh) -> Record:
         with suppress(OutputError):  # it would hide the error that ended the run
             output.flush()
         raise
-    return plan.finish(plan.done + done, plan.failed + failed)
+    record = plan.finish(plan.done + done, plan.failed + failed)
+    opened.report_left_out()
+    return record
 
 
 class _Stream:

@@ -106,7 +106,9 @@ def test_nothing_is_connected_or_started_before_it_is_used() -> None:
     assert not any(client._pools for client in clients)
 
 
-def test_a_body_is_read_as_it_comes_and_not_unpacked(serve: Callable[..., Server]) -> None:
+def test_a_body_is_read_as_it_comes_though_it_is_called_gzip(
+    serve: Callable[..., Server],
+) -> None:
     go_on = threading.Event()
 
     def slowly(asked: BaseHTTPRequestHandler) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, NoReturn
 
@@ -36,7 +36,7 @@ class Input:
     """One input; `read` raises an `ImageError` if it cannot be read or is too large."""
 
     name: str  # its identity in every output
-    read: Read
+    read: Read = field(repr=False)  # it may hold a URL with a password
     remote: bool = False  # whether reading it waits for a network
     path: str | None = None  # the local file that it comes from: itself, or its archive
     alone: bool = False  # whether the next input may not be found before this one is read

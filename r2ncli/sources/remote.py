@@ -125,7 +125,8 @@ class InTime(io.RawIOBase):
         return len(piece)
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(Exception):  # a file system of fsspec can raise anything
+            self._file.close()
         super().close()
 
 
@@ -249,14 +250,15 @@ def match_remote(pattern: str, seconds: float) -> list[str]:
     UsageError
         No installed library opens such URLs.
     """
-    above, slash, below = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")
-
-    def look() -> tuple[str, dict[str, Any]]:
-        system, path = _system(pattern)
-        return system._strip_protocol(above + slash), system.glob(path, detail=True)
-
     with _opening(pattern):
-        above_path, matches = in_time(seconds, look)
+        return in_time(seconds, _matched, pattern)
+
+
+def _matched(pattern: str) -> list[str]:
+    above, slash, below = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")
+    system, path = _system(pattern)
+    above_path = system._strip_protocol(above + slash)
+    matches = system.glob(path, detail=True)
     folders = {found for found, entry in matches.items() if entry["type"] == "directory"}
     urls = []
     for found in sorted(matches, key=os.fsencode):

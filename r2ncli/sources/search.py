@@ -54,7 +54,9 @@ class Search:
         self.selection = selection
         self.budget = budget
         self.left_out = left_out
-        self.client = Client()  # one for each run; connects when it is first used
+        self.client = Client(
+            selection.user_agent
+        )  # one for each run; connects when it is first used
 
     def of_argument(self, argument: str) -> Iterator[Input]:
         """Return the inputs of an argument; check now that it exists, and read it later.
@@ -102,7 +104,7 @@ class Search:
         try:
             path, naming = _local(entry)
         except UsageError as error:
-            return iter([_failed(printable(entry), str(error))])
+            return iter([_failed(printable(without_secrets(entry)), str(error))])
         if is_tried(path):  # without `stat`, which would double the time
             return self._file(path, naming)
         if os.path.isdir(path) and _is_root(path):
@@ -196,7 +198,7 @@ class Search:
         return self._members(name, found, False, path)
 
     def _takes_member(self, archive: str, member: str) -> bool:
-        if not all(part in (".", "..") or is_visible(part) for part in member.split("/")):
+        if not all(part in (".", "..") or is_visible(part) for part in re.split(r"[/\\]", member)):
             return False
         if not is_tried(member):
             self.left_out.add_file(member)
@@ -276,7 +278,7 @@ def _local(text: str) -> tuple[str, Naming]:
         try:
             path = local_path(text)
         except ValueError as error:
-            raise UsageError(f"{text}: {error}") from error
+            raise UsageError(f"{without_secrets(text)}: {error}") from error
         if has_pattern(path) and not _may_exist(path):
             begin, host = re.findall(r"^(file:(?://([^/]*))?)", text, re.IGNORECASE)[0]
             return path, Naming(begin, os.path.expanduser(host) if "~" in host else "", True)

@@ -10,14 +10,29 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import starmap
 
+from r2ncli import __version__
 from r2ncli.errors import InputNotFoundError, UsageError
 from r2ncli.images.decoders import MAX_BYTES as MAX_BYTES
 from r2ncli.images.decoders import SUFFIXES as SUFFIXES
+from r2ncli.sources.names import printable
 
 TIMEOUT = 60.0
+USER_AGENT = f"r2n/{__version__} (image classification with Res2Net)"
 MOST_SUFFIXES = 1000  # how many different suffixes are counted separately
+MOST_LISTED = 30  # suffixes in the sentence at the end of a run
 MOST_NAMED = 5  # how many of them, or of empty lists, an error names
 OTHERS = "others"  # all further suffixes
+LONGEST_SUFFIX = 20  # characters; longer ones are counted together
+# folders of NAS systems, trash and file systems, in lower case
+SYSTEM_FOLDERS = {
+    *("__macosx", "@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
+    *("$recycle.bin", "lost+found", "system volume information"),
+}
+RAW_SUFFIXES = {  # what cameras write that is not decoded yet: the values of their sensors
+    *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".gpr", ".iiq"),
+    *(".kdc", ".mef", ".mos", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2"),
+    *(".rwl", ".sr2", ".srf", ".srw", ".x3f"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,7 @@ class Selection:
     null: bool = False  # names in lists end with a NUL byte instead of a line end
     timeout: float = TIMEOUT  # seconds that reading one remote image may take
     max_bytes: int = MAX_BYTES  # larger files become failed rows
+    user_agent: str = USER_AGENT  # what servers are told
 
     def left_out_by(self, name: str) -> str | None:
         """Return which option leaves out an image of this name: ``include``, ``exclude``, None."""
@@ -79,8 +95,9 @@ class LeftOut:
 
     def add_file(self, name: str) -> None:
         """Count a file whose suffix is not tried."""
-        suffix = os.path.splitext(name)[1].lower()
-        if suffix not in self.suffixes and len(self.suffixes) >= MOST_SUFFIXES:
+        suffix = printable(os.path.splitext(name)[1].lower())
+        is_new = suffix not in self.suffixes
+        if len(suffix) > LONGEST_SUFFIX or (is_new and len(self.suffixes) >= MOST_SUFFIXES):
             suffix = OTHERS
         self.suffixes[suffix] += 1
 
@@ -93,6 +110,31 @@ class LeftOut:
         """Note a list without a name."""
         if len(self.empty_lists) < MOST_NAMED:
             self.empty_lists.append(argument)
+
+    def sentence(self) -> str:
+        """Return the sentence for the end of a run about what was left out; empty if nothing."""
+        if not self.suffixes:
+            return ""
+        named = [f"{count:,} {_named(suffix)}" for suffix, count in sorted(self.suffixes.items())]
+        if len(named) > MOST_LISTED:
+            more = sum(count for _, count in sorted(self.suffixes.items())[MOST_LISTED:])
+            named[MOST_LISTED:] = [f"{more:,} more"]
+        total = _counted(sum(self.suffixes.values()), "file")
+        return f"left out {total}: {', '.join(named)}{self.advice()}"
+
+    def advice(self) -> str:
+        """Return what to do about files of a RAW format; empty if there are none."""
+        raw = sorted(RAW_SUFFIXES.intersection(self.suffixes))
+        if not raw:
+            return ""
+        return (
+            f"; RAW images ({', '.join(raw)}) are not decoded: convert them, or extract the JPEG "
+            "preview that each holds, for example with exiftool -b -JpgFromRaw"
+        )
+
+
+def _named(suffix: str) -> str:
+    return suffix or "without a suffix"
 
 
 def no_image_found(left_out: LeftOut) -> InputNotFoundError:
@@ -113,11 +155,12 @@ def no_image_found(left_out: LeftOut) -> InputNotFoundError:
     looked_for = "" if causes else f" (looked for files ending in {suffixes})"
     if left_out.suffixes:
         by_count = sorted(left_out.suffixes.items(), key=lambda pair: (-pair[1], pair[0]))
-        named = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in by_count]
+        named = [f"{count:,} {_named(suffix)}" for suffix, count in by_count]
         if more := sum(count for _, count in by_count[MOST_NAMED:]):
             named[MOST_NAMED:] = [f"{more:,} more"]
         causes.append(f"files with other suffixes: {', '.join(named)}")
-    return InputNotFoundError(f"no image found{looked_for}{': ' * bool(causes)}{'; '.join(causes)}")
+    why = f"{': ' * bool(causes)}{'; '.join(causes)}{left_out.advice()}"
+    return InputNotFoundError(f"no image found{looked_for}{why}")
 
 
 def _counted(count: int, noun: str) -> str:
@@ -146,8 +189,11 @@ def in_shard(name: str, shard: tuple[int, int]) -> bool:
 
 
 def is_visible(name: str) -> bool:
-    """Return whether a file or folder below an argument is visited: hidden ones are not."""
-    return not name.startswith(".") and name != "__MACOSX"
+    """Return whether a file or folder below an argument is visited.
+
+    Hidden ones are not, nor the folders of NAS systems, trash and file systems.
+    """
+    return not name.startswith(".") and name.lower() not in SYSTEM_FOLDERS
 
 
 def is_tried(name: str) -> bool:

@@ -4,7 +4,8 @@ Within a folder first its files, then its subfolders, depth first, each by the b
 its name. No file is `stat`ed while walking.
 
 An argument that exists as a path means that path. Any other is ``-`` (standard input),
-``@file`` (a list, one name a line), a URL, or a pattern with ``*``, ``?`` or ``[…]``.
+``@file`` (a list, one name a line), a URL, or a pattern with ``*``, ``?`` or ``[…]``; ``~`` is
+the home folder. An entry of a list is a path or a URL, and never the root folder.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def find_images(
     InputNotFoundError
         One of `paths` does not exist; before anything is yielded.
     UsageError
-        No installed library opens such URLs; before anything is yielded.
+        A URL is not one that is read, or no installed library opens it; before anything is
+        yielded.
     """
     arguments = [os.fspath(path) for path in paths]
     budget = Budget(BYTES_AHEAD if stop else float("inf"), stop or threading.Event())

@@ -280,6 +280,8 @@ def _ascii_host(host: str) -> str:
     As browsers do, and unlike Python's codec ``idna``, it keeps a ß, which is a letter of its own.
     """
     if host.isascii():
+        if not host.startswith("[") and re.search(r"[\s%\"<>^`{|}\\]", host):
+            raise ValueError("its host has a character that no host name can have")
         return host
     host, colon, port = re.fullmatch(r"(.*?)(?:(:)([0-9]*))?", host).groups("")  # type: ignore[union-attr]
     plain = unicodedata.normalize("NFKC", host).lower()

@@ -21,6 +21,7 @@ from r2ncli import web
 from r2ncli.architectures import DEMO
 from r2ncli.errors import CheckpointError
 from r2ncli.files import open_regular, publish, reason, remove_lock, take_lock
+from r2ncli.sources.selection import USER_AGENT
 from r2ncli.web import (
     Client,
     CutOffError,
@@ -33,7 +34,7 @@ from r2ncli.web import (
 
 OPEN_SECONDS = 8.0  # how long it may take until the answer begins
 FIRST_PAUSE_SECONDS = 1.0  # before the second attempt; each further one is twice as long
-STEADY_SECONDS = 30.0  # how long a server may send next to nothing (`Response.SLOWEST`)
+STEADY_SECONDS = 10.0  # how long a server may send next to nothing (`Response.SLOWEST`)
 PIECE_BYTES = 1 << 18
 
 
@@ -136,7 +137,7 @@ def _fetch(url: str, file: BinaryIO, destination: Path, on_progress: OnProgress 
             shutil.copyfileobj(source, file)
         return
     shown = without_secrets(url)
-    client = Client()
+    client = Client(USER_AGENT)
 
     def attempt() -> None:
         received = file.seek(0, os.SEEK_END)

@@ -272,3 +272,22 @@ def test_a_tilde_is_the_home_folder_in_arguments_and_lists(
     (here / "~/b.jpg").write_bytes(b"a folder called ~")
     (source,) = find_images(["~"], print)
     assert (source.name, outcome(source)) == ("~/b.jpg", b"a folder called ~")
+
+
+@pytest.mark.parametrize("scheme", [*remote.SCHEMES, "memory", "nonsense", "zip://a::http"])
+def test_no_password_of_an_entry_is_in_its_row(here: Path, scheme: str) -> None:
+    users = ("u:s3cr3t@", "u:a/s3cr3t@h", "u:a@b/s3cr3t@h", "u:s3cr3t@h:port", "u:s3cr3t@[::1")
+    entries = [
+        f"{scheme}://{user}{rest}"
+        for user in users
+        for rest in ("", "/x.jpg", "/*", "?token=s3cr3t")
+    ]
+    for source in in_list(here, *entries):
+        assert "s3cr3t" not in f"{source.name} {outcome(source)} {source}"
+    for entry in entries:
+        said = ""
+        try:
+            find_images([entry], print, Selection(timeout=2))
+        except (UsageError, InputNotFoundError) as error:
+            said = str(error)
+        assert "s3cr3t" not in said

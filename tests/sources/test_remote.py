@@ -37,7 +37,13 @@ from support.servers import (
 from support.sources import outcome
 
 import r2ncli
-from r2ncli.errors import FailedInputError, ImageError, InputNotFoundError, UsageError
+from r2ncli.errors import (
+    FailedInputError,
+    ImageError,
+    InputNotFoundError,
+    OutputError,
+    UsageError,
+)
 from r2ncli.sources import remote
 from r2ncli.sources.remote import is_url
 from r2ncli.sources.selection import Selection
@@ -519,8 +525,13 @@ def test_whatever_a_file_system_raises_is_a_row_or_an_exit_code(
     monkeypatch.setattr(type(memory), "glob", refusing)
     with pytest.raises(InputNotFoundError, match="unable to locate credentials"):
         find_images(["memory://p/x*"], print)
-    monkeypatch.setattr(type(memory), "ls", refusing)
+    monkeypatch.setattr(type(memory), "glob", lambda *_, **__: {"/p/x.jpg": {"no": "type"}})
+    with pytest.raises(InputNotFoundError, match="cannot be opened: 'type'"):
+        find_images(["memory://p/x*"], print)
+    monkeypatch.setattr(type(memory), "ls", lambda *_, **__: [{"name": None}])
     monkeypatch.setattr(type(memory), "isdir", lambda *_: True)
+    assert str(outcomes("memory://p")["memory://p"]).startswith("the folder cannot be listed: ")
+    monkeypatch.setattr(type(memory), "ls", refusing)
     assert outcomes("memory://p") == {
         "memory://p": "the folder cannot be listed: unable to locate credentials"
     }
@@ -591,6 +602,48 @@ def test_the_timeout_bounds_the_look_at_an_argument(
         found("memory://p", timeout=0.1)
 
 
+def test_a_file_whose_closing_fails_costs_no_row(
+    memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(io.BytesIO):
+        def close(self) -> None:
+            raise RuntimeError("no")
+
+    archives = {".tar": tar_bytes(MEMBERS), ".zip": zip_bytes(MEMBERS)}
+    for suffix, body in archives.items():
+        memory.pipe(f"/a{suffix}", body)
+    for suffix, body in archives.items():
+        monkeypatch.setattr(type(memory), "open", lambda *_, made=body, **__: Failing(made))
+        assert list(outcomes(f"memory://a{suffix}").values()) == list(MEMBERS.values())
+
+
+def test_a_folder_that_a_server_invents_without_end_is_a_failed_row(
+    memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(memory, "/d/a.jpg")
+
+    def invented(_: Any, path: str, **__: Any) -> list[dict[str, str]]:
+        return [{"name": f"{path}/d", "type": "directory"}]
+
+    monkeypatch.setattr(type(memory), "ls", invented)
+    ((name, error),) = outcomes("memory://d").items()
+    assert name.startswith("memory://d/d/d/")
+    assert error == "the folder cannot be listed: it is in more than 100 folders"
+
+
+def test_the_timeout_bounds_a_pattern_and_a_listing(
+    memory: Any, monkeypatch: pytest.MonkeyPatch, over: threading.Event
+) -> None:
+    fill(memory, "/d/a.jpg")
+    monkeypatch.setattr(type(memory), "ls", lambda *_, **__: over.wait(60))
+    monkeypatch.setattr(type(memory), "glob", lambda *_, **__: over.wait(60))
+    assert outcomes("memory://d", timeout=0.1) == {
+        "memory://d": "the folder cannot be listed: timed out after 0.1 s"
+    }
+    with pytest.raises(InputNotFoundError, match=r"timed out after 0\.1 s"):
+        found("memory://d/*", timeout=0.1)
+
+
 UNREACHABLE = "ftp://user:secret@127.0.0.1:9"  # nothing listens there
 
 
@@ -637,3 +690,49 @@ def test_what_comes_from_a_server_has_no_stamp_and_no_path(server: Server, memor
     for source in found(server.at("/x.jpg"), "memory://a.jpg", "memory://a.zip"):
         assert source.read(10**6).stamp is None
         assert source.path is None
+
+
+# --- what servers are told ------------------------------------------------------------------
+
+
+def test_servers_are_told_who_asks(server: Server, tiny_weights: Path) -> None:
+    server.answers["/x.jpg"] = content(JPEG)
+    list(r2ncli.classify(server.at("/x.jpg"), weights=tiny_weights))
+    list(r2ncli.classify(server.at("/x.jpg"), weights=tiny_weights, user_agent="mine/1 (me@h)"))
+    agents = [headers["User-Agent"] for headers in server.headers]
+    assert agents == [
+        f"r2n/{r2ncli.__version__} (image classification with Res2Net)",
+        "mine/1 (me@h)",
+    ]
+
+
+@pytest.mark.parametrize("agent", [" ", "a\r\nX: y", "a\0", "ä", "x" * 1001])
+def test_a_user_agent_that_is_no_line_of_ascii_is_a_usage_error(agent: str) -> None:
+    with pytest.raises(UsageError, match=r"`user_agent` must be one line of ASCII"):
+        r2ncli.classify("x.jpg", user_agent=agent)
+
+
+def test_a_proxy_is_asked_for_an_international_host_in_ascii(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.answers["http://xn--bcher-kva.example/x.jpg"] = content(JPEG)
+    monkeypatch.setenv("http_proxy", server.at(""))
+    monkeypatch.setenv("no_proxy", "")
+    name = "http://bücher.example/x.jpg"
+    assert outcomes(name) == {name: JPEG}
+    assert server.headers[0]["Host"] == "xn--bcher-kva.example"
+
+
+def test_a_run_is_not_resumed_with_another_query(
+    server: Server, tmp_path: Path, tiny_weights: Path
+) -> None:
+    for number in (1, 2):
+        server.answers[f"/image.php?id={number}&sig=a"] = content(JPEG)
+        server.answers[f"/image.php?id={number}&sig=b"] = content(JPEG)
+    out = tmp_path / "x.csv"
+    options: dict[str, Any] = {"weights": tiny_weights}
+    r2ncli.classify_to(out, server.at("/image.php?id=1&sig=a"), **options)
+    r2ncli.classify_to(out, server.at("/image.php?id=1&sig=b"), resume=True, **options)
+    assert sum(server.asked.values()) == 1  # another signature is the same input
+    with pytest.raises(OutputError, match=r"it has .*id=1, now there is .*id=2"):
+        r2ncli.classify_to(out, server.at("/image.php?id=2&sig=b"), resume=True, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ from typing import Any
 
 import h5py
 import pytest
+from support.archives import tar_bytes
 from support.files import touch
 
 import r2ncli
@@ -278,3 +280,82 @@ def test_an_empty_list_is_exit_3(here: Path, tiny_weights: Path, argument: str) 
     assert done.returncode == 3
     assert "is empty" in done.stderr
     assert done.stdout == ""
+
+
+# --- what is left out -------------------------------------------------------------------------
+
+
+SYSTEM = ["@eaDir", "#recycle", "$RECYCLE.BIN", "$Recycle.Bin", "lost+found", "__MACOSX"]
+SYSTEM += ["System Volume Information", "@Recycle", "@Recently-Snapshot", "#snapshot", ".Trashes"]
+
+
+def test_folders_of_nas_systems_and_trash_are_skipped(here: Path) -> None:
+    for folder in (*SYSTEM, "photos"):
+        (here / "d" / folder).mkdir(parents=True)
+        (here / "d" / folder / "a.jpg").write_bytes(b"x")
+        (here / "d" / folder / "a.xmp").write_bytes(b"x")
+    left_out = LeftOut(Selection())
+    found = find_images(["d"], print, left_out=left_out)
+    assert [source.name for source in found] == ["d/photos/a.jpg"]
+    assert left_out.sentence() == "left out 1 file: 1 .xmp"
+    assert [one.name for one in find_images([f"d/{SYSTEM[0]}"], print)] == ["d/@eaDir/a.jpg"]
+    (here / "a.tar").write_bytes(
+        tar_bytes({f"{folder}/a.jpg": b"x" for folder in SYSTEM} | {"lost+found\\._a.jpg": b"x"})
+    )
+    assert list(find_images(["a.tar"], print)) == []
+
+
+def test_the_sentence_at_the_end_counts_what_was_left_out_by_suffix() -> None:
+    left_out = LeftOut(Selection())
+    assert left_out.sentence() == ""
+    for name in ("a.CR2", *(f"{n}.xmp" for n in range(22)), "README", "x." + "y" * 99, "z.\x1b[1m"):
+        left_out.add_file(name)
+    sentence = left_out.sentence()
+    assert sentence.startswith(
+        "left out 26 files: 1 without a suffix, 1 .\\x1b[1m, 1 .cr2, 22 .xmp, 1 others; RAW images "
+        "(.cr2) are not decoded: convert them, or extract the JPEG preview"
+    )
+    for number in range(2000):
+        left_out.add_file(f"a.{number}")
+    assert len(left_out.sentence()) < 1000
+
+
+def test_a_folder_of_raw_images_says_what_to_do(here: Path) -> None:
+    (here / "d").mkdir()
+    (here / "d/a.NEF").write_bytes(b"x")
+    left_out = LeftOut(Selection())
+    assert list(find_images(["d"], print, left_out=left_out)) == []
+    assert "RAW images (.nef) are not decoded" in str(no_image_found(left_out))
+
+
+def test_a_run_says_at_its_end_what_it_left_out(
+    here: Path, tiny_weights: Path, pictures: Path
+) -> None:
+    shutil.copytree(pictures, here / "d")
+    (here / "d/a.xmp").touch()
+    said: list[str] = []
+    list(r2ncli.classify("d", weights=tiny_weights, on_warning=said.append))
+    r2ncli.classify_to("x.csv", "d", weights=tiny_weights, on_warning=said.append)
+    assert said == ["left out 1 file: 1 .xmp"] * 2
+
+
+# --- URLs -------------------------------------------------------------------------------------
+
+
+def test_urls_that_differ_in_their_query_are_different_inputs_in_every_shard(here: Path) -> None:
+    urls = [f"http://h/image.php?id={n}&token=secret" for n in range(40)]
+    names = [source.name for source in find_images(urls, print)]
+    assert names == [f"http://h/image.php?id={n}" for n in range(40)]
+    shares = [sum(in_shard(name, (index, 4)) for name in names) for index in (1, 2, 3, 4)]
+    assert sum(shares) == 40
+    assert all(shares)
+
+
+def test_patterns_compare_a_url_without_its_query() -> None:
+    url = "http://h/a/x.jpg?w=640"
+    for selection, taken in (
+        (Selection(include=("*.jpg",)), True),
+        (Selection(include=("*.png",)), False),
+        (Selection(exclude=("*.jpg",)), False),
+    ):
+        assert bool(list(find_images([url], print, selection))) is taken

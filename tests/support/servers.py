@@ -71,6 +71,11 @@ def content(body: bytes, code: int = 200, claim: int | None = None, **headers: s
     return answer
 
 
+def encoded(body: bytes, encoding: str) -> Answer:
+    """Send this with a Content-Encoding."""
+    return content(body, **{"Content-Encoding": encoding})
+
+
 def status(code: int) -> Answer:
     return content(b"<html>no", code)
 

@@ -62,7 +62,8 @@ def error_of(url: str, **options: Any) -> str:
 
 
 def redirect(to: str, length: bytes = b"Content-Length: 0\r\n") -> Speak:
-    return says(b"HTTP/1.1 302 Found\r\nLocation: " + to.encode() + b"\r\n" + length + b"\r\n")
+    head = b"HTTP/1.1 302 Found\r\nConnection: close\r\nLocation: "
+    return says(head + to.encode() + b"\r\n" + length + b"\r\n")
 
 
 # --- time ---------------------------------------------------------------------------------
@@ -72,32 +73,32 @@ def redirect(to: str, length: bytes = b"Content-Length: 0\r\n") -> Speak:
 def test_an_image_is_given_up_after_the_timeout_however_its_server_drips(
     serve: Serve, drip: str
 ) -> None:
-    (source,) = find_images([serve(DRIPS[drip]).at("/x.jpg")], print, Selection(timeout=0.3))
-    assert outcome(source) == "timed out after 0.3 s"
+    (source,) = find_images([serve(DRIPS[drip]).at("/x.jpg")], print, Selection(timeout=0.15))
+    assert outcome(source) == "timed out after 0.15 s"
 
 
 @pytest.mark.parametrize("drip", DRIPS)
 def test_a_request_ends_by_itself_at_its_deadline(serve: Serve, drip: str) -> None:
     """No other thread ends it: what waits for it may be gone."""
-    assert "the server does not answer" in error_of(serve(DRIPS[drip]).at("/x"), seconds=0.3)
+    assert "the server does not answer" in error_of(serve(DRIPS[drip]).at("/x"), seconds=0.15)
 
 
 @pytest.mark.parametrize("drip", DRIPS)
 def test_a_tar_is_given_up_when_next_to_nothing_comes(serve: Serve, drip: str) -> None:
     url = serve(DRIPS[drip]).at("/x.tar")
-    (source,) = find_images([url], print, Selection(timeout=0.3))
+    (source,) = find_images([url], print, Selection(timeout=0.15))
     assert source.name == url
-    assert str(outcome(source)).endswith(("timed out after 0.3 s", "the server does not answer"))
+    assert str(outcome(source)).endswith(("timed out after 0.15 s", "the server does not answer"))
 
 
 @pytest.mark.parametrize("drip", DRIPS)
 def test_a_download_is_given_up_when_next_to_nothing_comes(
     serve: Serve, drip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "OPEN_SECONDS", 0.3)
-    monkeypatch.setattr(download, "STEADY_SECONDS", 0.3)
+    monkeypatch.setattr(download, "OPEN_SECONDS", 0.15)
+    monkeypatch.setattr(download, "STEADY_SECONDS", 0.1)
     monkeypatch.setattr(download, "FIRST_PAUSE_SECONDS", 0.01)
-    with pytest.raises(CheckpointError, match=r"no answer in 0\.3 s|the server does not answer"):
+    with pytest.raises(CheckpointError, match=r"no answer in 0\.15 s|the server does not answer"):
         download.download_file(serve(DRIPS[drip]).at("/x.pth"), tmp_path / "x-00000000.pth")
 
 
@@ -106,7 +107,7 @@ def test_a_proxy_that_drips_its_answer_to_connect_is_given_up(
 ) -> None:
     for drip in ("a status line", "headers without end"):
         monkeypatch.setenv("https_proxy", serve(DRIPS[drip]).at(""))
-        assert "does not answer" in error_of("https://example.org/x", seconds=0.3)
+        assert "does not answer" in error_of("https://example.org/x", seconds=0.15)
 
 
 def test_a_slow_body_is_read_to_its_end_where_its_time_is_not_limited(

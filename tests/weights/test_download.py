@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import hashlib
 import io
@@ -562,3 +563,79 @@ def test_a_download_holds_its_lock_while_it_runs_and_leaves_no_lock_file(
     assert locked
     assert all(locked)
     assert names_in(folder) == [NAME]
+
+
+# --- mirrors ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publish the file of these tests as the default network."""
+    monkeypatch.setitem(PUBLISHED, DEFAULT_NETWORK, replace(PUBLISHED[DEFAULT_NETWORK], file=NAME))
+
+
+@pytest.mark.usefixtures("published")
+def test_a_mirror_may_have_a_user_and_a_query_and_no_word_shows_them(
+    server: Server, hub: Path, naps: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = server.base.replace("//", "//user:s3cr%2Fet@") + "?sv=1&sig=s1gn%3D&v=2"
+    sent: list[str | None] = []
+
+    def with_user(request: Request) -> None:
+        sent.append(request.headers["Authorization"])
+        whole(request)
+
+    monkeypatch.setenv("R2N_WEIGHTS_BASE_URL", base)
+    progress: list[DownloadProgress] = []
+    server.answers.extend([refusal(403), with_user])
+    text = error_of(find_checkpoint)
+    assert f"cannot download {server.address}?v=2: the server answered 403" in text
+    assert find_checkpoint(on_progress=progress.append) == hub / NAME
+    assert sent == ["Basic " + base64.b64encode(b"user:s3cr/et").decode()]
+    assert [path for path, _ in server.requests] == [f"/res2net/{NAME}?sv=1&sig=s1gn%3D&v=2"] * 2
+    for said in (text, str(progress)):
+        assert not re.search("s3cr|s1gn", said)
+
+
+@pytest.mark.parametrize("base", ["ftp://u:s3cr3t@h/x", "http://u:a/s3cr3t@h", "s3://k:s3cr3t@b/"])
+def test_the_error_about_a_mirror_shows_no_password(
+    base: str, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("R2N_WEIGHTS_BASE_URL", base)
+    text = error_of(find_checkpoint)
+    assert text.startswith("R2N_WEIGHTS_BASE_URL is '")
+    assert "s3cr3t" not in text
+
+
+@pytest.mark.usefixtures("published")
+def test_a_mirror_may_be_a_folder_in_the_home_folder(
+    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my mirror").mkdir()
+    (tmp_path / "my mirror" / NAME).write_bytes(CONTENT)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("R2N_WEIGHTS_BASE_URL", "file://~/my%20mirror")
+    assert find_checkpoint().read_bytes() == CONTENT
+
+
+def test_weights_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.pth").write_bytes(b"x")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_checkpoint("~/mine.pth") == tmp_path / "mine.pth"
+    monkeypatch.setenv("R2N_WEIGHTS", "~/mine.pth")
+    assert find_checkpoint() == tmp_path / "mine.pth"
+    assert "no such weights: '~/other.pth'" in error_of(find_checkpoint, "~/other.pth")
+
+
+@pytest.mark.usefixtures("published")
+def test_a_folder_called_tilde_is_never_made(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for an unknown user id
+    monkeypatch.setenv("R2N_WEIGHTS_BASE_URL", server.base)
+    assert "the home folder of this user is unknown" in error_of(find_checkpoint)
+    assert names_in(tmp_path) == []
+    assert server.requests == []
