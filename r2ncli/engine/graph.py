@@ -149,8 +149,8 @@ class GraphTensor:
 
 
 def _constant(tensor: Tensor, shape: Sequence[int] | None = None) -> Node:
-    array = tensor.detach().numpy()
-    return ops.constant(array if shape is None else array.reshape(shape))
+    array = tensor.detach().numpy()  # which the graph keeps: a copy would take as much memory
+    return ops.constant(array if shape is None else array.reshape(shape), shared_memory=True)
 
 
 def _conv2d(

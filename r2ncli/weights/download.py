@@ -89,6 +89,8 @@ def download_file(url: str, destination: Path, on_progress: OnProgress | None = 
             if destination.exists():  # another process was faster
                 partial.unlink(missing_ok=True)
                 return destination
+            if partial.is_symlink():  # whose target may be any file
+                partial.unlink()
             with open(partial, "ab") as file:
                 _fetch(url, file, destination, on_progress)
             with open(partial, "rb") as whole:

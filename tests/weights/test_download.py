@@ -639,3 +639,14 @@ def test_a_folder_called_tilde_is_never_made(
     assert "the home folder of this user is unknown" in error_of(find_checkpoint)
     assert names_in(tmp_path) == []
     assert server.requests == []
+
+
+def test_a_link_at_the_place_of_a_partial_download_is_not_followed(
+    server: Server, folder: Path, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    folder.mkdir(parents=True)
+    (folder / f"{NAME}.r2n-partial").symlink_to(victim)
+    assert fetch(server, folder).read_bytes() == CONTENT
+    assert victim.read_text() == "mine"
