@@ -27,7 +27,7 @@ def diff(
     if json:
         print_json(found.as_dict())
         return 8 if found.different else 0
-    title = f"{a} and {b}: {found.compared:,} rows compared"
+    title = f"{a} and {b}: {found.compared:,} row{'s' * (found.compared != 1)} compared"
     changes = [
         (words, f"{names.count:,}", ", ".join(names.examples))
         for words, names in (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
 
-from r2ncli.errors import ImageError, InputNotFoundError, UsageError
+from r2ncli.errors import ImageError, InputNotFoundError, R2NError, UsageError, escaped
 from r2ncli.files import reason
 from r2ncli.sources import archives, lists, patterns, remote
 from r2ncli.sources.archives import Budget, is_archive
@@ -104,7 +104,7 @@ class Search:
         try:
             path, naming = _local(entry)
         except UsageError as error:
-            return iter([_failed(printable(without_secrets(entry)), str(error))])
+            return iter([_unusable(entry, error)])
         if is_tried(path):  # without `stat`, which would double the time
             return self._file(path, naming)
         if os.path.isdir(path) and _is_root(path):
@@ -147,7 +147,7 @@ class Search:
                 return self._remote_file(url)
             return self._of_url(url)
         except (InputNotFoundError, UsageError) as error:
-            return iter([_failed(printable(name), str(error))])
+            return iter([_unusable(url, error)])
 
     # --- folders -----------------------------------------------------------------------
 
@@ -293,6 +293,12 @@ def _local(text: str) -> tuple[str, Naming]:
 def _is_root(path: str) -> bool:
     real = os.path.realpath(path)
     return os.path.dirname(real) == real
+
+
+def _unusable(entry: str, error: R2NError) -> Input:
+    """Return the entry of a list that is an error as an argument, without its name in the error."""
+    name = without_secrets(entry)
+    return _failed(printable(name), str(error).removeprefix(f"{escaped(name)}: "))
 
 
 def _failed(name: str, why: str) -> Input:

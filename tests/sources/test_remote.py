@@ -678,7 +678,7 @@ def test_whatever_a_constructor_of_fsspec_raises_is_handled(
     (tmp_path / "list.txt").write_text("memory://p\nmemory://p/a.jpg\n")
     rows = outcomes(f"@{tmp_path}/list.txt")
     assert rows == {
-        "memory://p": "memory://p: cannot be opened: no credentials",
+        "memory://p": "cannot be opened: no credentials",
         "memory://p/a.jpg": "cannot be read: no credentials",
     }
 
