@@ -10,7 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from r2ncli import __version__
 from r2ncli.cli import checkpoints, results, run, system
-from r2ncli.cli.boundary import boundary, stop_writing
+from r2ncli.cli.boundary import boundary, speak_utf8, stop_writing
 from r2ncli.cli.terminal import put
 
 RUN, RESULTS, CHECKPOINTS, SYSTEM = "Run", "Results", "Checkpoints", "System"
@@ -108,6 +108,7 @@ def near_options(unknown: str, known: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the program and exit; a reader that closes the pipe early is no error."""
+    speak_utf8()  # before typer prints a help page
     try:
         app(prog_name="r2n")
     except SystemExit as ended:

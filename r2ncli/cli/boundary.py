@@ -18,9 +18,16 @@ import typer
 
 from r2ncli.cli.options import for_command_line
 from r2ncli.cli.terminal import is_terminal, say, say_error
-from r2ncli.errors import R2NError
+from r2ncli.errors import DeviceError, R2NError
 
 _SILENT = logging.NullHandler()
+
+# of Python, of an executor whose thread failed while it began, and of libraries in C++
+NO_THREAD = "can't start new thread", "initializer failed", "Resource temporarily unavailable"
+TOO_FEW_THREADS = (
+    "the system allows this user no more threads or processes (ulimit -u, or the limit of a "
+    "container): allow more, or use --workers 1"
+)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -37,12 +44,16 @@ def boundary(command: Callable[..., int | None]) -> Callable[..., None]:
                 if not sys.warnoptions:  # warnings of libraries are not for users
                     warnings.simplefilter("ignore")
                     logging.getLogger("PIL").addHandler(_SILENT)
-                _speak_utf8()
                 code = command(*args, **kwargs)
         except R2NError as error:
             say_error(f"r2n: {for_command_line(str(error))}")
             code = error.exit_code
             stop_writing()
+        except RuntimeError as error:
+            if not any(words in str(error) for words in NO_THREAD):
+                raise
+            say_error(f"r2n: {TOO_FEW_THREADS}")
+            code = DeviceError.exit_code
         except BrokenPipeError:
             code = 0
             stop_writing()
@@ -68,7 +79,7 @@ def _leave(code: int) -> None:
         os._exit(code)
 
 
-def _speak_utf8() -> None:
+def speak_utf8() -> None:
     """Write UTF-8 to files and pipes; escape what a terminal cannot show."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 
 import h5py
 import pytest
+import typer
 from support.processes import heed_interrupts
 from typer.testing import CliRunner
 
 import r2ncli
 from r2ncli.cli.app import app
+from r2ncli.cli.boundary import boundary
 
 WARM = {**os.environ, "PYTHONWARNINGS": "ignore", "NO_COLOR": "1"}
 WARM.pop("R2N_WEIGHTS", None)
@@ -658,3 +660,34 @@ def test_layers_of_a_published_network_need_no_checkpoint(r2n, tmp_path):
     assert ["layer3", "1024 x 14 x 14"] in [
         line.split(maxsplit=1) for line in ended.stdout.splitlines()
     ]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp437", "ascii"])
+def test_help_can_be_written_in_every_encoding(encoding):
+    done = subprocess.run(
+        [sys.executable, "-m", "r2ncli", "classify", "--help"],
+        capture_output=True, check=False, env=os.environ | {"PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "Classify images" in done.stdout.decode()
+
+
+@pytest.mark.parametrize(
+    "words", ["can't start new thread", "plugin.cpp:921: Resource temporarily unavailable"]
+)
+def test_a_system_that_allows_no_more_threads_is_said(words, capsys):
+    def command():
+        raise RuntimeError(words)
+
+    with pytest.raises(typer.Exit) as ended:
+        boundary(command)()
+    assert ended.value.exit_code == 5
+    assert "no more threads" in capsys.readouterr().err
+
+
+def test_another_runtime_error_stays_a_bug():
+    def command():
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        boundary(command)()
