@@ -15,6 +15,7 @@ from r2ncli.errors import CheckpointError, InputNotFoundError, UsageError
 from r2ncli.options import RunOptions
 
 
+@pytest.mark.slow
 def test_every_precision_and_batch_size_is_measured_once(pictures, tiny_weights):
     report = bench(
         [pictures], weights=tiny_weights, precisions=["fp32", "fp32"], batch_sizes=[1, 3],
@@ -48,6 +49,7 @@ def test_the_backend_that_was_named_is_measured(tiny_weights, backend):
     assert report.engine.backend == backend
 
 
+@pytest.mark.slow
 def test_without_weights_they_are_random_and_said_so():
     report = bench(precisions=["fp32"], batch_sizes=[1], seconds=0.01)
     assert report.weights == "random"

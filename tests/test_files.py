@@ -384,6 +384,7 @@ app()
 """
 
 
+@pytest.mark.slow
 def test_the_package_works_without_fcntl_and_resource(tmp_path: Path) -> None:
     """As on Windows; filelock, which has its own way there, keeps them."""
     Image.new("RGB", (48, 40), "red").save(tmp_path / "x.jpg")

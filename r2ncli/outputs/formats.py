@@ -143,14 +143,18 @@ class RowFormat:
         for row in failed:
             status[row] = "failed"
         columns = [map(text, batch.names), map(text, status), map(text, batch.errors)]
+        of_class = partial(_text_of_class, text)
+        ranked = {  # by column and rank
+            name: [[*of_rank] for of_rank in batch.columns[name].T]
+            if name == PROBABILITY
+            else batch.columns[name].T.tolist()
+            for name in self._ranked()
+        }
         for rank in range(self.topk):
-            for name in self._ranked():
-                values = batch.columns[name][:, rank]
-                cells = [*values] if name == PROBABILITY else values.tolist()
+            for name, cells in ranked.items():
                 for row in failed:
-                    cells[row] = None
-                of_classes = name in (WNID, LABEL)
-                columns.append(map(partial(_text_of_class, text) if of_classes else text, cells))
+                    cells[rank][row] = None
+                columns.append(map(of_class if name in (WNID, LABEL) else text, cells[rank]))
         return zip(*columns, strict=True)
 
     def row_bytes(self) -> int:

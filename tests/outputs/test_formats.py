@@ -154,14 +154,14 @@ def test_half_of_a_surrogate_pair_in_a_label_is_escaped(tmp_path, suffix):
 
 
 def test_parquet_has_the_types_and_row_groups_of_a_fixed_size(tmp_path):
-    format = ParquetFormat(2000, True, True)  # of so many columns that few rows make a group
-    rows = [classified(str(n), *np.full(2000, 0.5)) for n in range(60)]
+    format = ParquetFormat(1000, True, True)  # of so many columns that few rows make a group
+    rows = [classified(str(n), *np.full(1000, 0.5)) for n in range(60)]
     write(tmp_path / "x.parquet", format, rows)
     file = pyarrow.parquet.ParquetFile(tmp_path / "x.parquet")
     types = [str(field.type) for field in file.schema_arrow]
     assert types[:7] == ["string"] * 3 + ["int32", "string", "string", "float"]
     sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
-    assert sizes == [GROUP_CELLS // 8003] * 2 + [60 - 2 * (GROUP_CELLS // 8003)]
+    assert sizes == [GROUP_CELLS // 4003, 60 - GROUP_CELLS // 4003]
 
 
 def test_without_pyarrow_parquet_says_what_to_install(monkeypatch):
