@@ -203,7 +203,12 @@ def take_lock(path: Path, *, wait: bool = False) -> BaseFileLock | None:
     from filelock import FileLock, Timeout  # only runs that write need it
 
     while True:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        try:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+        except FileExistsError:
+            if path.parent.is_symlink() or (path.parent.exists() and not path.parent.is_dir()):
+                raise
+            continue  # the folder existed, and was removed before it was looked at
         # a SoftFileLock as a fallback would stay behind where the process is killed
         lock = FileLock(path, timeout=-1 if wait else 0, thread_local=False, fallback_to_soft=False)
         try:

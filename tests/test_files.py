@@ -275,6 +275,26 @@ def test_waiting_for_a_lock_ends_when_it_is_removed_with_its_folder(tmp_path: Pa
     taken[0].release()
 
 
+def test_a_folder_that_is_removed_while_it_is_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mkdir` finds that it exists, and then that it does not."""
+    mkdir = Path.mkdir
+    calls: list[None] = []
+
+    def existed(path: Path, *arguments: Any, **options: Any) -> None:
+        calls.append(None)
+        if len(calls) == 1:
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
+        mkdir(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", existed)
+    lock = take_lock(tmp_path / "folder" / "lock")
+    assert lock is not None
+    assert lock.is_locked
+    lock.release()
+
+
 @pytest.mark.parametrize("error", [filelock.Timeout("lock"), FileNotFoundError()])
 def test_a_lock_that_another_run_removes_with_its_folder_meanwhile_is_taken_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
