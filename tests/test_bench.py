@@ -31,6 +31,7 @@ def test_every_precision_and_batch_size_is_measured_once(pictures, tiny_weights)
     assert report.peak_resident_mb > 100  # torch alone is more
 
 
+@pytest.mark.slow
 def test_every_stage_is_measured_and_the_slowest_is_the_bottleneck(pictures, tiny_weights):
     report = bench([pictures], weights=tiny_weights, precisions=["fp32"], seconds=0.02)
     rates = {stage.stage: stage.images_per_second for stage in report.stages}
@@ -41,6 +42,7 @@ def test_every_stage_is_measured_and_the_slowest_is_the_bottleneck(pictures, tin
 
 
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
+@pytest.mark.slow
 def test_the_backend_that_was_named_is_measured(tiny_weights, backend):
     report = bench(
         options=RunOptions(device="cpu", backend=backend), weights=tiny_weights, batch_sizes=[1],
@@ -115,6 +117,7 @@ def test_peak_memory_is_unknown_where_the_system_does_not_report_it(monkeypatch)
     assert benchmark._peak_resident_mb() is None
 
 
+@pytest.mark.slow
 def test_the_json_document_has_its_schema(tiny_weights):
     document = bench(
         weights=tiny_weights, precisions=["fp32"], batch_sizes=[1], seconds=0.01

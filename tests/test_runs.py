@@ -157,7 +157,15 @@ def test_parquet_without_its_library_is_refused_first(tmp_path, monkeypatch):
         r2ncli.classify_to(tmp_path / "x.parquet", "nowhere", weights="nothing.pth")
 
 
-@pytest.mark.parametrize("stop", [1, BLOCK_ROWS, BLOCK_ROWS + 45, 599])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        BLOCK_ROWS,
+        BLOCK_ROWS + 45,
+        pytest.param(599, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "h5"])
 def test_a_resumed_run_ends_with_the_uninterrupted_ones_bytes(
     tmp_path, make_pictures, tiny_weights, monkeypatch, stop, kind

@@ -504,6 +504,7 @@ def test_verify_weights_names_the_reason_and_exits_4(r2n, tmp_path, tiny_weights
     assert document["ok"] is False
 
 
+@pytest.mark.slow
 def test_bench_prints_tables_and_json(r2n, pictures, tiny_weights):
     arguments = ("bench", pictures, "--weights", tiny_weights, "--seconds", "0.05", "-b", "2", "-q")
     ended = r2n(*arguments, "--precision", "fp32", check=0)

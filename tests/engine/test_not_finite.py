@@ -130,6 +130,7 @@ def test_an_image_whose_output_is_not_finite_is_a_failed_row_in_every_backend(
 
 @pytest.mark.parametrize("pool", ["avg", "max", "none"])
 @pytest.mark.parametrize(("backend", "precision"), ENGINES)
+@pytest.mark.slow
 def test_only_the_layers_that_are_asked_for_decide(
     backend: str,
     precision: str,

@@ -580,6 +580,7 @@ def watched_budget(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 @pytest.mark.parametrize("size", [1, 50_000, 120_000, 250_000])
+@pytest.mark.slow
 def test_a_compressed_tar_far_beyond_the_budget_goes_through_without_a_deadlock(
     monkeypatch: pytest.MonkeyPatch,
     tiny_weights: Path,

@@ -180,6 +180,7 @@ BOMBS = {
 @pytest.mark.parametrize("suffix", COMPRESSORS)
 @pytest.mark.parametrize("place", BOMBS)
 @pytest.mark.usefixtures("little")
+@pytest.mark.slow
 def test_a_bomb_is_not_read_to_its_end(place: str, suffix: str, work: list[int]) -> None:
     name = f"a{suffix}"
     rows = outcomes(name, COMPRESSORS[suffix](BOMBS[place]))

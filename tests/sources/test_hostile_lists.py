@@ -146,6 +146,7 @@ def test_whatever_is_odd_about_a_url_is_a_failed_row_or_an_exit_code(
     assert all(isinstance(outcome(source), str) for source in rows)
 
 
+@pytest.mark.slow
 def test_no_traceback_is_printed_for_a_server_of_ftp_that_is_not_there(here: Path) -> None:
     (here / "list").write_text("ftp://127.0.0.1:9/x.jpg\nftp://127.0.0.1:9/y\n")
     program = (
