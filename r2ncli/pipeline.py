@@ -405,9 +405,10 @@ def _best(logits: npt.NDArray[np.floating[Any]], k: int) -> npt.NDArray[np.intp]
     """Return indices [N, k] of each row's highest logits, highest first (ties: lower first)."""
     least = np.partition(logits, -k, axis=1)[:, -k, None]
     among = logits >= least
-    if (np.count_nonzero(among, axis=1) == k).all():
-        some = np.nonzero(among)[1].reshape(-1, k)
-    else:  # several logits of a row equal the k-th, or one is not a number
-        some = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    exactly = np.count_nonzero(among, axis=1) == k
+    some = np.empty((len(logits), k), np.intp)
+    some[exactly] = np.nonzero(among[exactly])[1].reshape(-1, k)
+    # the other rows have several logits that equal the k-th, which is common in half precision
+    some[~exactly] = np.argsort(-logits[~exactly], axis=1, kind="stable")[:, :k]
     values = np.take_along_axis(logits, some, axis=1)
     return np.take_along_axis(some, np.argsort(-values, axis=1, kind="stable"), axis=1)

@@ -54,9 +54,8 @@ class Search:
         self.selection = selection
         self.budget = budget
         self.left_out = left_out
-        self.client = Client(
-            selection.user_agent
-        )  # one for each run; connects when it is first used
+        # one for each run; connects when it is first used
+        self.client = Client(selection.user_agent)
 
     def of_argument(self, argument: str) -> Iterator[Input]:
         """Return the inputs of an argument; check now that it exists, and read it later.
